@@ -1,0 +1,199 @@
+# Structs, states and limits of the engine; the bodies are in fastcopy/*.pxi.
+#
+# Who writes what:  [c] the control plane (Python thread, GIL held)
+#                   [w] the one worker that owns the flow, from admission to completion
+# A field without an atomic accessor is handed over whole through a ring (release/acquire)
+# and never touched by both sides at once.
+
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+
+from nodepass._linux cimport epoll_event, pthread_t
+
+cdef enum:
+    NONE_SLOT = 0xFFFFFFFF      # "no flow" in every intrusive list
+    CACHE_LINE = 64             # bytes; keeps the two ends of a ring on different lines
+
+cdef enum:                      # reasons of a completion; mirrored as REASON_* for Python
+    R_FINISHED = 0
+    R_RESET = 1
+    R_ABORTED = 2
+    R_IDLE = 3
+
+cdef enum:                      # low bit of an order in a worker's inbox
+    ORDER_ADMIT = 0
+    ORDER_ABORT = 1
+
+# FlowState, moved by flow_move() only:
+#
+#   FREE --relay()--> QUEUED --inbox--> OPEN --end--> DEAD --grave--> DONE --poll()--> FREE
+#        [c]                 [w]             [w]           [w]             [c]
+cdef enum FlowState:
+    FLOW_FREE = 0
+    FLOW_QUEUED = 1
+    FLOW_OPEN = 2
+    FLOW_DEAD = 3
+    FLOW_DONE = 4
+
+# WayState:  OPEN --EOF(src), everything delivered, SHUT_WR(dst)--> SHUT
+cdef enum WayState:
+    WAY_OPEN = 0
+    WAY_SHUT = 1
+
+cdef enum:                      # Leg.bits: the kernel's last word about one socket
+    MAY_READ = 1
+    MAY_WRITE = 2
+    SEEN_RDHUP = 4              # a FIN is queued: a short read does not mean "drained"
+    SEEN_URGENT = 8             # recv stops at the urgent mark: neither does it here
+
+cdef enum:                      # which of Flow.links a list uses
+    LINK_ALL = 0
+    LINK_READY = 1              # also the grave: a dead flow is never ready
+    LINK_WHEEL = 2
+    LINK_KINDS = 3
+
+cdef struct Leg:
+    int fd                      # owned; -1 once closed
+    uint32_t bits
+    void* tls                   # TLS side of this leg; NULL: plain bytes
+
+cdef struct Way:
+    uint64_t delivered          # atomic: [w] writes, live() reads
+    char* parked                # bytes that dst did not take; NULL: none
+    size_t parked_from
+    size_t parked_to
+    int32_t buffer              # pool index of `parked`; -1: a head from head_take()
+    int pipe_read               # -1: this way holds no pipe
+    int pipe_write
+    uint32_t pipe_bytes         # bytes inside the pipe
+    uint32_t pipe_size
+    uint32_t streak             # full reads in a row (copy mode), small fills in a row (bulk)
+    uint8_t state
+    uint8_t bulk                # splice is the mode of choice
+    uint8_t no_splice           # the kernel refused splice for these sockets
+
+cdef struct Link:
+    uint32_t next
+    uint32_t prev
+
+cdef struct Flow:
+    uint32_t generation         # atomic: [c] writes while FREE
+    uint32_t worker             # [c]
+    uint8_t abort_asked         # [c]
+    uint8_t state
+    uint8_t is_ready            # on the ready list
+    uint8_t reason
+    uint8_t side
+    int32_t code
+    uint32_t idle_ms            # 0: no limit
+    uint32_t bucket             # of the wheel, while idle_ms > 0
+    uint64_t active_ms          # last byte in either direction
+    Link links[LINK_KINDS]
+    Leg legs[2]                 # a, b
+    Way ways[2]                 # a -> b, b -> a
+
+cdef struct List:
+    uint32_t first
+    uint32_t last
+    uint32_t count
+
+cdef struct Ring:               # one producer, one consumer; see ring.pxi
+    uint64_t* cells
+    uint64_t mask
+    char pad0[CACHE_LINE]
+    uint64_t head               # atomic, consumer
+    char pad1[CACHE_LINE]
+    uint64_t tail               # atomic, producer
+    char pad2[CACHE_LINE]
+
+cdef struct Counters:           # atomic: [w] writes, statistics() reads
+    uint64_t bytes_up
+    uint64_t bytes_down
+    uint64_t parked_bytes
+    uint64_t buffers_in_use
+    uint64_t pipes_in_use
+    uint64_t pipes_pooled
+    uint64_t splice_promotions
+    uint64_t turns
+    uint64_t wakeups
+    uint64_t stale_events
+    uint64_t bugs
+    uint64_t fds_open
+    uint64_t heads_open
+
+cdef enum:
+    MAX_EVENTS = 256            # per epoll_wait; 3 KiB, and one call empties 128 busy flows
+    MAX_POOLED_PIPES = 16       # clean pipes kept per worker
+    WHEEL_BUCKETS = 512         # x TICK_MS = 51 s ahead; later deadlines go round again
+    MAX_BUFFERS = 256           # per worker: the bound of parked memory, 64 MiB at 256 KiB
+
+cdef struct Pipe:
+    int read
+    int write
+    uint32_t size
+
+cdef struct Core                # forward
+
+cdef struct Worker:
+    Core* core
+    pthread_t thread
+    int epoll
+    int wake                    # eventfd, rung by [c]
+    uint32_t index
+    uint32_t load               # [c]: flows given out and not yet polled
+    uint8_t is_started          # [c]
+    uint8_t is_joined           # [c]
+    char pad0[CACHE_LINE]
+    uint32_t wake_rung          # atomic, both
+    uint32_t stop               # atomic, [c]
+    uint32_t exited             # atomic, [w]
+    char pad1[CACHE_LINE]
+    Ring inbox                  # [c] -> [w]
+    Ring outbox                 # [w] -> [c]
+    Counters counters
+    char pad2[CACHE_LINE]
+    # From here on: the worker's own.
+    uint64_t now_ms
+    char* buffers               # MAX_BUFFERS x BUFFER_BYTES, touched lazily
+    char* scratch               # the buffer every recv starts in
+    int32_t scratch_index
+    uint32_t free_buffers
+    int32_t buffer_stack[MAX_BUFFERS]
+    Pipe pool[MAX_POOLED_PIPES]
+    uint32_t pooled
+    uint32_t pipes_held         # by flows
+    uint32_t pipes_large        # of PIPE_BYTES, held or pooled
+    uint64_t pipes_dry_until_ms
+    List all
+    List ready
+    List grave
+    uint64_t tick
+    uint64_t wheel_next         # no bucket before this tick is occupied
+    uint32_t wheel_count
+    List wheel[WHEEL_BUCKETS]
+    epoll_event events[MAX_EVENTS]
+
+cdef struct Core:               # everything that must outlive the Python object
+    uint32_t references         # atomic: the Engine and every worker thread
+    uint32_t threads
+    uint32_t capacity           # flows
+    uint32_t use_splice
+    uint32_t large_pipes        # per worker
+    int notify                  # eventfd, rung by workers, watched by asyncio
+    uint32_t notify_rung        # atomic, both
+    int done                    # eventfd, rung by a worker as its last act but one
+    Flow* flows
+    uint32_t* free_slots        # [c] stack of slots used before
+    uint32_t free_count
+    uint32_t fresh              # [c] first slot never used
+    uint32_t open_count         # [c]
+    uint64_t total              # [c]
+    uint64_t refused            # [c]
+    Worker* workers
+
+cdef struct Size:
+    size_t flows
+    size_t free_slots
+    size_t workers
+    size_t inbox
+    size_t outbox
+    size_t buffers

@@ -1,0 +1,172 @@
+# ruff: noqa: PYI021 -- the docstrings of a compiled module are read here
+"""The native engine: joins two sockets and moves bytes between them without Python."""
+
+from dataclasses import dataclass
+from typing import Final, NamedTuple, final
+
+ABI: Final[int]
+REASON_FINISHED: Final[int]
+"""Both directions saw EOF and every byte was handed to the other side's kernel."""
+REASON_RESET: Final[int]
+"""An error or a reset on `side`; the other side was reset, too."""
+REASON_ABORTED: Final[int]
+"""abort() or close()."""
+REASON_IDLE: Final[int]
+"""No byte moved for the idle limit; both sides were reset."""
+
+class Completion(NamedTuple):
+    """How a flow ended."""
+
+    token: int
+    """What relay() returned."""
+    up: int
+    """Bytes delivered from a to b."""
+    down: int
+    """Bytes delivered from b to a."""
+    reason: int
+    """One of REASON_*."""
+    side: int
+    """Who caused it: 0 nobody, 1 a, 2 b."""
+    code: int
+    """The errno behind a reset; 0 otherwise."""
+
+@dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    """A snapshot of an engine's counters and balances."""
+
+    threads: int
+    """Worker threads; 0 in the twin."""
+    flows_open: int
+    """Admitted and not yet polled."""
+    flows_total: int
+    flows_refused: int
+    """relay() calls that found every flow in use."""
+    bytes_up: int
+    bytes_down: int
+    parked_bytes: int
+    """Read and not yet delivered: in buffers, heads and pipes."""
+    buffers_in_use: int
+    """Buffers and heads that flows hold."""
+    pipes_in_use: int
+    pipes_pooled: int
+    splice_promotions: int
+    turns: int
+    """How often a flow was looked at."""
+    wakeups: int
+    """How often a worker came out of its wait."""
+    stale_events: int
+    """Events and orders that came too late and were dropped."""
+    bugs: int
+    """Broken invariants; a debug build aborts instead."""
+    fds_open: int
+    """Sockets and pipe ends the workers hold; their own event descriptors not counted."""
+
+@final
+class Engine:
+    """Native threads that join pairs of sockets and move bytes between them.
+
+    Args:
+        threads: worker threads, 1..256.
+        flows: how many pairs may be open at once; memory is used only for those that are.
+        splice: let the kernel move bulk data without copying it through user space.
+
+    Raises:
+        ValueError: an argument is out of range.
+        EngineError: no descriptors, threads or memory.
+    """
+
+    def __init__(self, threads: int = 1, *, flows: int = 65536, splice: bool = True) -> None: ...
+    def fileno(self) -> int:
+        """Return the descriptor that is readable while completions wait.
+
+        Returns:
+            An eventfd for the event loop to watch; it stays the engine's.
+
+        Raises:
+            EngineClosed: after close(), or in a forked child.
+        """
+
+    def relay(
+        self,
+        fd_a: int,
+        fd_b: int,
+        *,
+        tls_a: object | None = None,
+        tls_b: object | None = None,
+        head_a: bytes = b"",
+        head_b: bytes = b"",
+        idle: float = 0.0,
+    ) -> int:
+        """Join two connected non-blocking stream sockets.
+
+        Args:
+            fd_a: descriptor of one side.
+            fd_b: descriptor of the other side.
+            tls_a: must be None.
+            tls_b: must be None.
+            head_a: bytes already read from a; they reach b before anything else.
+            head_b: bytes already read from b; they reach a before anything else.
+            idle: seconds without a byte in either direction that end the flow; 0 = never.
+
+        Returns:
+            A token, > 0. Both descriptors are the engine's from now on.
+
+        Raises:
+            EngineError: refused; the caller still owns both descriptors.
+            EngineClosed: after close(), or in a forked child.
+            ValueError: the idle limit is out of range.
+
+        After: one Completion with this token comes out of poll().
+        """
+
+    def live(self, token: int) -> tuple[int, int] | None:
+        """Return the running byte counts of a flow.
+
+        Args:
+            token: what relay() returned.
+
+        Returns:
+            (up, down): bytes delivered a to b and b to a; None once its completion was
+            polled.
+        """
+
+    def abort(self, token: int) -> None:
+        """Reset both sides of a flow; unknown and finished flows are left alone.
+
+        Args:
+            token: what relay() returned.
+
+        After: its completion follows, with REASON_ABORTED unless the flow ended first.
+        """
+
+    def poll(self) -> list[Completion]:
+        """Collect the flows that have ended.
+
+        Returns:
+            Every waiting Completion, possibly none; never blocks. Also works after
+            close(), for the flows that close() aborted.
+
+        Raises:
+            EngineClosed: in a forked child.
+        """
+
+    def statistics(self) -> EngineStatistics:
+        """Return a snapshot of all counters; also after close().
+
+        Raises:
+            EngineClosed: in a forked child.
+        """
+
+    def close(self, deadline: float = 5.0) -> bool:
+        """Reset every flow and join the threads.
+
+        Args:
+            deadline: seconds to wait for the threads.
+
+        Returns:
+            True when every thread has been joined (at once if closed before), False when
+            the deadline passed first; then close() may be called again.
+
+        After: poll() once more for the completions of the flows that were open. Stop
+            watching fileno() before; its number is free afterwards.
+        """

@@ -1,0 +1,125 @@
+# What the kernel and the C library offer and libc.* of Cython does not declare.
+# Declarations only; everything here is called without the GIL.
+
+from libc.stdint cimport uint32_t, uint64_t
+
+cdef extern from "<sys/types.h>" nogil:
+    ctypedef int pid_t
+    ctypedef long off_t
+
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
+    pid_t getpid()
+    ssize_t read(int fd, void* into, size_t room)
+    ssize_t write(int fd, const void* data, size_t size)
+    int pipe2(int* fds, int flags)
+
+cdef extern from "<fcntl.h>" nogil:
+    int fcntl(int fd, int command, ...)
+    ssize_t splice(int fd_in, void* off_in, int fd_out, void* off_out, size_t size,
+                   unsigned int flags)
+    int O_NONBLOCK
+    int O_CLOEXEC
+    int F_GETFL
+    int F_SETPIPE_SZ
+    int F_GETPIPE_SZ
+    unsigned int SPLICE_F_MOVE
+    unsigned int SPLICE_F_NONBLOCK
+
+cdef extern from "<poll.h>" nogil:
+    cdef struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd* fds, unsigned long count, int timeout_ms)
+    short POLLIN
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int start, int flags)
+    int EFD_CLOEXEC
+    int EFD_NONBLOCK
+
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        uint64_t u64
+    cdef struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int epoll_create1(int flags)
+    int epoll_ctl(int epoll, int operation, int fd, epoll_event* event)
+    int epoll_wait(int epoll, epoll_event* events, int room, int timeout_ms)
+    int EPOLL_CLOEXEC
+    int EPOLL_CTL_ADD
+    int EPOLL_CTL_DEL
+    uint32_t EPOLLIN
+    uint32_t EPOLLOUT
+    uint32_t EPOLLPRI
+    uint32_t EPOLLERR
+    uint32_t EPOLLHUP
+    uint32_t EPOLLRDHUP
+    uint32_t EPOLLET
+
+cdef extern from "<sys/socket.h>" nogil:
+    ctypedef unsigned int socklen_t
+    cdef struct linger:
+        int l_onoff
+        int l_linger
+    ssize_t recv(int fd, void* into, size_t room, int flags)
+    ssize_t send(int fd, const void* data, size_t size, int flags)
+    int shutdown(int fd, int how)
+    int getsockopt(int fd, int level, int name, void* value, socklen_t* size)
+    int setsockopt(int fd, int level, int name, const void* value, socklen_t size)
+    int SHUT_WR
+    int SOL_SOCKET
+    int SO_ERROR
+    int SO_LINGER
+    int SO_TYPE
+    int SOCK_STREAM
+    int MSG_DONTWAIT
+    int MSG_NOSIGNAL
+    int MSG_PEEK
+
+cdef extern from "<sys/mman.h>" nogil:
+    void* mmap(void* where, size_t size, int protection, int flags, int fd, off_t offset)
+    int munmap(void* where, size_t size)
+    int madvise(void* where, size_t size, int advice)
+    void* MAP_FAILED
+    int PROT_READ
+    int PROT_WRITE
+    int MAP_PRIVATE
+    int MAP_ANONYMOUS
+    int MAP_NORESERVE
+    int MADV_DONTNEED
+    int MADV_NOHUGEPAGE
+
+cdef extern from "<time.h>" nogil:
+    ctypedef long time_t
+    ctypedef int clockid_t
+    cdef struct timespec:
+        time_t tv_sec
+        long tv_nsec
+    int clock_gettime(clockid_t clock, timespec* now)
+    clockid_t CLOCK_MONOTONIC
+    clockid_t CLOCK_MONOTONIC_COARSE
+
+cdef extern from "<signal.h>" nogil:
+    ctypedef struct sigset_t:
+        pass
+    int sigfillset(sigset_t* signals)
+    int sigdelset(sigset_t* signals, int number)
+    int SIG_SETMASK
+    int SIGSEGV
+    int SIGBUS
+    int SIGFPE
+    int SIGILL
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef unsigned long pthread_t
+    ctypedef struct pthread_attr_t:
+        pass
+    int pthread_create(pthread_t* thread, const pthread_attr_t* attributes,
+                       void* (*start)(void*) noexcept nogil, void* argument)
+    int pthread_join(pthread_t thread, void** result)
+    int pthread_detach(pthread_t thread)
+    int pthread_sigmask(int how, const sigset_t* signals, sigset_t* before)
+    int pthread_setname_np(pthread_t thread, const char* name)

@@ -1,0 +1,95 @@
+"""The command line: words in, exit code out.
+
+    0  ended by a signal, or did what was asked    1  could not start    2  wrong option
+
+Every option is read and checked before anything starts. What is heavy (asyncio and all
+above it) is imported where it is needed, so that `--help` and wrong options answer at once.
+Nothing imports this module but `__main__` and the console script.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .config import Config
+    from .environment import Settings
+
+__all__ = ["main"]
+
+FINE, WRONG_OPTION = 0, 2
+
+LATER = ("bench", "doctor", "keygen", "service", "top")
+"""Commands that are announced and not in this build yet."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program.
+
+    Args:
+        argv: words after the program's name; None = those of this process.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["demo"]:
+        from . import demo
+
+        return demo.main(words[1:])
+    if "--help" in words or "-h" in words:
+        from .help import text
+
+        print(text(), end="")
+        return FINE
+    if "--version" in words or "-V" in words:
+        print(_version())
+        return FINE
+    if words and words[0] in LATER:
+        return _refuse(f"{words[0]}: is not in this build yet")
+    return _run(words)
+
+
+def _refuse(message: str) -> int:
+    print(f"nodepass: error: {message}", file=sys.stderr)
+    return WRONG_OPTION
+
+
+def _version() -> str:
+    from importlib.util import find_spec
+
+    from . import __version__
+
+    native = find_spec("nodepass._fastcopy") is not None
+    engine = "native" if native and os.environ.get("NODEPASS_ENGINE") != "python" else "python"
+    return f"nodepass {__version__} (engine {engine}, Python {sys.version.split()[0]})"
+
+
+def _run(urls: Sequence[str]) -> int:
+    try:
+        settings, configs = _read(urls, os.environ)
+    except ConfigError as exc:
+        return _refuse(str(exc))
+    from .process import run
+
+    return run(configs, settings)
+
+
+def _read(urls: Sequence[str], environ: Mapping[str, str]) -> tuple[Settings, list[Config]]:
+    from .config import Config, check_together
+    from .environment import Settings, suggest
+
+    if not urls:
+        raise ConfigError("url", "is missing; nodepass --help has examples")
+    for word in urls:
+        if word.startswith("-"):
+            raise ConfigError(word, f"is not an option; {suggest(word, ('--help', '--version'))}")
+    settings = Settings.from_environment(environ)
+    configs = [Config.parse(url, environ, settings) for url in urls]
+    check_together(configs)
+    return settings, configs

@@ -1,0 +1,129 @@
+"""The asyncio face of a control channel: a connection's bytes to and from a Session.
+
+Owns: the control connection once its handshake is done, its timer, and the coalescing of
+signals: all that is said in one turn of the loop leaves in one write. Never decides
+anything; the rules are in `session`. Called by `server` and `client`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import cast
+
+from .net import limit_silence
+from .session import SILENT_PERIODS, Event, Lost, Session
+
+
+class Control(asyncio.Protocol):
+    """Run a Session over a connected socket until it ends.
+
+    Args:
+        session: the rules; its events come out at `on_event`, `Lost` last and once.
+        on_event: called in the loop with one event at a time; must not raise.
+    """
+
+    def __init__(self, session: Session, on_event: Callable[[Event], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._session = session
+        self._on_event = on_event
+        self._transport: asyncio.Transport | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_flush_due = False
+        self._is_blocked = False
+        self._has_told_loss = False
+        session.on_output = self._flush_soon
+
+    async def open(self, sock: socket.socket, interval: float, head: bytes = b"") -> None:
+        """Take over a connection.
+
+        Args:
+            sock: connected, non-blocking; ours from here on, whatever happens.
+            interval: report period, seconds.
+            head: bytes that were read beyond the handshake.
+        """
+        try:
+            # Here the peer always reads, so unacknowledged bytes do mean a dead path.
+            limit_silence(sock, SILENT_PERIODS * interval)
+            await self._loop.create_connection(lambda: self, sock=sock)
+        except BaseException:
+            sock.close()
+            raise
+        if head:
+            self.data_received(head)
+        self._tick()
+
+    def close(self, reason: str) -> None:
+        """End the session from our side: say bye, send what is queued, close. Idempotent."""
+        if self._session.is_open:
+            self._session.bye(reason)
+        self._has_told_loss = True
+        self._end()
+
+    # ------------------------------------------------------------- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._deliver(self._session.receive_data(data, self._loop.time()))
+
+    def eof_received(self) -> bool:
+        self._deliver(self._session.receive_data(b"", self._loop.time()))
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        reason = str(exc).lower() if exc is not None else "the connection was closed"
+        self._deliver(self._session.cut(reason))
+        self._end()
+
+    def pause_writing(self) -> None:
+        self._is_blocked = True
+
+    def resume_writing(self) -> None:
+        self._is_blocked = False
+        self._flush()
+
+    # --------------------------------------------------------------------- private
+
+    def _deliver(self, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, Lost):
+                self._end()
+                if self._has_told_loss:
+                    continue
+                self._has_told_loss = True
+            self._on_event(event)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._deliver(self._session.tick(self._loop.time()))
+        if self._session.is_open:
+            self._timer = self._loop.call_at(self._session.next_tick(), self._tick)
+
+    def _flush_soon(self) -> None:
+        if not self._is_flush_due:
+            self._is_flush_due = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._is_flush_due = False
+        # While the peer does not read, signals stay with the session, which counts them and
+        # gives up on the peer when there are too many.
+        if self._transport is None or self._is_blocked:
+            return
+        data = self._session.data_to_send()
+        if data:
+            self._transport.write(data)
+
+    def _end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._transport is not None:
+            self._is_blocked = False
+            self._flush()
+            transport, self._transport = self._transport, None
+            transport.close()

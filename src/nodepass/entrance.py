@@ -1,0 +1,193 @@
+"""Who stands at the tunnel port and has not yet said what it is.
+
+Owns: every accepted connection from the greeting to its first whole line, the deadlines, and
+the limits on strangers (docs/protocol.md, "Limits before anyone is trusted"). Runs on
+callbacks alone: no task, no timer beyond one, so that a stranger costs next to nothing and
+one silent connection delays nobody. Called by `server`.
+
+    caller ── one whole line ──> on_opening(caller, hello or link claim)
+       ├───── data port opened from its address ──> promote() ──> a seed client's control
+       └───── deadline, EOF, garbage ──> dropped, counted, told once a minute
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+from collections.abc import Callable
+from typing import Final
+
+from . import net, wire
+from .errors import PeerWireError
+from .handshake import ServerHandshake
+from .log import Log
+from .message import NONCE_SIZE, VERSION, Greeting, Hello, LinkClaim
+
+MAX_CALLERS: Final = 256
+"""Unfinished handshakes at once: what 256 strangers cost is some 2 KiB each."""
+MAX_CALLERS_PER_HOST: Final = 64
+"""Of one source address: twice what a client needs to refill in parallel."""
+READ_SIZE: Final = 2 * wire.MAX_LINE
+"""Bytes per read: a whole first line and some."""
+
+
+class Caller:
+    """One connection that has been greeted and not yet understood."""
+
+    __slots__ = ("deadline", "handshake", "host", "port", "said", "sock")
+
+    def __init__(
+        self, sock: socket.socket, host: str, port: int, handshake: ServerHandshake
+    ) -> None:
+        self.sock = sock
+        self.host = host
+        self.port = port
+        self.handshake = handshake
+        self.deadline: asyncio.TimerHandle | None = None
+        self.said = b""
+        """What it wrote so far, at most one line."""
+
+    @property
+    def address(self) -> str:
+        return net.join_address(self.host, self.port)
+
+
+class Entrance:
+    """Greet connections and find out what they are.
+
+    Args:
+        timeout: seconds from accept to a whole first line.
+        on_opening: called with the caller, whose socket is then the hearer's, and its line.
+        on_stranger: called for each connection that is turned away.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        timeout: float,
+        on_opening: Callable[[Caller, Hello | LinkClaim], None],
+        on_stranger: Callable[[], None],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._log = log
+        self._timeout = timeout
+        self._on_opening = on_opening
+        self._on_stranger = on_stranger
+        self._callers: dict[int, Caller] = {}
+        self._per_host: dict[str, int] = {}
+        self._has_swept = False
+        self.data_port = 0
+        """What the greeting offers to seed clients; 0 = they are not admitted."""
+
+    def __len__(self) -> int:
+        return len(self._callers)
+
+    def admit(self, sock: socket.socket, host: str, port: int) -> None:
+        """Greet a fresh connection; it is the entrance's from here on."""
+        if self._is_full(host):
+            self._sweep()
+        if self._is_full(host):
+            self._turn_away(sock, host, "too many unfinished handshakes", f"limit {host}")
+            return
+        nonce = secrets.token_bytes(NONCE_SIZE)
+        handshake = ServerHandshake(Greeting(self.data_port, 0, nonce, False, VERSION))
+        try:
+            # A fresh socket's send buffer takes 62 bytes at once, or the peer is gone already.
+            sock.send(handshake.greeting_line)
+        except OSError:
+            self._turn_away(sock, host, "it left before the greeting", f"left {host}")
+            return
+        caller = Caller(sock, host, port, handshake)
+        self._callers[sock.fileno()] = caller
+        self._per_host[host] = self._per_host.get(host, 0) + 1
+        self._loop.add_reader(sock.fileno(), self._read, caller)
+        caller.deadline = self._loop.call_later(self._timeout, self._expire, caller)
+
+    def promote(self, host: str) -> Caller | None:
+        """Release the newest silent caller of an address: its data connection has come."""
+        for caller in reversed(self._callers.values()):
+            if caller.host == host and not caller.said:
+                self._release(caller)
+                return caller
+        return None
+
+    def close(self) -> None:
+        """Drop everybody; idempotent."""
+        for caller in list(self._callers.values()):
+            self._release(caller)
+            net.reset(caller.sock)
+
+    def _is_full(self, host: str) -> bool:
+        is_host_full = self._per_host.get(host, 0) >= MAX_CALLERS_PER_HOST
+        return is_host_full or len(self._callers) >= MAX_CALLERS
+
+    def _sweep(self) -> None:
+        """Hear those whose line has come but not had its turn of the loop yet.
+
+        A client that refills in a burst may have more connections accepted in one turn than
+        the limit allows; that alone makes it no stranger. Once a turn, so that a flood of
+        silent connections cannot make us look at all of them again for each new one.
+        """
+        if self._has_swept:
+            return
+        self._has_swept = True
+        self._loop.call_soon(self._allow_sweep)
+        for caller in list(self._callers.values()):
+            self._read(caller)
+
+    def _allow_sweep(self) -> None:
+        self._has_swept = False
+
+    def _read(self, caller: Caller) -> None:
+        try:
+            data = caller.sock.recv(READ_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(caller, "it closed without a word" if not caller.said else "cut short")
+            return
+        caller.said = (caller.said + data)[: wire.MAX_LINE]
+        try:
+            opening = caller.handshake.receive(data)
+        except PeerWireError as exc:
+            self._drop(caller, str(exc))
+            return
+        if opening is not None:
+            self._release(caller)
+            self._on_opening(caller, opening)
+
+    def _expire(self, caller: Caller) -> None:
+        if caller.said:
+            self._drop(caller, f"its first line stayed unfinished; {wire.identify(caller.said)}")
+        elif self.data_port:
+            self._drop(
+                caller,
+                f"it stayed silent; if it is a NodePass 1.0.3/1.0.4 client, it cannot reach the "
+                f"data port {self.data_port}",
+            )
+        else:
+            self._drop(caller, "it stayed silent; seed clients are not admitted here")
+
+    def _drop(self, caller: Caller, why: str) -> None:
+        self._release(caller)
+        self._turn_away(caller.sock, caller.host, why, caller.host)
+
+    def _turn_away(self, sock: socket.socket, host: str, why: str, key: str) -> None:
+        net.reset(sock)
+        self._on_stranger()
+        self._log.repeated("warn", f"stranger {key}", "turned away", host=host, why=why)
+
+    def _release(self, caller: Caller) -> None:
+        fd = caller.sock.fileno()
+        self._loop.remove_reader(fd)
+        del self._callers[fd]
+        if caller.deadline is not None:
+            caller.deadline.cancel()
+        left = self._per_host[caller.host] - 1
+        if left:
+            self._per_host[caller.host] = left
+        else:
+            del self._per_host[caller.host]

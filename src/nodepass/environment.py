@@ -1,0 +1,235 @@
+"""The environment: variables become one frozen `Settings`, the same for every tunnel.
+
+The defaults stand in `Settings`; `VARIABLES` says how each variable is read and what the
+help prints about it. A bad value is an error, never replaced by a default.
+
+Reads no file and no clock. `config` calls it; everyone may hold the `Settings` it makes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .address import is_number
+from .errors import ConfigError
+
+__all__ = ["VARIABLES", "Settings", "Variable", "parse_duration", "show_duration", "suggest"]
+
+# Microseconds have three spellings in Go: us, the micro sign U+00B5 and the Greek mu U+03BC.
+_UNITS = {
+    "ns": 1e-9,
+    "us": 1e-6,
+    "\u00b5s": 1e-6,
+    "\u03bcs": 1e-6,
+    "ms": 1e-3,
+    "s": 1.0,
+    "m": 60.0,
+    "h": 3600.0,
+}
+_TERM = re.compile(r"(\d+\.?\d*|\.\d+)([a-z\u00b5\u03bc]+)", re.ASCII)
+
+
+def parse_duration(text: str) -> float:
+    """Read a Go duration such as 300ms, 1.5s, 1m30s, 2h45m.
+
+    Returns:
+        Seconds; negative where the text is.
+
+    Raises:
+        ValueError: not Go's grammar (`time.ParseDuration`).
+    """
+    body = text.removeprefix("-") if text.startswith("-") else text.removeprefix("+")
+    if body == "0":
+        return 0.0
+    total = 0.0
+    end = 0
+    for term in _TERM.finditer(body):
+        unit = _UNITS.get(term[2])
+        if term.start() != end or unit is None:
+            raise ValueError(text)
+        total += float(term[1]) * unit
+        end = term.end()
+    if end != len(body) or not body:
+        raise ValueError(text)
+    return -total if text.startswith("-") else total
+
+
+def show_duration(seconds: float) -> str:
+    """Write seconds the way `parse_duration` reads them."""
+    if seconds >= _UNITS["h"] and seconds % _UNITS["h"] == 0:
+        return f"{seconds / _UNITS['h']:.0f}h"
+    if seconds == int(seconds):
+        return f"{seconds:.0f}s"
+    return f"{seconds * 1000:g}ms"
+
+
+def available_cores() -> int:
+    """Count the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the environment decides: the same for every tunnel of the process."""
+
+    semaphore_limit: int = 1024
+    min_pool_capacity: int = 16
+    max_pool_capacity: int = 1024
+    udp_data_buf_size: int = 8192
+    udp_read_timeout: float = 5.0
+    udp_idle_timeout: float = 120.0
+    report_interval: float = 5.0
+    service_cooldown: float = 5.0
+    shutdown_timeout: float = 5.0
+    reload_interval: float = 3600.0
+    handshake_timeout: float = 5.0
+    dial_timeout: float = 5.0
+    threads: int = field(default_factory=available_cores)
+    engine: Literal["native", "python"] = "native"
+    splice: bool = True
+    log_format: Literal["text", "json"] = "text"
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> Settings:
+        """Read every variable of `VARIABLES`; the rest keep their defaults.
+
+        Raises:
+            ConfigError: a value cannot be used, or a NODEPASS_ name is unknown.
+        """
+        _refuse_unknown(environ)
+        given = {v.field: v.read(environ[v.name]) for v in VARIABLES if v.name in environ}
+        settings = cls(**given)  # type: ignore[arg-type]  # the table gives each field its type
+        low, high = settings.min_pool_capacity, settings.max_pool_capacity
+        if low > high:
+            raise ConfigError(
+                "MIN_POOL_CAPACITY" if "min_pool_capacity" in given else "MAX_POOL_CAPACITY",
+                f"MIN_POOL_CAPACITY ({low}) is more than MAX_POOL_CAPACITY ({high});"
+                " set both, the first at most as large as the second",
+            )
+        return settings
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """One environment variable: where it goes, how it is read, what the help says."""
+
+    name: str
+    field: str
+    kind: Callable[[str], object]
+    expects: str
+    meaning: str
+
+    def read(self, text: str) -> object:
+        """Return the value, or raise ConfigError saying what it may be."""
+        try:
+            return self.kind(text)
+        except ValueError:
+            shown = f"{text!r} is not" if text else "is empty; unset it or give"
+            raise ConfigError(self.name, f"{shown} {self.expects}") from None
+
+    @property
+    def default(self) -> str:
+        """The default as the help shows it."""
+        if self.field == "threads":
+            return "cores"
+        value = getattr(Settings(), self.field)
+        if isinstance(value, float):
+            return show_duration(value)
+        return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def _count(name: str, low: int, high: int, meaning: str) -> Variable:
+    def read(text: str) -> int:
+        if not is_number(text) or not low <= int(text) <= high:
+            raise ValueError(text)
+        return int(text)
+
+    short = name.removeprefix("NODEPASS_").lower()
+    return Variable(name, short, read, f"a whole number, {low}..{high}", meaning)
+
+
+SHORTEST = 0.001
+"""Seconds; less would be a busy loop where the duration is a period."""
+
+LONGEST = 8760 * 3600.0
+"""Seconds, a year; well inside what every clock and timer here can hold."""
+
+
+def _duration(name: str, meaning: str, low: float = SHORTEST) -> Variable:
+    def read(text: str) -> float:
+        seconds = parse_duration(text)
+        if not low <= seconds <= LONGEST:
+            raise ValueError(text)
+        return seconds
+
+    least = show_duration(low)
+    expects = f"a duration such as 300ms, 5s or 1m30s, {least}..{show_duration(LONGEST)}"
+    return Variable(name, name.lower(), read, expects, meaning)
+
+
+def _choice(name: str, values: tuple[str, ...], meaning: str) -> Variable:
+    def read(text: str) -> object:
+        if text.lower() not in values:
+            raise ValueError(text)
+        return text == "1" if values == ("0", "1") else text.lower()
+
+    short = name.removeprefix("NODEPASS_").lower()
+    return Variable(name, short, read, " or ".join(values), meaning)
+
+
+FLOWS_LIMIT = 65536
+"""Most relays one engine holds; limits above it could never be reached."""
+
+VARIABLES: tuple[Variable, ...] = (
+    _count("SEMAPHORE_LIMIT", 1, FLOWS_LIMIT, "most visitors served at once; more wait"),
+    _count("MIN_POOL_CAPACITY", 1, FLOWS_LIMIT, "fewest idle links kept ready"),
+    _count("MAX_POOL_CAPACITY", 1, FLOWS_LIMIT, "most idle links"),
+    _count("UDP_DATA_BUF_SIZE", 1, 65535, "largest datagram carried, bytes"),
+    _duration("UDP_READ_TIMEOUT", "seed dialect: how long a datagram waits for its answer"),
+    _duration("UDP_IDLE_TIMEOUT", "native dialect: end of a silent UDP session"),
+    _duration("REPORT_INTERVAL", "heartbeat and report period; lost after three"),
+    _duration("SERVICE_COOLDOWN", "longest pause before dialling a lost tunnel again"),
+    _duration("SHUTDOWN_TIMEOUT", "how long open relays may finish after SIGTERM", 0.0),
+    _duration("RELOAD_INTERVAL", "how often certificate files are looked at"),
+    _duration("HANDSHAKE_TIMEOUT", "from accept to a finished handshake"),
+    _duration("DIAL_TIMEOUT", "target and tunnel dials"),
+    _count("NODEPASS_THREADS", 1, 256, "engine threads"),
+    _choice("NODEPASS_ENGINE", ("native", "python"), "python = the slow twin"),
+    _choice("NODEPASS_SPLICE", ("0", "1"), "0 = never splice, always copy"),
+    _choice("LOG_FORMAT", ("text", "json"), "json = one JSON object a line"),
+)
+
+_ELSEWHERE = (
+    "NODEPASS_PASSWORD",
+    "NODEPASS_PASSWORD_FILE",
+    "NODEPASS_UDP_GSO",
+    # Read while building, left over in many a shell that runs the result.
+    "NODEPASS_DEBUG",
+    "NODEPASS_PURE",
+    "NODEPASS_SANITIZE",
+)
+# Test switches, and what Kubernetes and Docker set for a service called "nodepass".
+_FOREIGN = re.compile(r"NODEPASS_(TEST_.*|SERVICE_(HOST|PORT.*)|PORT(_.*)?|NAME|ENV_.*)")
+
+
+def _refuse_unknown(environ: Mapping[str, str]) -> None:
+    known = [*_ELSEWHERE, *(v.name for v in VARIABLES)]
+    for name in environ:
+        if name.startswith("NODEPASS_") and name not in known and not _FOREIGN.fullmatch(name):
+            ours = [k for k in known if k.startswith("NODEPASS_")]
+            raise ConfigError(name, f"is not a variable of ours; {suggest(name, ours)}")
+
+
+def suggest(wrong: str, known: Iterable[str]) -> str:
+    """Name the nearest of what is known, or all of it."""
+    from difflib import get_close_matches
+
+    known = list(known)
+    near = get_close_matches(wrong, known, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"

@@ -1,0 +1,119 @@
+"""Every error the package raises on purpose.
+
+NodePassError
+├── ConfigError(ValueError)          bad URL or option; names the option
+├── WireError                        bytes that break the protocol
+│   ├── LocalWireError               we tried to send nonsense: our bug
+│   └── PeerWireError                they sent nonsense: drop the connection
+├── TunnelError                      handshake refused, control lost, peer silent
+│   └── AuthError                    a proof did not match
+├── PoolError
+│   ├── PoolTimeout(TimeoutError)    no idle link within the deadline
+│   └── PoolClosed                   the tunnel is being stopped
+├── ListenError(OSError)             an address of ours cannot be had; address, errno
+├── DialError(OSError)               nobody answered; address, errno, attempts
+└── EngineError(OSError)             the engine refused; operation, errno
+    └── EngineClosed                 the engine has been closed
+
+This module imports nothing of ours; everybody may import it.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+class NodePassError(Exception):
+    """The root: catches everything that the package raises on purpose."""
+
+
+class ConfigError(NodePassError, ValueError):
+    """An option has a value that cannot be used."""
+
+    def __init__(self, option: str, message: str) -> None:
+        super().__init__(f"{option}: {message}")
+        self.option = option
+        """Name of the query parameter, variable or URL part at fault."""
+        self.message = message
+        """What it may be, one clause."""
+
+
+class WireError(NodePassError):
+    """Bytes that break the protocol."""
+
+
+class LocalWireError(WireError, ValueError):
+    """This side tried to send something the protocol cannot carry."""
+
+
+class PeerWireError(WireError):
+    """The other side sent something the protocol does not allow."""
+
+
+class TunnelError(NodePassError):
+    """The pairing with the other side failed or ended."""
+
+    def __init__(self, message: str, *, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
+        """One of the protocol's refusal words, or empty."""
+
+
+class AuthError(TunnelError):
+    """A proof did not match, or the other side cannot prove anything."""
+
+
+class PoolError(NodePassError):
+    """No link can be had."""
+
+
+class PoolTimeout(PoolError, TimeoutError):
+    """No link became idle within the deadline."""
+
+
+class PoolClosed(PoolError):
+    """The pool is closed; no link will ever come."""
+
+
+class ListenError(NodePassError, OSError):
+    """An address to listen on cannot be had."""
+
+    def __init__(self, address: str, code: int, detail: str = "") -> None:
+        text = detail or os.strerror(code).lower()
+        super().__init__(code, f"cannot listen on {address}: {text}")
+        self.address = address
+        """What was asked for, as "host:port"."""
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+class DialError(NodePassError, OSError):
+    """No address of a name could be reached."""
+
+    def __init__(self, address: str, code: int, attempts: int, detail: str = "") -> None:
+        text = detail or os.strerror(code).lower()
+        super().__init__(code, f"cannot reach {address}: {text}")
+        self.address = address
+        """What was dialled, as "host:port"."""
+        self.attempts = attempts
+        """How many resolved addresses were tried; 0 = the name did not resolve."""
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+class EngineError(NodePassError, OSError):
+    """The engine could not do what it was asked."""
+
+    def __init__(self, operation: str, code: int) -> None:
+        super().__init__(code, f"engine {operation}: {os.strerror(code)}")
+        self.operation = operation
+        """Name of the engine method or system call."""
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+class EngineClosed(EngineError):
+    """The engine has been closed, or belongs to the parent of this process."""

@@ -1,0 +1,101 @@
+# The life of a flow on its worker: admission, turns, and the one way out.
+#
+# Ownership: both fds belong to the flow from relay() on; flow_bury() is the only place that
+# closes them. Order of closing (pitfalls: fd reuse): state DEAD, off every list, EPOLL DEL,
+# close, and only then the slot may travel back to the control plane.
+
+
+# Move a flow along the diagram in _fastcopy.pxd.
+cdef inline void flow_move(Worker* w, Flow* flow, int state) noexcept nogil:
+    NP_BUG(flow.state != state - 1, &w.counters.bugs, b"flow took an illegal step")
+    flow.state = <uint8_t>state
+
+
+cdef inline void fd_close(Worker* w, int fd) noexcept nogil:
+    NP_BUG(sys_close(fd) == -EBADF, &w.counters.bugs, b"closed a stranger's descriptor")
+    take_own64(&w.counters.fds_open, 1)
+
+
+# Register both sockets. No extra look at them is needed: adding a socket that is readable
+# or writable already queues an event (man epoll(7)), so early data, an early FIN and an
+# early RST all come with the next epoll_wait. Runs on: the worker.
+cdef void flow_admit(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
+    cdef uint64_t tag = (<uint64_t>load_relaxed32(&flow.generation) << 32) | (slot << 1)
+    cdef int side
+    cdef int rc
+    flow_move(w, flow, FLOW_OPEN)
+    list_append(w.core.flows, &w.all, LINK_ALL, slot)
+    add_own64(&w.counters.fds_open, 2)
+    flow.active_ms = w.now_ms
+    if flow.idle_ms:
+        wheel_put(w, flow, slot)
+    for side in range(2):
+        if flow.ways[side].parked != NULL:
+            add_own64(&w.counters.heads_open, 1)
+            add_own64(&w.counters.parked_bytes, flow.ways[side].parked_to)
+    for side in range(2):
+        rc = sys_epoll_add(w.epoll, flow.legs[side].fd, tag | <uint64_t>side)
+        if rc < 0:
+            flow_bury(w, flow, slot, R_RESET, side + 1, -rc)
+            return
+
+
+# -> 1 if the flow wants another turn in this round's successor, 0 otherwise.
+# Runs on: the worker.
+cdef int flow_turn(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
+    cdef int up = way_pump(w, flow, slot, 0)
+    cdef int down
+    if up < 0:
+        return 0
+    down = way_pump(w, flow, slot, 1)
+    if down < 0:
+        return 0
+    if flow.ways[0].state == WAY_SHUT and flow.ways[1].state == WAY_SHUT:
+        flow_bury(w, flow, slot, R_FINISHED, 0, 0)
+        return 0
+    return up | down
+
+
+# The end of a flow, whatever the reason. R_FINISHED closes politely: both FINs are sent and
+# received, nothing is unread. Every other end is a reset on both sides, so that nobody
+# takes a cut stream for a whole one. Runs on: the worker.
+cdef void flow_bury(
+    Worker* w, Flow* flow, uint32_t slot, int reason, int side, int code
+) noexcept nogil:
+    cdef Flow* flows = w.core.flows
+    cdef int i
+    flow_move(w, flow, FLOW_DEAD)
+    flow.reason = <uint8_t>reason
+    flow.side = <uint8_t>side
+    flow.code = code
+    list_remove(flows, &w.all, LINK_ALL, slot)
+    if flow.is_ready:
+        flow.is_ready = 0
+        list_remove(flows, &w.ready, LINK_READY, slot)
+    if flow.idle_ms:
+        wheel_drop(w, flow, slot)
+    for i in range(2):
+        way_clear(w, &flow.ways[i])
+        leg_close(w, &flow.legs[i], reason != R_FINISHED)
+    list_append(flows, &w.grave, LINK_READY, slot)
+
+
+cdef void leg_close(Worker* w, Leg* leg, bint reset) noexcept nogil:
+    cdef int fd = leg.fd
+    cdef int rc = sys_epoll_delete(w.epoll, fd)
+    NP_BUG(rc == -EBADF, &w.counters.bugs, b"a socket was closed by a stranger")
+    if reset:
+        rc = sys_arm_reset(fd)
+        NP_BUG(rc == -ENOTSOCK, &w.counters.bugs, b"a socket number was taken over")
+    leg.fd = -1
+    leg.bits = 0
+    fd_close(w, fd)
+
+
+# Let go of whatever a direction still holds: parked bytes, a pipe.
+cdef void way_clear(Worker* w, Way* way) noexcept nogil:
+    if way.parked != NULL:
+        way_unpark(w, way)
+    if way.pipe_read >= 0:
+        take_own64(&w.counters.parked_bytes, way.pipe_bytes)
+        pipe_give(w, way)

@@ -1,0 +1,227 @@
+# All memory of the engine: tables mapped once at Engine(), flow slots, parked-byte buffers,
+# heads, and the intrusive lists that thread flows together. The only file that allocates.
+
+cdef enum:
+    BUFFER_BYTES = 262144       # one recv; see "Buffer size" in docs/engine.md for the figures
+    WARM_BUFFERS = 8            # per worker; free buffers that may stay resident (2 MiB)
+
+
+# -> the sizes of everything mapped for `threads` workers and `capacity` flows.
+cdef inline Size slab_sizes(uint32_t threads, uint32_t capacity) noexcept nogil:
+    cdef Size size
+    cdef size_t cells = 1
+    while cells < capacity:
+        cells *= 2
+    size.flows = capacity * sizeof(Flow)
+    size.free_slots = capacity * sizeof(uint32_t)
+    size.workers = threads * sizeof(Worker)
+    size.inbox = cells * INBOX_PER_FLOW * sizeof(uint64_t)
+    size.outbox = cells * sizeof(uint64_t)
+    size.buffers = <size_t>MAX_BUFFERS * BUFFER_BYTES
+    return size
+
+
+# -> 0 and *result with every table mapped and no fd open, -errno and nothing kept otherwise.
+# Runs on: control plane.
+cdef int core_open(uint32_t threads, uint32_t capacity, Core** result) noexcept nogil:
+    cdef Size size = slab_sizes(threads, capacity)
+    cdef Core* core = <Core*>calloc(1, sizeof(Core))
+    cdef Worker* w
+    cdef uint32_t i
+    cdef int rc = 0
+    result[0] = NULL
+    if core == NULL:
+        return -ENOMEM
+    core.references = 1
+    core.threads = threads
+    core.capacity = capacity
+    core.notify = -1
+    core.done = -1
+    rc = sys_map(size.workers, <void**>&core.workers)
+    if rc == 0:
+        rc = sys_map(size.flows, <void**>&core.flows)
+    if rc == 0:
+        rc = sys_map(size.free_slots, <void**>&core.free_slots)
+    if rc == 0:
+        for i in range(threads):
+            w = &core.workers[i]
+            w.core = core
+            w.index = i
+            w.epoll = -1
+            w.wake = -1
+            rc = worker_map(w, &size)
+            if rc < 0:
+                break
+    if rc < 0:
+        core_unmap(core)
+        return rc
+    result[0] = core
+    return 0
+
+
+# -> 0 or -errno; what was mapped is found again by core_unmap().
+cdef int worker_map(Worker* w, Size* size) noexcept nogil:
+    cdef int rc = sys_map(size.inbox, <void**>&w.inbox.cells)
+    if rc == 0:
+        rc = sys_map(size.outbox, <void**>&w.outbox.cells)
+    if rc == 0:
+        rc = sys_map(size.buffers, <void**>&w.buffers)
+    if rc < 0:
+        return rc
+    w.inbox.mask = size.inbox // sizeof(uint64_t) - 1
+    w.outbox.mask = size.outbox // sizeof(uint64_t) - 1
+    w.free_buffers = 0
+    cdef int32_t i
+    for i in range(MAX_BUFFERS):
+        w.buffer_stack[i] = MAX_BUFFERS - 1 - i     # lowest addresses are taken first
+    w.free_buffers = MAX_BUFFERS
+    w.scratch_index = buffer_take(w)
+    w.scratch = buffer_at(w, w.scratch_index)
+    list_clear(&w.all)
+    list_clear(&w.ready)
+    list_clear(&w.grave)
+    for i in range(WHEEL_BUCKETS):
+        list_clear(&w.wheel[i])
+    return 0
+
+
+# Give every table back. Frees memory only: fds are closed by their owners before.
+cdef void core_unmap(Core* core) noexcept nogil:
+    cdef Size size = slab_sizes(core.threads, core.capacity)
+    cdef Worker* w
+    cdef uint32_t i
+    if core.workers != NULL:
+        for i in range(core.threads):
+            w = &core.workers[i]
+            if w.inbox.cells != NULL:
+                sys_unmap(w.inbox.cells, size.inbox)
+            if w.outbox.cells != NULL:
+                sys_unmap(w.outbox.cells, size.outbox)
+            if w.buffers != NULL:
+                sys_unmap(w.buffers, size.buffers)
+        sys_unmap(core.workers, size.workers)
+    if core.flows != NULL:
+        sys_unmap(core.flows, size.flows)
+    if core.free_slots != NULL:
+        sys_unmap(core.free_slots, size.free_slots)
+    free(core)
+
+
+# Drop one reference; the last one out closes the event fds and frees the tables.
+# Runs on: control plane and workers (as their last act).
+cdef void core_release(Core* core) noexcept nogil:
+    if subtract32(&core.references, 1) == 0:
+        core_close_events(core)
+        core_unmap(core)
+
+
+# Close the event fds. Only when no worker is left to ring them.
+cdef void core_close_events(Core* core) noexcept nogil:
+    cdef uint32_t i
+    for i in range(core.threads):
+        if core.workers[i].wake >= 0:
+            sys_close(core.workers[i].wake)
+            core.workers[i].wake = -1
+    if core.notify >= 0:
+        sys_close(core.notify)
+        core.notify = -1
+    if core.done >= 0:
+        sys_close(core.done)
+        core.done = -1
+
+
+# -> a free slot, NONE_SLOT if every flow is in use. Slots used before come first: they are
+# resident already. Runs on: control plane.
+cdef uint32_t slot_take(Core* core) noexcept nogil:
+    cdef uint32_t slot
+    if core.free_count:
+        core.free_count -= 1
+        slot = core.free_slots[core.free_count]
+    elif core.fresh < core.capacity:
+        slot = core.fresh
+        core.fresh += 1
+        store_relaxed32(&core.flows[slot].generation, 1)
+    else:
+        return NONE_SLOT
+    core.open_count += 1
+    return slot
+
+
+# The generation rises, so that every tag and token of the old life is a stranger from now
+# on. 31 bits: a token stays below 2**63. Runs on: control plane, after poll().
+cdef void slot_give(Core* core, uint32_t slot) noexcept nogil:
+    cdef Flow* flow = &core.flows[slot]
+    cdef uint32_t generation = (load_relaxed32(&flow.generation) + 1) & 0x7FFFFFFF
+    store_relaxed32(&flow.generation, generation if generation else 1)
+    core.free_slots[core.free_count] = slot
+    core.free_count += 1
+    core.open_count -= 1
+
+
+cdef inline char* buffer_at(Worker* w, int32_t index) noexcept nogil:
+    return w.buffers + <size_t>index * BUFFER_BYTES
+
+
+# -> pool index, -1 if the pool is dry. Runs on: the worker.
+cdef inline int32_t buffer_take(Worker* w) noexcept nogil:
+    if w.free_buffers == 0:
+        return -1
+    w.free_buffers -= 1
+    return w.buffer_stack[w.free_buffers]
+
+
+# A buffer given back while many are free leaves memory: a burst of slow readers must not
+# stay resident for ever. Runs on: the worker.
+cdef inline void buffer_give(Worker* w, int32_t index) noexcept nogil:
+    NP_BUG(w.free_buffers >= MAX_BUFFERS, &w.counters.bugs, b"buffer given twice")
+    if w.counters.buffers_in_use > WARM_BUFFERS:
+        sys_forget(buffer_at(w, index), BUFFER_BYTES)
+    elif NP_DEBUG:
+        memset(buffer_at(w, index), 0xDD, BUFFER_BYTES)
+    w.buffer_stack[w.free_buffers] = index
+    w.free_buffers += 1
+
+
+# -> a copy of bytes that were read before admission, NULL without memory. Owned by the
+# flow; freed by head_give(). Runs on: control plane.
+cdef char* head_take(const char* data, size_t size) noexcept nogil:
+    cdef char* head = <char*>malloc(size)
+    if head != NULL:
+        memcpy(head, data, size)
+    return head
+
+
+cdef void head_give(char* head) noexcept nogil:
+    free(head)
+
+
+# Intrusive lists: a flow is on a list of each kind at most once.
+cdef inline void list_clear(List* chain) noexcept nogil:
+    chain.first = NONE_SLOT
+    chain.last = NONE_SLOT
+    chain.count = 0
+
+
+cdef inline void list_append(Flow* flows, List* chain, int kind, uint32_t slot) noexcept nogil:
+    cdef Link* link = &flows[slot].links[kind]
+    link.next = NONE_SLOT
+    link.prev = chain.last
+    if chain.last == NONE_SLOT:
+        chain.first = slot
+    else:
+        flows[chain.last].links[kind].next = slot
+    chain.last = slot
+    chain.count += 1
+
+
+cdef inline void list_remove(Flow* flows, List* chain, int kind, uint32_t slot) noexcept nogil:
+    cdef Link* link = &flows[slot].links[kind]
+    if link.prev == NONE_SLOT:
+        chain.first = link.next
+    else:
+        flows[link.prev].links[kind].next = link.next
+    if link.next == NONE_SLOT:
+        chain.last = link.prev
+    else:
+        flows[link.next].links[kind].prev = link.prev
+    chain.count -= 1

@@ -1,0 +1,229 @@
+# The plain TCP pump: bytes of one direction from src to dst.
+#
+# Copy mode: recv into the worker's scratch buffer, send from it. What dst does not take is
+# parked by handing the whole buffer over to the way; the worker takes another one. While
+# something is parked the way does not read: back-pressure is the kernel's. With no buffer
+# left (MAX_BUFFERS slow receivers) the worker peeks, sends, and consumes only what dst
+# took, so nothing has to be kept and nobody has to wait for anybody.
+#
+# Bulk mode: splice src -> pipe -> dst. A pipe is filled only when empty, so EAGAIN while
+# filling always means "src is empty" and never "pipe is full".
+#
+# EOF is read only when nothing is parked, hence: EOF -> SHUT_WR(dst) at once, and no byte
+# can be behind it.
+#
+# Step functions return: > 0 bytes of progress, 0 wait for an event, < 0 the flow is buried.
+
+cdef enum:
+    TURN_BYTES = 1048576        # budget of one direction in one turn, then the tail of the list
+    PROMOTE_READS = 8           # full reads in a row that make a direction bulk
+    DEMOTE_BYTES = 65536        # a fill below this is a small one ...
+    DEMOTE_FILLS = 16           # ... and so many in a row end bulk mode
+
+
+# -> 1 more to do but out of budget, 0 wait for an event, -1 the flow is buried.
+# Runs on: the worker.
+cdef int way_pump(Worker* w, Flow* flow, uint32_t slot, int index) noexcept nogil:
+    cdef Way* way = &flow.ways[index]
+    cdef Leg* src = &flow.legs[index]
+    cdef Leg* dst = &flow.legs[1 - index]
+    cdef ssize_t budget = TURN_BYTES
+    cdef ssize_t rc = 0
+    cdef int more = 0
+    while way.state == WAY_OPEN and dst.bits & MAY_WRITE:
+        if way.parked != NULL:
+            rc = way_send_parked(w, flow, slot, index)
+        elif way.pipe_bytes:
+            rc = way_drain_pipe(w, flow, slot, index)
+        elif not src.bits & MAY_READ:
+            break
+        elif budget <= 0:
+            more = 1
+            break
+        elif way.bulk and not src.bits & SEEN_URGENT and way_has_pipe(w, way):
+            rc = way_fill_pipe(w, flow, slot, index)
+        else:
+            rc = way_copy(w, flow, slot, index)
+        if rc < 0:
+            return -1
+        if rc == 0:
+            break
+        budget -= rc
+    if way.pipe_read >= 0 and way.pipe_bytes == 0:
+        pipe_give(w, way)
+    return more
+
+
+# Copy mode: one recv, one send.
+cdef ssize_t way_copy(Worker* w, Flow* flow, uint32_t slot, int index) noexcept nogil:
+    cdef Way* way = &flow.ways[index]
+    cdef Leg* src = &flow.legs[index]
+    cdef Leg* dst = &flow.legs[1 - index]
+    cdef bint is_dry = w.free_buffers == 0
+    cdef ssize_t got = sys_recv(src.fd, w.scratch, BUFFER_BYTES, MSG_PEEK if is_dry else 0)
+    cdef ssize_t sent
+    if got == 0:
+        return way_end(w, flow, slot, index)
+    if got == -EAGAIN:
+        src.bits &= ~<uint32_t>MAY_READ
+        return 0
+    if got < 0:
+        return flow_reset(w, flow, slot, index, <int>-got)
+    sent = sys_send(dst.fd, w.scratch, got)
+    if sent < 0:
+        if sent != -EAGAIN:
+            return flow_reset(w, flow, slot, 1 - index, <int>-sent)
+        sent = 0
+    way_account(w, flow, index, sent)
+    if sent < got:
+        dst.bits &= ~<uint32_t>MAY_WRITE    # a short write means "full": man epoll(7), Q9
+    if is_dry:
+        if sent and sys_recv(src.fd, w.scratch, sent, 0) != sent:
+            NP_BUG(1, &w.counters.bugs, b"peeked bytes went away")
+            return flow_reset(w, flow, slot, index, EIO)
+    elif sent < got:
+        way_park(w, way, sent, got)
+    if got < BUFFER_BYTES:
+        way.streak = 0
+        # A short read means "drained" (man epoll(7), Q9): whatever comes later is a new
+        # edge. Not so if a FIN is known to be queued, or recv may have stopped at an
+        # urgent mark, or peeked bytes are still there.
+        if not src.bits & (SEEN_RDHUP | SEEN_URGENT) and (not is_dry or sent == got):
+            src.bits &= ~<uint32_t>MAY_READ
+    elif not way.bulk and w.core.use_splice and not way.no_splice:
+        way.streak += 1
+        if way.streak >= PROMOTE_READS:
+            way.bulk = 1
+            way.streak = 0
+            add_own64(&w.counters.splice_promotions, 1)
+    return sent if sent == got else 0
+
+
+# EOF of src, with everything delivered: pass it on, once.
+cdef ssize_t way_end(Worker* w, Flow* flow, uint32_t slot, int index) noexcept nogil:
+    cdef Leg* dst = &flow.legs[1 - index]
+    cdef int rc = sys_shutdown_write(dst.fd)
+    cdef int code
+    if rc < 0:
+        # ENOTCONN: the connection died and its event is still on the way.
+        code = sys_socket_error(dst.fd)
+        if code == 0:
+            code = ECONNRESET if rc == -ENOTCONN else -rc
+        return flow_reset(w, flow, slot, 1 - index, code)
+    flow.ways[index].state = WAY_SHUT
+    flow.legs[index].bits &= ~<uint32_t>MAY_READ
+    return 1
+
+
+# Parked bytes first: they are older than anything in the socket.
+cdef ssize_t way_send_parked(Worker* w, Flow* flow, uint32_t slot, int index) noexcept nogil:
+    cdef Way* way = &flow.ways[index]
+    cdef Leg* dst = &flow.legs[1 - index]
+    cdef size_t size = way.parked_to - way.parked_from
+    cdef ssize_t sent = sys_send(dst.fd, way.parked + way.parked_from, size)
+    if sent < 0:
+        if sent != -EAGAIN:
+            return flow_reset(w, flow, slot, 1 - index, <int>-sent)
+        sent = 0
+    way_account(w, flow, index, sent)
+    way.parked_from += sent
+    take_own64(&w.counters.parked_bytes, sent)
+    if <size_t>sent < size:
+        dst.bits &= ~<uint32_t>MAY_WRITE
+        return 0
+    way_unpark(w, way)
+    return sent
+
+
+# The scratch buffer, with what dst did not take, becomes the way's; no byte is copied.
+# The caller made sure that another buffer is free.
+cdef void way_park(Worker* w, Way* way, size_t start, size_t stop) noexcept nogil:
+    way.parked = w.scratch
+    way.parked_from = start
+    way.parked_to = stop
+    way.buffer = w.scratch_index
+    add_own64(&w.counters.parked_bytes, stop - start)
+    add_own64(&w.counters.buffers_in_use, 1)
+    w.scratch_index = buffer_take(w)
+    w.scratch = buffer_at(w, w.scratch_index)
+
+
+# Give the parked buffer back, with or without bytes left in it.
+cdef void way_unpark(Worker* w, Way* way) noexcept nogil:
+    take_own64(&w.counters.parked_bytes, way.parked_to - way.parked_from)
+    if way.buffer >= 0:
+        buffer_give(w, way.buffer)
+        take_own64(&w.counters.buffers_in_use, 1)
+    else:
+        head_give(way.parked)
+        take_own64(&w.counters.heads_open, 1)
+    way.parked = NULL
+    way.buffer = -1
+
+
+# -> 1 if the way holds a pipe or could get one.
+cdef inline bint way_has_pipe(Worker* w, Way* way) noexcept nogil:
+    return way.pipe_read >= 0 or pipe_take(w, way)
+
+
+# Bulk mode, first half: socket to empty pipe.
+cdef ssize_t way_fill_pipe(Worker* w, Flow* flow, uint32_t slot, int index) noexcept nogil:
+    cdef Way* way = &flow.ways[index]
+    cdef Leg* src = &flow.legs[index]
+    cdef ssize_t got = sys_splice(src.fd, way.pipe_write, way.pipe_size)
+    if got == 0:
+        return way_end(w, flow, slot, index)
+    if got == -EAGAIN:
+        src.bits &= ~<uint32_t>MAY_READ
+        return 0
+    if got == -EINVAL or got == -ENOSYS:
+        way.no_splice = 1           # these sockets cannot; recv and send will tell the rest
+        way.bulk = 0
+        return 1
+    if got < 0:
+        return flow_reset(w, flow, slot, index, <int>-got)
+    way.pipe_bytes = <uint32_t>got
+    add_own64(&w.counters.parked_bytes, got)
+    flow.active_ms = w.now_ms
+    if got >= DEMOTE_BYTES:
+        way.streak = 0
+    else:
+        way.streak += 1
+        if way.streak >= DEMOTE_FILLS:
+            way.bulk = 0
+            way.streak = 0
+    return got
+
+
+# Bulk mode, second half: pipe to socket. Bytes count as progress once, when read.
+cdef ssize_t way_drain_pipe(Worker* w, Flow* flow, uint32_t slot, int index) noexcept nogil:
+    cdef Way* way = &flow.ways[index]
+    cdef Leg* dst = &flow.legs[1 - index]
+    cdef ssize_t sent = sys_splice(way.pipe_read, dst.fd, way.pipe_bytes)
+    if sent == -EAGAIN or sent == 0:
+        dst.bits &= ~<uint32_t>MAY_WRITE
+        return 0
+    if sent < 0:
+        return flow_reset(w, flow, slot, 1 - index, <int>-sent)
+    way.pipe_bytes -= <uint32_t>sent
+    take_own64(&w.counters.parked_bytes, sent)
+    way_account(w, flow, index, sent)
+    return 1
+
+
+# Bytes the kernel of dst has taken.
+cdef inline void way_account(Worker* w, Flow* flow, int index, size_t size) noexcept nogil:
+    flow.active_ms = w.now_ms
+    add_own64(&flow.ways[index].delivered, size)
+    if index == 0:
+        add_own64(&w.counters.bytes_up, size)
+    else:
+        add_own64(&w.counters.bytes_down, size)
+
+
+# The reset law; `index` is the leg at fault. -> always -1.
+cdef inline ssize_t flow_reset(
+    Worker* w, Flow* flow, uint32_t slot, int index, int code
+) noexcept nogil:
+    flow_bury(w, flow, slot, R_RESET, index + 1, code)
+    return -1

@@ -1,0 +1,145 @@
+"""The client's side of the pool: dial links in parallel until enough lie ready.
+
+Owns: how many dials are under way, the pause after failures, and the launches that came
+before their link. The dial itself is the caller's function. Called by `client`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Final
+
+from .errors import NodePassError, PoolTimeout
+from .log import Log
+from .pool import Link, Shelf
+from .session import Backoff
+
+MAX_CONNECTING: Final = 32
+"""TCP connects under way at once: fills 200 links in a third of a second at 50 ms."""
+MAX_DIALS: Final = 60
+"""Dials under way at once, handshakes included: a server bears 64 from one address."""
+QUIET_FAILURES: Final = 3
+"""Failed dials in a row that stay at debug level: a server that stops refuses a few."""
+
+Spawn = Callable[[Coroutine[object, object, None], str], None]
+
+
+class Filler:
+    """Keep a shelf as full as is wanted.
+
+    Args:
+        shelf: where fresh links go.
+        dial: makes one link; may raise NodePassError or OSError.
+        spawn: runs a task.
+        random: gives a fraction, 0 <= f < 1, for the pauses.
+        pause: seconds, ceiling of the pause between failing dials.
+    """
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        dial: Callable[[], Awaitable[Link]],
+        spawn: Spawn,
+        random: Callable[[], float],
+        pause: float,
+        log: Log,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._shelf = shelf
+        self._dial = dial
+        self._spawn = spawn
+        self._random = random
+        self._backoff = Backoff(pause)
+        self._log = log
+        self._failures = 0
+        self._retry: asyncio.TimerHandle | None = None
+        self._claims: dict[int | str, asyncio.Future[Link]] = {}
+        self._is_closed = False
+        self.dialling = 0
+        """Dials under way."""
+        self.made = 0
+        """Links made since the start."""
+        self.wanted = 0
+        """How many links should lie ready; set it, then `fill`."""
+        self.connecting = asyncio.Semaphore(MAX_CONNECTING)
+        """For the dial function to hold while its TCP connect is under way."""
+
+    def fill(self) -> None:
+        """Begin as many dials as links are missing; harmless to call at any time."""
+        if self._is_closed or self._retry is not None:
+            return
+        missing = self.wanted - len(self._shelf) - self.dialling
+        for _ in range(min(missing, MAX_DIALS - self.dialling)):
+            self.dialling += 1
+            self._spawn(self._make(), "dialling a link")
+
+    async def claim(self, name: int | str, timeout: float) -> Link:  # noqa: ASYNC109
+        """Return the link of this name, waiting for one whose launch came first.
+
+        Raises:
+            PoolTimeout: it did not come within `timeout` seconds.
+        """
+        link = self._shelf.claim(name)
+        if link is not None:
+            return link
+        if name in self._claims:
+            raise PoolTimeout(f"link {name} is asked for twice")
+        place: asyncio.Future[Link] = self._loop.create_future()
+        self._claims[name] = place
+        try:
+            async with asyncio.timeout(timeout):
+                return await place
+        except TimeoutError as exc:
+            raise PoolTimeout(f"link {name} never came") from exc
+        finally:
+            self._claims.pop(name, None)
+
+    def close(self) -> None:
+        """Dial no more; what is under way ends with the task group, or by itself."""
+        self._is_closed = True
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+        for place in self._claims.values():
+            place.cancel()
+
+    async def _make(self) -> None:
+        try:
+            link = await self._dial()
+        except (NodePassError, OSError) as exc:
+            self._fail(exc)
+            return
+        finally:
+            self.dialling -= 1
+        self._failures = 0
+        self._backoff.reset()
+        self._give(link)
+        self.fill()
+
+    def _give(self, link: Link) -> None:
+        if self._is_closed:
+            link.sock.close()
+            return
+        self.made += 1
+        place = self._claims.pop(link.name, None)
+        if place is not None and not place.done():
+            place.set_result(link)
+        else:
+            self._shelf.put(link)
+
+    def _fail(self, exc: Exception) -> None:
+        if self._is_closed:
+            return
+        self._failures += 1
+        if self._failures > QUIET_FAILURES:
+            self._log.repeated("warn", "link", "cannot make a link", why=exc)
+        else:
+            self._log.debug("cannot make a link", why=exc)
+        if self._retry is None:
+            pause = self._backoff.next_pause(self._random())
+            self._retry = self._loop.call_later(pause, self._try_again)
+
+    def _try_again(self) -> None:
+        self._retry = None
+        self.fill()

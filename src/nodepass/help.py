@@ -1,0 +1,99 @@
+"""The text of `nodepass --help`, written from the tables it describes.
+
+Only `cli` calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .config import PARAMETERS, Mode, Parameter
+from .environment import VARIABLES
+
+__all__ = ["text"]
+
+HEAD = """\
+nodepass - a tunnel between two machines; the client dials out, so it needs no open port
+
+usage: nodepass URL [URL ...]          run these tunnels until SIGINT or SIGTERM
+       nodepass demo                   see and measure a tunnel on this machine
+       nodepass --version | --help
+
+  server://[password@]tunnel_host:tunnel_port/target_host:target_port[?log=...&...]
+  client://[password@]tunnel_host:tunnel_port/target_host:target_port[?log=...&...]
+
+  The server listens on the tunnel address for clients and on the target address for visitors.
+  The client dials the tunnel address, and its own target address for each visitor.
+  Hosts are IPv4, [IPv6] or names. None at all (:10101) is every address of the server, and
+  this machine for the client. '?' and '&' mean something to a shell: put the URL in quotes.
+
+examples:
+  A web server at home, seen on port 8080 of a rented machine:
+    rented machine   nodepass "server://:10101/:8080"
+    at home          nodepass "client://rented.example.org:10101/127.0.0.1:80"
+  The ssh of that machine as well, in the same two processes:
+    rented machine   nodepass "server://:10101/:8080" "server://:10102/:2222"
+    at home          nodepass "client://rented.example.org:10101/127.0.0.1:80" \\
+                              "client://rented.example.org:10102/127.0.0.1:22"
+  With every detail in the log:
+    nodepass "server://[2001:db8::1]:10101/127.0.0.1:5432?log=debug"
+"""
+
+TAIL = """\
+exit code: 0 ended by a signal, 1 could not start, 2 wrong option
+signals:   SIGINT, SIGTERM end after the open relays, a second one at once; SIGHUP re-reads files
+"""
+
+LATER = {
+    "tls": "only 0 in this build",
+    "crt": "not in this build yet",
+    "key": "not in this build yet",
+    "ca": "not in this build yet",
+    "sni": "not in this build yet",
+    "udp": "only 0 in this build",
+}
+"""What the parser knows and refuses for now."""
+
+PASSWORD_ROW = (
+    "NODEPASS_PASSWORD[_FILE]",
+    "-",
+    "the password, or a file that holds it (not in this build yet)",
+)
+
+
+def text() -> str:
+    """Return the whole help, ending in a line feed."""
+    parameters = [(p.name, _where(p), p.default or "-", _meaning(p)) for p in PARAMETERS]
+    variables = [(v.name, v.default, v.meaning) for v in VARIABLES]
+    parts = (
+        HEAD,
+        _table(("query", "where", "default", "meaning"), parameters),
+        _table(("environment", "default", "meaning"), [*variables, PASSWORD_ROW]),
+        "  Durations are Go's: 300ms, 5s, 1m30s, 2h45m.\n",
+        TAIL,
+    )
+    return "\n".join(parts)
+
+
+def _where(parameter: Parameter) -> str:
+    return "both" if len(parameter.modes) == len(Mode) else parameter.modes[0].value
+
+
+def _meaning(parameter: Parameter) -> str:
+    said = parameter.meaning
+    if parameter.name == "log":
+        said += ": " + " ".join(parameter.values)
+    later = LATER.get(parameter.name)
+    return f"{said} ({later})" if later else said
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Lay out columns, each as wide as its longest cell."""
+    lines = [head, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return "".join(
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        + "\n"
+        for line in lines
+    )

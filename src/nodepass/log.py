@@ -1,0 +1,229 @@
+"""Log lines: one call, one line, on stderr.
+
+    2026-11-22 10:21:27.248  INFO  tunnel up  server=10.0.0.1:10101  dialect=native
+
+Built on the standard `logging`, under the logger `nodepass`, so a program that embeds
+us takes the lines wherever it likes; only the command line calls `setup`. A line is
+complete (fields included, secrets masked) before it reaches any handler.
+
+Ground floor: imports nothing of ours. Everyone but `wire` and `session` may import it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+from datetime import UTC, datetime
+from time import monotonic
+from typing import TextIO
+
+__all__ = ["LEVELS", "Log", "mask", "setup"]
+
+LEVELS: dict[str, int] = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warn": logging.WARNING,
+    "error": logging.ERROR,
+    "fatal": logging.CRITICAL,
+    "none": logging.CRITICAL + 10,
+}
+"""Level names of the command line, with the numbers of `logging`; "none" is above all."""
+
+REPEAT_PAUSE = 60.0
+"""Seconds between two lines about one repeated fault."""
+
+REPEAT_KEYS = 1024
+"""Most faults watched at once; keys may hold peer addresses, so strangers choose how many."""
+
+ROOT = logging.getLogger("nodepass")
+ROOT.addHandler(logging.NullHandler())  # silent, not lastResort, where a host program sets nothing
+
+_NAMES = {number: name.upper() for name, number in LEVELS.items()}
+_COLOURS = {"DEBUG": "2", "INFO": "32", "WARN": "33", "ERROR": "31", "FATAL": "1;31"}
+_PASSWORD = re.compile(r'(?<=//)[^/\s"]+(?=@)')
+_PLAIN = re.compile(r'[^\s"=]+')
+
+
+def mask(text: str) -> str:
+    """Hide what stands where a URL has its password."""
+    return _PASSWORD.sub("***", text)
+
+
+def setup(fmt: str = "text", stream: TextIO | None = None) -> None:
+    """Send the lines of this process to a stream; a second call replaces the first.
+
+    Args:
+        fmt: "text", or "json" for one object a line.
+        stream: where to; None = stderr.
+    """
+    target = sys.stderr if stream is None else stream
+    handler = logging.StreamHandler(target)
+    handler.setFormatter(_Json() if fmt == "json" else _Text(_wants_colour(target)))
+    # What asyncio itself has to say (a task that died unseen) takes the same shape.
+    for logger in (ROOT, logging.getLogger("asyncio")):
+        for old in [h for h in logger.handlers if isinstance(h.formatter, _Text | _Json)]:
+            logger.removeHandler(old)
+        logger.addHandler(handler)
+        logger.propagate = False
+    ROOT.setLevel(logging.DEBUG)  # each Log has a level of its own
+
+
+def _wants_colour(stream: TextIO) -> bool:
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return False
+    return stream.isatty()
+
+
+class _Text(logging.Formatter):
+    def __init__(self, colour: bool) -> None:
+        super().__init__()
+        self._colour = colour
+
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = datetime.fromtimestamp(record.created).astimezone()
+        level = _NAMES.get(record.levelno, record.levelname)
+        if self._colour:
+            level = f"\x1b[{_COLOURS.get(level, '0')}m{level}\x1b[0m"
+        text = f"{stamp:%Y-%m-%d %H:%M:%S}.{stamp.microsecond // 1000:03d}  {level}  "
+        text += record.getMessage()
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        return mask(text)
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": _NAMES.get(record.levelno, record.levelname).lower(),
+            "message": getattr(record, "event", None) or mask(record.getMessage()),
+            "logger": record.name,
+        }
+        fields: dict[str, object] = getattr(record, "fields", {})
+        for key, value in fields.items():
+            line.setdefault(key, value)
+        if record.exc_info:
+            line["traceback"] = mask(self.formatException(record.exc_info))
+        return json.dumps(line, ensure_ascii=False)
+
+
+class Log:
+    """Where one object writes its lines; carries a level and the fields they all share."""
+
+    __slots__ = ("_fields", "_level", "_logger", "_repeats", "is_debug", "level", "name")
+
+    def __init__(self, name: str, level: str = "info", /, **fields: object) -> None:
+        self.name = name
+        """Which part of the program speaks: "server", "pool", …"""
+        self.level = level
+        """One of `LEVELS`."""
+        self.is_debug = LEVELS[level] <= logging.DEBUG
+        """Whether debug lines leave; read it before building a costly one."""
+        self._level = LEVELS[level]
+        self._logger = logging.getLogger(f"nodepass.{name}")
+        self._fields = fields
+        self._repeats: dict[str, tuple[float, int]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Log {self.name} {self.level} {_pairs(_values(self._fields))}>"
+
+    def child(self, **fields: object) -> Log:
+        """Return a Log whose lines also carry these fields; repeats are counted together."""
+        log = Log(self.name, self.level, **{**self._fields, **fields})
+        log._repeats = self._repeats
+        return log
+
+    def debug(self, message: str, /, **fields: object) -> None:
+        """Say what helps to find a fault."""
+        self._write(logging.DEBUG, message, fields)
+
+    def info(self, message: str, /, **fields: object) -> None:
+        """Say what an operator likes to know."""
+        self._write(logging.INFO, message, fields)
+
+    def warn(self, message: str, /, **fields: object) -> None:
+        """Say what is not as it should be, though all goes on."""
+        self._write(logging.WARNING, message, fields)
+
+    def error(self, message: str, /, **fields: object) -> None:
+        """Say what failed; an exception among the fields adds its traceback."""
+        self._write(logging.ERROR, message, fields)
+
+    def fatal(self, message: str, /, **fields: object) -> None:
+        """Say why the program ends."""
+        self._write(logging.CRITICAL, message, fields)
+
+    def repeated(self, level: str, key: str, message: str, /, **fields: object) -> None:
+        """Report a fault that may come often: at once, then at most one line a minute.
+
+        Args:
+            level: one of `LEVELS`.
+            key: names the fault; the lines of one key are counted together.
+            message: as for the other methods; a later line adds repeats=N, the
+                times it happened since the line before.
+        """
+        now = monotonic()
+        last, count = self._repeats.pop(key, (now - REPEAT_PAUSE, 0))
+        if now - last < REPEAT_PAUSE:
+            self._repeats[key] = (last, count + 1)
+            return
+        if len(self._repeats) >= REPEAT_KEYS:
+            del self._repeats[next(iter(self._repeats))]
+        self._repeats[key] = (now, 0)
+        if count:
+            fields = {**fields, "repeats": count + 1}
+        self._write(LEVELS[level], message, fields)
+
+    def _write(self, level: int, message: str, fields: dict[str, object]) -> None:
+        if level < self._level or not self._logger.isEnabledFor(level):
+            return
+        values = _values({**self._fields, **fields})
+        event = _one_line(mask(message))
+        self._logger.log(
+            level,
+            f"{event}  {_pairs(values)}" if values else event,
+            exc_info=_failure(fields) if level >= logging.ERROR else None,
+            extra={"event": event, "fields": values},
+            stacklevel=3,
+        )
+
+
+def _values(fields: dict[str, object]) -> dict[str, object]:
+    """Keep numbers as they are and turn all else into masked text."""
+    return {
+        key: value if isinstance(value, int | float | None) else mask(_text(value))
+        for key, value in fields.items()
+    }
+
+
+def _text(value: object) -> str:
+    if isinstance(value, BaseException):
+        return f"{type(value).__name__}: {value}" if str(value) else type(value).__name__
+    return str(value)
+
+
+def _pairs(values: dict[str, object]) -> str:
+    return "  ".join(f"{key}={_quoted(value)}" for key, value in values.items())
+
+
+def _quoted(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = str(value)
+    if _PLAIN.fullmatch(text) and text.isprintable():
+        return text
+    return _one_line(json.dumps(text, ensure_ascii=False))
+
+
+def _one_line(text: str) -> str:
+    """Escape what could start a line of its own or talk to the terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _failure(fields: dict[str, object]) -> BaseException | None:
+    return next((v for v in fields.values() if isinstance(v, BaseException)), None)

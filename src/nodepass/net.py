@@ -1,0 +1,421 @@
+"""Sockets: listen, dial, resolve, options, accept back-off, hang-up watch.
+
+Owns: every rule about how a TCP socket of ours comes to be. Sockets are bare and
+non-blocking, never wrapped in a transport, because the engine takes them over: a transport
+would already have read bytes that belong to the relay. Called by `pool`, `server`, `client`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import select
+import socket
+import struct
+from collections.abc import Callable
+from itertools import chain, zip_longest
+from typing import Final, cast
+
+from .errors import DialError, ListenError
+
+KEEPALIVE_IDLE: Final = 30
+"""Seconds: below the shortest NAT time-out for TCP seen in the wild (60 s)."""
+KEEPALIVE_INTERVAL: Final = 10
+"""Seconds between probes."""
+KEEPALIVE_PROBES: Final = 3
+"""Unanswered probes until the path is dead: found out within a minute in all."""
+BACKLOG: Final = 4096
+"""Connections the kernel may hold for us; it cuts this to net.core.somaxconn."""
+ACCEPT_BATCH: Final = 64
+"""Accepts per wake-up, so that a flood on one listener leaves the loop to others."""
+ACCEPT_PAUSE: Final = 0.1
+"""Seconds without accepting after the system ran out of something (EMFILE and its like)."""
+HAPPY_DELAY: Final = 0.25
+"""Seconds before the next address is tried beside the last: RFC 8305, section 8."""
+
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_LINGER_RESET: Final = struct.pack("ii", 1, 0)
+
+SocketAddress = tuple[str, int] | tuple[str, int, int, int]
+Candidate = tuple[int, SocketAddress]
+OnAccept = Callable[[socket.socket, str, int], None]
+
+
+def join_address(host: str, port: int) -> str:
+    """Write an address as people do: "host:port", IPv6 in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def plain_host(host: str) -> str:
+    """Undo what a dual-stack socket makes of an IPv4 address."""
+    return host.removeprefix("::ffff:") if "." in host else host
+
+
+def is_literal(host: str) -> bool:
+    """Tell whether a host is an IP address, so that nothing needs to be resolved."""
+    return _literal_family(host) is not None
+
+
+def tune(sock: socket.socket) -> None:
+    """Set what every TCP leg of ours has; a listener passes it on to what it accepts.
+
+    No TCP_USER_TIMEOUT here: Linux also counts it while a peer's window stays closed, so it
+    would cut off a reader that merely pauses. `tests/system` shows this.
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+
+
+def limit_silence(sock: socket.socket, seconds: float) -> None:
+    """End a connection whose bytes stay unacknowledged; only where the peer always reads."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        option = socket.TCP_USER_TIMEOUT
+        sock.setsockopt(socket.IPPROTO_TCP, option, max(1, int(seconds * 1000)))
+
+
+def reset(sock: socket.socket) -> None:
+    """Close a socket so that its peer sees a reset, never a clean end."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+    sock.close()
+
+
+def has_ended(sock: socket.socket) -> bool:
+    """Tell whether the peer of an idle connection has gone, without taking a byte from it."""
+    try:
+        return not sock.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+# ---------------------------------------------------------------------------- listening
+
+
+async def listen(host: str, port: int) -> list[socket.socket]:
+    """Open listening sockets on every address of a host.
+
+    Args:
+        host: address or name; empty = every address, one dual-stack socket where possible.
+        port: 0..65535; 0 = the kernel picks one, the same for all.
+
+    Returns:
+        At least one non-blocking listening socket, the caller's own.
+
+    Raises:
+        ListenError: the name does not resolve, or an address cannot be bound.
+    """
+    shown = join_address(host, port)
+    opened: list[socket.socket] = []
+    try:
+        for family, address in await _listen_addresses(host, port):
+            if opened and port == 0:
+                address = (address[0], opened[0].getsockname()[1], *address[2:])  # noqa: PLW2901
+            opened.append(_bind(family, address, is_dual=not host))
+    except OSError as exc:
+        for sock in opened:
+            sock.close()
+        detail = f"cannot resolve {host}" if isinstance(exc, socket.gaierror) else ""
+        raise ListenError(shown, exc.errno or 0, detail) from exc
+    return opened
+
+
+async def _listen_addresses(host: str, port: int) -> list[Candidate]:
+    if host:
+        return await _resolve(host, port, is_passive=True)
+    if socket.has_dualstack_ipv6():
+        return [(socket.AF_INET6, ("::", port))]
+    return [(socket.AF_INET, ("0.0.0.0", port))]  # noqa: S104 - the user asked for every address
+
+
+def _bind(family: int, address: SocketAddress, *, is_dual: bool) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not is_dual)
+        tune(sock)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class Listener:
+    """Accept on listening sockets and hand over bare non-blocking connections.
+
+    Args:
+        socks: listening sockets; owned from here on.
+        on_accept: called with the connection, now the hearer's, and the peer's host and port.
+        on_exhausted: called when the system has run out of something; accepting then pauses
+            for ACCEPT_PAUSE seconds and goes on by itself.
+    """
+
+    def __init__(
+        self,
+        socks: list[socket.socket],
+        on_accept: OnAccept,
+        on_exhausted: Callable[[OSError], None],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._socks = socks
+        self._on_accept = on_accept
+        self._on_exhausted = on_exhausted
+        self._is_reading = False
+        self._is_paused = True
+        self._retry: asyncio.TimerHandle | None = None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of the first socket."""
+        name = self._socks[0].getsockname()
+        return str(name[0]), int(name[1])
+
+    @property
+    def is_paused(self) -> bool:
+        return self._is_paused
+
+    def resume(self) -> None:
+        """Begin, or go on, accepting."""
+        self._is_paused = False
+        self._poll()
+
+    def pause(self) -> None:
+        """Leave new connections in the kernel's queue; none is refused."""
+        self._is_paused = True
+        self._poll()
+
+    def close(self) -> None:
+        """Stop listening; idempotent."""
+        self.pause()
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+        for sock in self._socks:
+            sock.close()
+        self._socks = []
+
+    def _poll(self) -> None:
+        wants = not self._is_paused and self._retry is None
+        if wants == self._is_reading:
+            return
+        self._is_reading = wants
+        for sock in self._socks:
+            if wants:
+                self._loop.add_reader(sock.fileno(), self._accept, sock)
+            else:
+                self._loop.remove_reader(sock.fileno())
+
+    def _accept(self, listening: socket.socket) -> None:
+        for _ in range(ACCEPT_BATCH):
+            if not self._is_reading:
+                return
+            try:
+                sock, address = listening.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as exc:
+                # What accept(2) reports of a connection that died in the queue is no fault
+                # of the listener; the next one may be fine.
+                if exc.errno in _EXHAUSTED:
+                    self._back_off(exc)
+                    return
+                continue
+            sock.setblocking(False)
+            self._on_accept(sock, plain_host(address[0]), address[1])
+
+    def _back_off(self, exc: OSError) -> None:
+        self._retry = self._loop.call_later(ACCEPT_PAUSE, self._try_again)
+        self._poll()
+        self._on_exhausted(exc)
+
+    def _try_again(self) -> None:
+        self._retry = None
+        self._poll()
+
+
+# ------------------------------------------------------------------------------ dialling
+
+
+async def dial(host: str, port: int, timeout: float) -> socket.socket:  # noqa: ASYNC109
+    """Connect to a host, resolving its name afresh and racing its addresses.
+
+    Args:
+        host: address or name; empty = this machine.
+        timeout: seconds for all of it.
+
+    Returns:
+        A tuned non-blocking connection, the caller's own.
+
+    Raises:
+        DialError: the name does not resolve, or no address answered in time.
+
+    Source: RFC 8305 (happy eyeballs).
+    """
+    host = host or "localhost"
+    shown = join_address(host, port)
+    attempts = 0
+    try:
+        async with asyncio.timeout(timeout):
+            family = _literal_family(host)
+            if family is not None:
+                attempts = 1
+                return await _connect((family, (host, port)))
+            candidates = await _resolve(host, port)
+            attempts = len(candidates)
+            return await _race(candidates)
+    except TimeoutError as exc:
+        raise DialError(shown, errno.ETIMEDOUT, attempts) from exc
+    except socket.gaierror as exc:
+        text = f"the name does not resolve ({exc.strerror})"
+        raise DialError(shown, errno.EHOSTUNREACH, 0, text) from exc
+    except OSError as exc:
+        raise DialError(shown, exc.errno or errno.EIO, attempts) from exc
+
+
+async def _resolve(host: str, port: int, *, is_passive: bool = False) -> list[Candidate]:
+    loop = asyncio.get_running_loop()
+    flags = socket.AI_PASSIVE if is_passive else 0
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    # dict: a hosts file may list one address twice; cast: typeshed knows builds without IPv6
+    candidates = list(dict.fromkeys((int(f), cast(SocketAddress, a)) for f, _, _, _, a in found))
+    if is_passive:
+        return candidates
+    # RFC 8305, section 4: take turns between the families, the resolver's first one first.
+    first = [c for c in candidates if c[0] == candidates[0][0]]
+    other = [c for c in candidates if c[0] != candidates[0][0]]
+    turns = chain.from_iterable(zip_longest(first, other))
+    return [candidate for candidate in turns if candidate is not None]
+
+
+async def _race(candidates: list[Candidate]) -> socket.socket:
+    """Try addresses in order, each HAPPY_DELAY after the last or at once when it failed."""
+    waiting = list(reversed(candidates))
+    running: set[asyncio.Task[socket.socket]] = set()
+    failure: OSError = OSError(errno.EHOSTUNREACH, "no address")
+    try:
+        while waiting or running:
+            if waiting:
+                running.add(asyncio.ensure_future(_connect(waiting.pop())))
+            done, running = await asyncio.wait(
+                running,
+                timeout=HAPPY_DELAY if waiting else None,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            for task in done:
+                try:
+                    sock = task.result()
+                except OSError as exc:
+                    failure = exc
+                    continue
+                _close_others(done - {task})
+                return sock
+        raise failure
+    finally:
+        for task in running:
+            task.cancel()
+            task.add_done_callback(_close_late)
+
+
+def _close_others(done: set[asyncio.Task[socket.socket]]) -> None:
+    for task in done:
+        _close_late(task)
+
+
+def _close_late(task: asyncio.Task[socket.socket]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        task.result().close()
+
+
+async def _connect(candidate: Candidate) -> socket.socket:
+    family, address = candidate
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        tune(sock)
+        await asyncio.get_running_loop().sock_connect(sock, address)
+        if sock.getsockname()[:2] == address[:2]:
+            # Nobody listens on a port of this machine from the ephemeral range, and the
+            # kernel has picked that very port for us: we are talking to ourselves.
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _literal_family(host: str) -> socket.AddressFamily | None:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, host)
+        except OSError:
+            continue
+        return family
+    return None
+
+
+# ------------------------------------------------------------------------ hang-up watch
+
+
+class HangupWatch:
+    """Tell when the peers of many idle connections close or reset them.
+
+    One epoll set stands behind one reader of the loop, so a connection costs two system
+    calls in and out instead of a handle. Bytes that arrive early are left where they are;
+    without epoll (not Linux) they also end the watch of that connection.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._epoll = select.epoll() if hasattr(select, "epoll") else None
+        if self._epoll is not None:
+            self._loop.add_reader(self._epoll.fileno(), self._drain, self._epoll)
+
+    def add(self, sock: socket.socket, on_hangup: Callable[[], None]) -> None:
+        """Watch a connection until `remove`; may call back more than once."""
+        fd = sock.fileno()
+        self._callbacks[fd] = on_hangup
+        if self._epoll is not None:
+            self._epoll.register(fd, select.EPOLLRDHUP | select.EPOLLET)
+        else:
+            self._loop.add_reader(fd, self._readable, fd)
+
+    def remove(self, sock: socket.socket) -> None:
+        """Forget a connection; must happen before it is closed or handed over."""
+        fd = sock.fileno()
+        if self._callbacks.pop(fd, None) is None:
+            return
+        if self._epoll is not None:
+            self._epoll.unregister(fd)
+        else:
+            self._loop.remove_reader(fd)
+
+    def close(self) -> None:
+        """Forget all; idempotent."""
+        if self._epoll is not None and not self._epoll.closed:
+            self._loop.remove_reader(self._epoll.fileno())
+            self._epoll.close()
+        elif self._epoll is None:
+            for fd in self._callbacks:
+                self._loop.remove_reader(fd)
+        self._callbacks.clear()
+
+    def _drain(self, epoll: select.epoll) -> None:
+        for fd, _ in epoll.poll(0, 256):
+            callback = self._callbacks.get(fd)
+            if callback is not None:
+                callback()
+
+    def _readable(self, fd: int) -> None:
+        self._loop.remove_reader(fd)
+        self._callbacks[fd]()

@@ -1,0 +1,104 @@
+"""Proofs that a peer holds the password, or belongs to a session: pure functions.
+
+Every proof is an HMAC over a length-prefixed list of what both sides saw, so that a middle
+man who changes, swaps or replays any of it fails. Entropy comes in as arguments.
+
+Source: docs/protocol.md, "Proofs".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from typing import Final
+
+from .errors import LocalWireError
+from .message import KEY_SIZE, Hello
+from .wire import pack_hello
+
+EXPORTER_LABEL: Final = b"EXPORTER-Channel-Binding"
+"""RFC 9266; the bytes it yields are the binding `B` of the proofs."""
+SCRYPT_SALT: Final = b"nodepass/2"
+SCRYPT_COST: Final = 2**15
+"""With r=8 this takes 32 MiB and about 0.1 s: once per process, costly per guess."""
+SCRYPT_BLOCK: Final = 8
+SCRYPT_MEMORY: Final = 64 * 1024 * 1024
+"""Bytes OpenSSL may use; the parameters above need a little over half."""
+
+
+def length_prefixed(*parts: bytes) -> bytes:
+    """Join parts so that no two different lists give the same bytes.
+
+    Raises:
+        LocalWireError: a part is longer than 65535 bytes.
+    """
+    joined = bytearray()
+    for part in parts:
+        if len(part) > 0xFFFF:
+            raise LocalWireError("proof: a part is longer than 65535 bytes")
+        joined += len(part).to_bytes(2, "big")
+        joined += part
+    return bytes(joined)
+
+
+def stretch_password(password: str) -> bytes:
+    """Turn a password into the key `K`; slow on purpose, so call it once per process."""
+    return hashlib.scrypt(
+        password.encode(),
+        salt=SCRYPT_SALT,
+        n=SCRYPT_COST,
+        r=SCRYPT_BLOCK,
+        p=1,
+        maxmem=SCRYPT_MEMORY,
+        dklen=KEY_SIZE,
+    )
+
+
+def transcript(greeting_line: bytes, binding: bytes, hello: Hello) -> bytes:
+    """Bind a handshake together: `T` of docs/protocol.md.
+
+    Args:
+        greeting_line: as it came, without LF.
+        binding: TLS exporter bytes, empty without TLS.
+        hello: its proof is left out.
+    """
+    hello_line = pack_hello(hello, with_proof=False)[:-1]
+    return length_prefixed(greeting_line, binding, hello_line)
+
+
+def client_proof(key: bytes, script: bytes) -> bytes:
+    """Prove to the server that the client holds the password."""
+    return _mac(key, b"nodepass/2 client", script)
+
+
+def server_proof(key: bytes, script: bytes, session: str) -> bytes:
+    """Prove to the client that the server holds the password."""
+    return _mac(key, b"nodepass/2 server", script, session.encode())
+
+
+def session_key(key: bytes, script: bytes, session: str) -> bytes:
+    """Derive the key that links of this session prove themselves with."""
+    return _mac(key, b"nodepass/2 session", script, session.encode())
+
+
+def link_proof(
+    key: bytes, greeting_line: bytes, binding: bytes, session: str, number: int
+) -> bytes:
+    """Prove that a data link belongs to a session; bound to its own connection's greeting."""
+    return _mac(
+        key,
+        b"nodepass/2 link",
+        greeting_line,
+        binding,
+        session.encode(),
+        str(number).encode(),
+    )
+
+
+def is_same_proof(left: bytes, right: bytes) -> bool:
+    """Compare two proofs in constant time."""
+    return hmac.compare_digest(left, right)
+
+
+def _mac(key: bytes, *parts: bytes) -> bytes:
+    return hmac.digest(key, length_prefixed(*parts), "sha256")

@@ -1,0 +1,291 @@
+"""Rules of one live server-client pairing: health, drain, reconnect. Sans-IO.
+
+Bytes and the time go in, events and bytes come out. Must never touch a socket, a clock,
+randomness or a log: `now` is any steadily growing number of seconds, entropy is an argument.
+`control` moves the bytes, `server` and `client` act on the events.
+
+    Session          a live control channel, either role, either dialect
+    Backoff          how long to wait before the next try
+
+States of a Session, and what moves it:
+
+    LIVE ──drain sent or received──> DRAINING ──bye, EOF, silence, bad bytes──> CLOSED
+      └────────────────── bye, EOF, silence, bad bytes ────────────────────────────^
+
+CLOSED absorbs: whatever comes after is a no-op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from . import wire
+from .errors import PeerWireError
+from .message import (
+    Bye,
+    Dialect,
+    Drain,
+    Fail,
+    Heartbeat,
+    Idle,
+    Kind,
+    Launch,
+    NativeSignal,
+    Ping,
+    Pong,
+    SeedLaunch,
+    SeedSignal,
+)
+
+SILENT_PERIODS: Final = 3
+"""Report periods without a byte after which a peer is lost (docs/protocol.md, "Health")."""
+RTT_WEIGHT: Final = 0.125
+"""Share of a new sample in the smoothed round-trip time: RFC 6298, alpha."""
+MAX_UNSENT: Final = 1024 * 1024
+"""Bytes of signals a peer may leave unread (over 20,000 launches): beyond it, it is lost."""
+BACKOFF_FIRST: Final = 0.1
+"""Seconds, ceiling of the first reconnect pause: below what a person notices."""
+
+
+class Role(Enum):
+    """Which end of the control channel a Session is."""
+
+    SERVER = "server"
+    CLIENT = "client"
+
+
+class State(Enum):
+    """Life of a Session; the picture stands at the top of the module."""
+
+    LIVE = "live"
+    DRAINING = "draining"
+    CLOSED = "closed"
+
+
+MOVES: Final[dict[State, frozenset[State]]] = {
+    State.LIVE: frozenset({State.DRAINING, State.CLOSED}),
+    State.DRAINING: frozenset({State.DRAINING, State.CLOSED}),
+    State.CLOSED: frozenset({State.CLOSED}),
+}
+"""Allowed moves; anything else is a bug of ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The pairing has ended; the last event of a Session."""
+
+    reason: str
+    """One clause for the log."""
+    is_replaced: bool = False
+    """The server ended it because another client came with the same name."""
+
+
+Event = Launch | SeedLaunch | Fail | Idle | Drain | Lost
+
+
+class Session:
+    """A live control channel.
+
+    Args:
+        role: which end we are.
+        dialect: what the two ends agreed on.
+        now: seconds; the session begins to count here.
+        interval: report period, seconds.
+    """
+
+    def __init__(self, role: Role, dialect: Dialect, *, now: float, interval: float) -> None:
+        self.role = role
+        self.dialect = dialect
+        self.state = State.LIVE
+        self.rtt: float | None = None
+        """Seconds, smoothed; None until the first pong, and always with a seed peer."""
+        self.on_output: Callable[[], None] | None = None
+        """Called when there is something to send; the hearer sends it when it suits it."""
+        self._interval = interval
+        self._lines = wire.LineBuffer()
+        self._out = bytearray()
+        self._heard_at = now
+        self._ticked_at = now
+        self._beat_at = now
+        self._pings = 0
+        self._ping_sent_at: float | None = None
+        self._longest_gap = 0.0
+        self._beats_heard = 0
+
+    def __repr__(self) -> str:
+        return f"<Session {self.role.value} {self.dialect} {self.state.value}>"
+
+    @property
+    def is_open(self) -> bool:
+        return self.state is not State.CLOSED
+
+    def receive_data(self, data: bytes, now: float) -> list[Event]:
+        """Take bytes from the peer; empty bytes are the end of the stream."""
+        if self.state is State.CLOSED:
+            return []
+        if not data:
+            return [self._lose("the other side closed the connection")]
+        self._hear(now)
+        self._lines.feed(data)
+        events: list[Event] = []
+        try:
+            while self.is_open and (line := self._lines.next_line()) is not None:
+                self._take_line(line, now, events)
+        except PeerWireError as exc:
+            events.append(self._lose(f"the other side broke the protocol: {exc}"))
+        return events
+
+    def cut(self, reason: str) -> list[Event]:
+        """Take it that the connection is gone, for a reason that the socket gave."""
+        return [self._lose(reason)] if self.is_open else []
+
+    def tick(self, now: float) -> list[Event]:
+        """Send what is due and notice silence; call it at `next_tick`, or later."""
+        if self.state is State.CLOSED:
+            return []
+        if now - self._ticked_at > 2 * self._interval:
+            # We ourselves were stopped (suspend, a starved machine): what the peer sent
+            # meanwhile waits unread, so it gets one more period before it counts as silent.
+            self._heard_at = max(self._heard_at, now - (SILENT_PERIODS - 1) * self._interval)
+        self._ticked_at = now
+        limit = self._silence_limit()
+        if limit is not None and now - self._heard_at >= limit:
+            return [self._lose(f"nothing heard for {now - self._heard_at:.1f} s")]
+        if len(self._out) > MAX_UNSENT:
+            return [self._lose("the other side reads no signals")]
+        if now >= self._beat_at:
+            self._beat_at = now + self._interval
+            self._beat(now)
+        return []
+
+    def next_tick(self) -> float:
+        """Return when `tick` is due, in the seconds of `now`."""
+        limit = self._silence_limit()
+        if limit is None:
+            return self._beat_at
+        return min(self._beat_at, self._heard_at + limit)
+
+    def send(self, signal: NativeSignal | SeedSignal) -> None:
+        """Queue a signal; after the end it goes nowhere."""
+        if self.state is State.CLOSED:
+            return
+        self._out += wire.pack_signal(signal)
+        if self.on_output is not None:
+            self.on_output()
+
+    def launch(self, kind: Kind, link: int | str, visitor: str) -> None:
+        """Ask the client to join a link; a number is native, an id is seed."""
+        if isinstance(link, str):
+            self.send(SeedLaunch(link, kind))
+        else:
+            self.send(Launch(kind, link, visitor))
+
+    def drain(self) -> None:
+        """Say that we are stopping; a seed peer has no word for it."""
+        if self.state is State.LIVE:
+            if self.dialect is Dialect.NATIVE:
+                self.send(Drain())
+            self._move(State.DRAINING)
+
+    def bye(self, reason: str) -> None:
+        """End the session from our side."""
+        if self.dialect is Dialect.NATIVE:
+            self.send(Bye(reason))
+        self._move(State.CLOSED)
+
+    def data_to_send(self) -> bytes:
+        """Hand over all queued bytes."""
+        data = bytes(self._out)
+        self._out.clear()
+        return data
+
+    def _take_line(self, line: bytes, now: float, events: list[Event]) -> None:
+        signal = wire.parse_signal(line, self.dialect)
+        is_client = self.role is Role.CLIENT
+        match signal:
+            case Launch() | SeedLaunch() | Idle() if is_client:
+                events.append(signal)
+            case Fail() if not is_client:
+                events.append(signal)
+            case Ping(number):
+                self.send(Pong(number))
+            case Pong(number):
+                self._take_pong(number, now)
+            case Drain():
+                self._move(State.DRAINING)
+                events.append(signal)
+            case Bye(reason):
+                self._move(State.CLOSED)
+                events.append(Lost(f"the other side said bye: {reason}", reason == "replaced"))
+            case Heartbeat():
+                self._beats_heard += 1
+            case _:
+                pass  # from a later release, or not for our role: the protocol says ignore
+
+    def _take_pong(self, number: int, now: float) -> None:
+        if self._ping_sent_at is None or number != self._pings:
+            return
+        sample = now - self._ping_sent_at
+        self._ping_sent_at = None
+        self.rtt = sample if self.rtt is None else self.rtt + RTT_WEIGHT * (sample - self.rtt)
+
+    def _hear(self, now: float) -> None:
+        if self._beats_heard:
+            self._longest_gap = max(self._longest_gap, now - self._heard_at)
+        self._heard_at = now
+
+    def _silence_limit(self) -> float | None:
+        if self.dialect is Dialect.NATIVE:
+            return SILENT_PERIODS * self._interval
+        if self.role is Role.SERVER or self._beats_heard < 2:
+            # A seed client never writes, and a seed server's period is not known before its
+            # second heartbeat: until then only TCP itself can tell.
+            return None
+        return SILENT_PERIODS * max(self._interval, self._longest_gap)
+
+    def _beat(self, now: float) -> None:
+        if self.dialect is Dialect.NATIVE:
+            self._pings += 1
+            self._ping_sent_at = now
+            self.send(Ping(self._pings))
+        elif self.role is Role.SERVER:
+            self.send(Heartbeat())
+
+    def _lose(self, reason: str) -> Lost:
+        self._move(State.CLOSED)
+        return Lost(reason)
+
+    def _move(self, new: State) -> None:
+        if new not in MOVES[self.state]:
+            raise AssertionError(f"session: {self.state} -> {new}")
+        self.state = new
+
+
+class Backoff:
+    """Pauses between tries: doubling ceilings, each drawn in full from zero (full jitter).
+
+    Args:
+        ceiling: seconds, the longest pause.
+    """
+
+    def __init__(self, ceiling: float) -> None:
+        self._ceiling = ceiling
+        self._tries = 0
+
+    def next_pause(self, fraction: float) -> float:
+        """Return seconds to wait; `fraction` is random, 0 <= fraction < 1."""
+        bound = min(self._ceiling, BACKOFF_FIRST * 2.0 ** min(self._tries, 32))
+        self._tries += 1
+        return fraction * bound
+
+    def settle(self, lasted: float) -> None:
+        """Start over if what ended had lasted for a stable period, seconds."""
+        if lasted >= self._ceiling:
+            self.reset()
+
+    def reset(self) -> None:
+        """Start over."""
+        self._tries = 0

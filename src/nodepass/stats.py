@@ -1,0 +1,82 @@
+"""Counters of one tunnel, and the line that reports them.
+
+One writer: the tunnel's own loop. Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Counters:
+    """What has happened since the tunnel started; each only ever grows."""
+
+    visitors: int = 0
+    visitors_refused: int = 0
+    relays_reset: int = 0
+    launches_failed: int = 0
+    sessions: int = 0
+    links: int = 0
+    links_lost: int = 0
+    strangers: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TunnelStatistics:
+    """One look at a tunnel; counts since its start unless a field says "now"."""
+
+    mode: str
+    """"server" or "client"."""
+    sessions_open: int
+    """Now: clients connected to a server; 1 or 0 on a client."""
+    sessions: int
+    visitors_open: int
+    """Now: visitors served or waiting for a link."""
+    visitors_waiting: int
+    """Now: visitors without a link."""
+    visitors: int
+    visitors_refused: int
+    """Visitors reset because no link came in time or the target could not be reached."""
+    relays_open: int
+    """Now: joined pairs."""
+    relays_reset: int
+    """Relays that ended by an error or a reset instead of two clean ends."""
+    launches_failed: int
+    links_idle: int
+    """Now: links that lie ready."""
+    links_wanted: int
+    """Now: links that should lie ready."""
+    links: int
+    links_lost: int
+    """Links that died while they lay ready."""
+    strangers: int
+    """Connections turned away: silent, garbage, unproven, or over a limit."""
+    bytes_up: int
+    """Bytes from visitors to the target, open relays included."""
+    bytes_down: int
+    """Bytes from the target to visitors, open relays included."""
+    rtt: float | None
+    """Now: seconds to the other side and back, the least of all sessions; None = not known."""
+
+    def report(self) -> dict[str, object]:
+        """Return the fields of the report line, in its order."""
+        return {
+            "sessions": self.sessions_open,
+            "visitors": self.visitors_open,
+            "waiting": self.visitors_waiting,
+            "relays": self.relays_open,
+            "idle": self.links_idle,
+            "wanted": self.links_wanted,
+            "up": self.bytes_up,
+            "down": self.bytes_down,
+            "rtt_ms": "-" if self.rtt is None else f"{self.rtt * 1000:.1f}",
+        }
+
+
+def least_rtt(rtts: Iterable[float | None]) -> float | None:
+    """Return the least round-trip time, seconds, that is known."""
+    return min((rtt for rtt in rtts if rtt is not None), default=None)

@@ -1,0 +1,73 @@
+"""Time limits and waiting: polling with an end, never a sleep for effect."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Final
+
+SCALE: Final = float(os.environ.get("NODEPASS_TEST_SCALE", "1"))
+"""Multiplies every time limit of these tests; raise it on a slow or crowded machine."""
+
+POLL: Final = 0.01
+"""Seconds between two looks at something that does not announce itself."""
+
+LOWEST_PORT: Final = 20000
+HIGHEST_PORT: Final = 31999
+"""Ports below Linux' ephemeral range (32768): thousands of outgoing connections of these tests
+could otherwise land on a port that a restarted server needs back."""
+
+_random = random.SystemRandom()
+_given: set[int] = set()
+
+
+def limit(seconds: float) -> float:
+    """Scale a time limit."""
+    return seconds * SCALE
+
+
+def within(seconds: float) -> AbstractAsyncContextManager[object]:
+    """Bound a block by a scaled time limit; TimeoutError beyond it."""
+    return asyncio.timeout(limit(seconds))
+
+
+async def until(is_met: Callable[[], object], seconds: float, what: str) -> float:
+    """Poll a condition until it holds.
+
+    Args:
+        is_met: looked at every POLL seconds.
+        seconds: limit before scaling.
+        what: completes the sentence "waited in vain for …".
+
+    Returns:
+        The seconds that it took.
+    """
+    start = time.monotonic()
+    while not is_met():
+        if time.monotonic() - start > limit(seconds):
+            raise AssertionError(f"waited {limit(seconds):.1f} s in vain for {what}")
+        await asyncio.sleep(POLL)
+    return time.monotonic() - start
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """Find a port that nobody listens on and that no earlier call has named."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for _ in range(1000):
+        port = _random.randint(LOWEST_PORT, HIGHEST_PORT)
+        if port in _given:
+            continue
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError:
+                continue
+        _given.add(port)
+        return port
+    raise AssertionError("no free port between 20000 and 31999")

@@ -1,0 +1,112 @@
+"""The rig itself: what the other files rely on is shown here with bare sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+from tests.system.rig.arena import Arena
+from tests.system.rig.stream import connect, exchange
+from tests.system.rig.target import (
+    BANNER,
+    answer_after_eof,
+    body_of,
+    digest_of,
+    echo,
+    serve_body,
+    speak_first,
+)
+from tests.system.rig.timing import free_port, until, within
+
+DELAY = 0.02
+"""Seconds one way; loops that count whole milliseconds wake a little early."""
+
+BODY = body_of(1, 3_000_000)
+
+
+async def test_proxy_passes_bytes_and_half_close(tmp_path: Path) -> None:
+    async with Arena(tmp_path) as arena, within(10):
+        proxy = arena.proxy(arena.target(answer_after_eof).port)
+        answer = await exchange(proxy.port, BODY)
+        assert answer.decode() == f"{len(BODY)} {digest_of(BODY)}\n"
+        assert proxy.channels[0].up == len(BODY)
+        assert proxy.channels[0].down == len(answer)
+        await until(lambda: not proxy.open_channels, 2, "the channel to end")
+
+
+async def test_proxy_passes_small_pieces_in_order(tmp_path: Path) -> None:
+    async with Arena(tmp_path) as arena, within(10):
+        proxy = arena.proxy(arena.target(echo).port, piece=7)
+        assert await exchange(proxy.port, BODY[:5000]) == BODY[:5000]
+
+
+async def test_proxy_passes_a_reset(tmp_path: Path) -> None:
+    async with Arena(tmp_path) as arena, within(10):
+        target = arena.target(echo)
+        proxy = arena.proxy(target.port)
+        async with await connect(proxy.port) as visitor:
+            await visitor.write(b"x")
+            assert await visitor.read() == b"x"
+            visitor.reset()
+        await until(lambda: target.active == 0, 2, "the reset to arrive")
+
+
+@pytest.mark.parametrize("reset", [False, True])
+async def test_proxy_cuts(tmp_path: Path, reset: bool) -> None:
+    async with Arena(tmp_path) as arena, within(10):
+        target = arena.target(echo)
+        proxy = arena.proxy(target.port)
+        async with await connect(proxy.port) as visitor:
+            await visitor.write(b"x")
+            assert await visitor.read() == b"x"
+            proxy.channels[0].cut(reset=reset)
+            assert await visitor.is_reset() is reset
+        await until(lambda: target.active == 0, 2, "the cut to arrive")
+
+
+async def test_proxy_stalls_and_resumes(tmp_path: Path) -> None:
+    async with Arena(tmp_path) as arena, within(10):
+        proxy = arena.proxy(arena.target(echo).port)
+        async with await connect(proxy.port) as visitor:
+            await visitor.write(b"x")
+            assert await visitor.read() == b"x"
+            proxy.channels[0].stall()
+            await visitor.write(b"y")
+            visitor.finish()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await visitor.read()
+            proxy.channels[0].resume()
+            assert await visitor.read_all() == b"y"
+
+
+async def test_proxy_delays(tmp_path: Path) -> None:
+    async with Arena(tmp_path) as arena, within(10):
+        proxy = arena.proxy(arena.target(speak_first).port, delay=DELAY)
+        start = time.monotonic()
+        async with await connect(proxy.port) as visitor:
+            assert await visitor.read() == BANNER
+            assert time.monotonic() - start > 3.5 * DELAY, (
+                "three crossings to connect, one to speak"
+            )
+            start = time.monotonic()
+            await visitor.write(b"x")
+            assert await visitor.read() == b"x"
+            assert time.monotonic() - start > 1.5 * DELAY, "there and back"
+
+
+async def test_proxy_resets_what_leads_nowhere(tmp_path: Path) -> None:
+    async with Arena(tmp_path) as arena, within(10):
+        proxy = arena.proxy(free_port())
+        async with await connect(proxy.port) as visitor:
+            assert await visitor.is_reset()
+
+
+async def test_target_serves_a_body(tmp_path: Path) -> None:
+    async with Arena(tmp_path) as arena, within(10):
+        target = arena.target(serve_body(BODY))
+        async with await connect(target.port) as visitor:
+            assert await visitor.digest() == (len(BODY), digest_of(BODY))
+        assert target.accepted == 1

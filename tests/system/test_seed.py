@@ -1,0 +1,299 @@
+"""The seed dialect in both roles, against peers that do what the Go program does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from tests.system.rig.arena import Arena
+from tests.system.rig.peer import SeedClient, SeedServer
+from tests.system.rig.stream import Stream, connect, exchange
+from tests.system.rig.target import answer_after_eof, body_of, digest_of, echo
+from tests.system.rig.timing import free_port, within
+
+BODY = body_of(7, 5_000_000)
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+# --- our server, their client -----------------------------------------------------------
+
+
+async def test_server_talks_as_recorded(tmp_path: Path, engine: str) -> None:
+    """The TCP part of tests/data/seed-server.json, row by row."""
+    rows = json.loads((DATA / "seed-server.json").read_text())
+    spoken = {row["text"] for row in rows}
+    assert {"hello tcp", "answer", "late"} <= spoken
+    async with Arena(tmp_path, engine, REPORT_INTERVAL="1s") as arena, within(20):
+        server = await arena.server(port := free_port(), tunnel_port := free_port())
+        async with SeedClient(tunnel_port) as client:
+            for _ in range(3):
+                await client.dial()
+            await server.logged("client connected .*dialect=seed")
+            assert await client.control.read_line() == b"\n", "a heartbeat at once"
+            async with await connect(port) as visitor:
+                await visitor.write(b"hello tcp")
+                link = await client.launched()
+                assert await link.read() == b"hello tcp"
+                await link.write(b"answer")
+                assert await visitor.read() == b"answer"
+                visitor.finish()
+                assert await link.read() == b"", "the visitor's FIN arrives"
+                await link.write(b"late")
+                link.finish()
+                assert await visitor.read_all() == b"late"
+
+
+async def test_server_beats_for_a_seed_client(tmp_path: Path) -> None:
+    async with Arena(tmp_path, REPORT_INTERVAL="100ms") as arena, within(20):
+        await arena.server(free_port(), tunnel_port := free_port())
+        async with SeedClient(tunnel_port) as client:
+            await client.dial()
+            assert [await client.control.read_line() for _ in range(5)] == [b"\n"] * 5
+
+
+async def test_server_does_not_expect_words_from_a_seed_client(tmp_path: Path) -> None:
+    """The Go client never writes on control: silence for many periods is no loss."""
+    async with Arena(tmp_path, REPORT_INTERVAL="100ms") as arena, within(20):
+        server = await arena.server(port := free_port(), tunnel_port := free_port())
+        async with SeedClient(tunnel_port) as client:
+            await client.dial()
+            for _ in range(15):
+                assert await client.control.read_line() == b"\n"
+            assert "tunnel lost" not in server.log
+            visitor = asyncio.create_task(exchange(port, b"hello"))
+            link = await client.launched()
+            assert await link.read_all() == b"hello"
+            link.close()
+            assert await visitor == b""
+
+
+async def test_server_serves_many_through_a_seed_client(tmp_path: Path, engine: str) -> None:
+    async with Arena(tmp_path, engine) as arena, within(30):
+        await arena.server(port := free_port(), tunnel_port := free_port())
+        async with SeedClient(tunnel_port) as client:
+
+            async def refill_and_echo() -> None:
+                for _ in range(4):
+                    await client.dial()
+                async with asyncio.TaskGroup() as echoes:
+                    for _ in range(40):
+                        link = await client.launched()
+                        echoes.create_task(echo_and_finish(link))
+                        await client.dial()
+
+            async def echo_and_finish(link: Stream) -> None:
+                await echo(link)
+                link.finish()
+
+            serving = asyncio.create_task(refill_and_echo())
+            answers = await asyncio.gather(
+                *(exchange(port, b"%d" % n + BODY[:100_000]) for n in range(40))
+            )
+            assert answers == [b"%d" % n + BODY[:100_000] for n in range(40)]
+            await serving
+
+
+async def test_server_visitor_waits_for_a_seed_link(tmp_path: Path) -> None:
+    async with Arena(tmp_path) as arena, within(20):
+        await arena.server(port := free_port(), tunnel_port := free_port())
+        visitor = asyncio.create_task(exchange(port, b"early"))
+        async with SeedClient(tunnel_port) as client:
+            await client.dial()
+            link = await client.launched()
+            assert await link.read_all() == b"early"
+            await link.write(b"served")
+            link.close()
+            assert await visitor == b"served"
+
+
+async def test_server_newest_seed_client_wins(tmp_path: Path) -> None:
+    """From the same address: the one before is a connection that has died unseen."""
+    async with Arena(tmp_path) as arena, within(20):
+        server = await arena.server(port := free_port(), tunnel_port := free_port())
+        async with SeedClient(tunnel_port) as old:
+            await old.dial()
+            await server.logged("client connected")
+            async with SeedClient(tunnel_port) as new:
+                await new.dial()
+                await server.logged("client connected", count=2)
+                visitor = asyncio.create_task(exchange(port, b"hello"))
+                link = await new.launched()
+                assert await link.read_all() == b"hello"
+                link.close()
+                await visitor
+
+
+async def test_server_seed_client_that_leaves_is_lost(tmp_path: Path) -> None:
+    async with Arena(tmp_path, REPORT_INTERVAL="100ms") as arena, within(20):
+        server = await arena.server(free_port(), tunnel_port := free_port())
+        async with SeedClient(tunnel_port) as client:
+            await client.dial()
+            await server.logged("client connected")
+        await server.logged("tunnel lost", seconds=5)
+
+
+async def test_server_without_compat_turns_seed_clients_away(tmp_path: Path) -> None:
+    async with Arena(tmp_path, HANDSHAKE_TIMEOUT="300ms") as arena, within(20):
+        await arena.server(free_port(), tunnel_port := free_port(), "?compat=0")
+        async with SeedClient(tunnel_port) as client:
+            assert client.data_port == 0
+            assert await client.control.read() == b""
+
+
+# --- our client, their server -----------------------------------------------------------
+
+
+async def test_client_talks_as_recorded(tmp_path: Path, engine: str) -> None:
+    """The TCP part of tests/data/seed-client.json, row by row."""
+    async with Arena(tmp_path, engine, MIN_POOL_CAPACITY="2") as arena, within(20):
+        async with SeedServer() as server:
+            heard: list[bytes] = []
+
+            async def target(stream: Stream) -> None:
+                heard.append(await stream.read_exactly(3))
+                await stream.write(b"OK")
+
+            client = arena.nodepass(
+                f"client://127.0.0.1:{server.listener.port}/127.0.0.1:{arena.target(target).port}"
+            )
+            client.spawn()
+            await server.greet(query="?nonce=00ff")
+            first, second = await server.take(), await server.take()
+            await client.logged("tunnel up .*dialect=seed")
+            link = await server.launch(first)
+            await link.write(b"GET")
+            assert await link.read_all() == b"OK"
+            assert heard == [b"GET"]
+            await server.take()  # refill by the client
+            await server.say("//deadbeef#1")  # unknown: no answer, no harm
+            link = await server.launch(second)
+            await link.write(b"PUT")
+            assert await link.read_all() == b"OK"
+
+
+@pytest.mark.parametrize("form", ["//{}#1", "tcp://{}"])
+async def test_client_half_close_and_digests(tmp_path: Path, engine: str, form: str) -> None:
+    async with Arena(tmp_path, engine) as arena, SeedServer() as server, within(30):
+        target = arena.target(answer_after_eof)
+        client = arena.nodepass(
+            f"client://127.0.0.1:{server.listener.port}/127.0.0.1:{target.port}"
+        )
+        client.spawn()
+        await server.greet()
+        for size in (0, 1, len(BODY)):
+            link = await server.launch(await server.take(), form)
+            await link.write(BODY[:size])
+            link.finish()
+            answer = await link.read_all()
+            assert answer.decode() == f"{size} {digest_of(BODY[:size])}\n"
+
+
+async def test_f06_launch_overtakes_the_link_id(tmp_path: Path, engine: str) -> None:
+    """The signal arrives before the id of its link is written: the claim waits for it."""
+    async with Arena(tmp_path, engine) as arena, SeedServer() as server, within(20):
+        client = arena.nodepass(
+            f"client://127.0.0.1:{server.listener.port}/127.0.0.1:{arena.target(echo).port}"
+        )
+        client.spawn()
+        await server.greet()
+        await client.logged("tunnel up")
+        link = server.keep(await server.data.accept())
+        await server.say("//0123abcd#1")
+        await server.say("ping://1")  # any later line: the launch has been read by then
+        await asyncio.sleep(0.1)
+        await link.write(b"0123abcd")
+        await link.write(b"hello")
+        async with within(3):
+            assert await link.read() == b"hello"
+
+
+async def test_client_keeps_links_ready_for_a_seed_server(tmp_path: Path) -> None:
+    async with Arena(tmp_path, MIN_POOL_CAPACITY="4") as arena, SeedServer() as server, within(20):
+        client = arena.nodepass(
+            f"client://127.0.0.1:{server.listener.port}/127.0.0.1:{arena.target(echo).port}"
+        )
+        client.spawn()
+        await server.greet()
+        for name in [await server.take() for _ in range(4)]:
+            link = await server.launch(name)
+            await link.write(b"x")
+            assert await link.read() == b"x"
+            await server.take()
+
+
+async def test_client_notices_a_silent_seed_server(tmp_path: Path) -> None:
+    async with (
+        Arena(tmp_path, REPORT_INTERVAL="200ms") as arena,
+        SeedServer() as server,
+        within(20),
+    ):
+        client = arena.nodepass(
+            f"client://127.0.0.1:{server.listener.port}/127.0.0.1:{arena.target(echo).port}"
+        )
+        client.spawn()
+        await server.greet(beat=0.1)
+        await client.logged("tunnel up")
+        server.fall_silent()
+        await client.logged("tunnel lost", seconds=5)
+        await server.greet()
+        await client.logged("tunnel up", count=2, seconds=5)
+
+
+async def test_client_returns_when_a_seed_server_closes(tmp_path: Path) -> None:
+    async with Arena(tmp_path) as arena, SeedServer() as server, within(20):
+        target = arena.target(echo)
+        client = arena.nodepass(
+            f"client://127.0.0.1:{server.listener.port}/127.0.0.1:{target.port}"
+        )
+        client.spawn()
+        await server.greet()
+        old = await server.launch(await server.take())
+        await old.write(b"x")
+        assert await old.read() == b"x"
+        server.fall_silent()
+        server.control.close()
+        await client.logged("tunnel lost")
+        await server.greet()
+        await client.logged("tunnel up", count=2)
+        await old.write(b"y")
+        assert await old.read() == b"y", "F18: the open relay goes on"
+
+
+async def test_f24_refused_target_resets_a_seed_link(tmp_path: Path) -> None:
+    async with Arena(tmp_path) as arena, SeedServer() as server, within(20):
+        client = arena.nodepass(
+            f"client://127.0.0.1:{server.listener.port}/127.0.0.1:{free_port()}"
+        )
+        client.spawn()
+        await server.greet()
+        link = await server.launch(await server.take())
+        async with within(3):
+            assert await link.is_reset()
+
+
+async def test_client_says_that_tls_is_not_in_this_build(tmp_path: Path) -> None:
+    async with Arena(tmp_path) as arena, SeedServer() as server, within(20):
+        client = arena.nodepass(
+            f"client://127.0.0.1:{server.listener.port}/127.0.0.1:{free_port()}"
+        )
+        client.spawn()
+        await server.greet(tls=1)
+        await client.logged("(?i)(WARN|ERROR).*tls")
+        assert client.is_running, "the server may be started anew without it"
+        await server.greet(tls=0)
+        await client.logged("tunnel up .*dialect=seed")
+
+
+async def test_client_without_compat_refuses_a_seed_server(tmp_path: Path) -> None:
+    async with Arena(tmp_path) as arena, SeedServer() as server, within(20):
+        client = arena.nodepass(
+            f"client://127.0.0.1:{server.listener.port}/127.0.0.1:{free_port()}?compat=0"
+        )
+        client.spawn()
+        await server.greet()
+        await client.logged("(WARN|ERROR).*(seed|compat)")
+        await server.greet()  # it tries again, and refuses again
+        assert "tunnel up" not in client.log
