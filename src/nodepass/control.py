@@ -127,3 +127,5 @@ class Control(asyncio.Protocol):
             self._flush()
             transport, self._transport = self._transport, None
             transport.close()
+            if transport.get_write_buffer_size():
+                transport.abort()  # a peer that takes no more must not keep the socket alive

@@ -76,7 +76,7 @@ class Figures(NamedTuple):
     """Seconds from connect to answer, mean, one connection at a time."""
 
 
-# --- the target: a process of its own -------------------------------------------------------------
+# --- the target: a process of its own --------------------------------------------------------
 
 
 def serve(size: int) -> None:
@@ -85,7 +85,7 @@ def serve(size: int) -> None:
     Prints the port and the body's SHA-256. The end of stdin also comes when the parent is
     killed, so the target cannot outlive it.
     """
-    block = random.Random(size).randbytes(min(BLOCK, size))
+    block = random.Random(size).randbytes(min(BLOCK, size))  # noqa: S311 - a body, not a secret
     sha = hashlib.sha256()
     for offset in range(0, size, len(block)):
         sha.update(memoryview(block)[: size - offset])
@@ -123,11 +123,11 @@ def _send_block(connection: socket.socket, file: IO[bytes], size: int) -> None:
         while sent < size:  # several threads share the file: os.sendfile moves no file offset
             sent += os.sendfile(connection.fileno(), file.fileno(), sent, size - sent)
     else:
-        with open(file.name, "rb") as own:
+        with Path(file.name).open("rb") as own:
             connection.sendfile(own, 0, size)
 
 
-# --- the visitor ----------------------------------------------------------------------------------
+# --- the visitor -----------------------------------------------------------------------------
 
 
 def fetch(port: int, size: int, *, label: str) -> tuple[float, mmap.mmap]:
@@ -233,7 +233,7 @@ def _cpu_of(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-# --- the stage ------------------------------------------------------------------------------------
+# --- the stage -------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -241,7 +241,7 @@ def running(command: list[str], *, errors: Path) -> Iterator[subprocess.Popen[by
     """Run a child for the length of a block; it is gone afterwards, whatever happens."""
     environment = {name: value for name, value in os.environ.items() if name not in REPLACED}
     with errors.open("wb") as stderr:
-        child = subprocess.Popen(
+        child = subprocess.Popen(  # noqa: S603 - our own interpreter, our own arguments
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -257,6 +257,9 @@ def running(command: list[str], *, errors: Path) -> Iterator[subprocess.Popen[by
                 child.wait(STOP_LIMIT)
             except subprocess.TimeoutExpired:
                 child.kill()
+            except BaseException:  # a second Ctrl-C
+                child.kill()
+                raise
 
 
 def _wait_for(line: str, log: Path, child: subprocess.Popen[bytes]) -> None:
@@ -345,7 +348,7 @@ def _report(
         print(f'  nodepass "{url}"')
 
 
-# --- the command ----------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str]) -> int:
@@ -374,7 +377,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
     raise KeyboardInterrupt
 
 

@@ -23,6 +23,7 @@ from .errors import PeerWireError
 from .handshake import ServerHandshake
 from .log import Log
 from .message import NONCE_SIZE, VERSION, Greeting, Hello, LinkClaim
+from .stats import Counters
 
 MAX_CALLERS: Final = 256
 """Unfinished handshakes at once: what 256 strangers cost is some 2 KiB each."""
@@ -35,15 +36,22 @@ READ_SIZE: Final = 2 * wire.MAX_LINE
 class Caller:
     """One connection that has been greeted and not yet understood."""
 
-    __slots__ = ("deadline", "handshake", "host", "port", "said", "sock")
+    __slots__ = ("deadline", "handshake", "host", "port", "said", "since", "sock")
 
     def __init__(
-        self, sock: socket.socket, host: str, port: int, handshake: ServerHandshake
+        self,
+        sock: socket.socket,
+        host: str,
+        port: int,
+        handshake: ServerHandshake,
+        since: float,
     ) -> None:
         self.sock = sock
         self.host = host
         self.port = port
         self.handshake = handshake
+        self.since = since
+        """Seconds of the loop's clock at which it was greeted."""
         self.deadline: asyncio.TimerHandle | None = None
         self.said = b""
         """What it wrote so far, at most one line."""
@@ -59,7 +67,7 @@ class Entrance:
     Args:
         timeout: seconds from accept to a whole first line.
         on_opening: called with the caller, whose socket is then the hearer's, and its line.
-        on_stranger: called for each connection that is turned away.
+        counters: `strangers` grows by each connection that is turned away.
     """
 
     def __init__(
@@ -67,13 +75,13 @@ class Entrance:
         log: Log,
         timeout: float,
         on_opening: Callable[[Caller, Hello | LinkClaim], None],
-        on_stranger: Callable[[], None],
+        counters: Counters,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._log = log
         self._timeout = timeout
         self._on_opening = on_opening
-        self._on_stranger = on_stranger
+        self._counters = counters
         self._callers: dict[int, Caller] = {}
         self._per_host: dict[str, int] = {}
         self._has_swept = False
@@ -98,16 +106,23 @@ class Entrance:
         except OSError:
             self._turn_away(sock, host, "it left before the greeting", f"left {host}")
             return
-        caller = Caller(sock, host, port, handshake)
+        caller = Caller(sock, host, port, handshake, self._loop.time())
         self._callers[sock.fileno()] = caller
         self._per_host[host] = self._per_host.get(host, 0) + 1
         self._loop.add_reader(sock.fileno(), self._read, caller)
         caller.deadline = self._loop.call_later(self._timeout, self._expire, caller)
 
-    def promote(self, host: str) -> Caller | None:
-        """Release the newest silent caller of an address: its data connection has come."""
+    def promote(self, host: str, least_silence: float) -> Caller | None:
+        """Release the newest silent caller of an address: its data connection has come.
+
+        Args:
+            least_silence: seconds; younger callers may still be native ones whose line is
+                on its way.
+        """
+        self._sweep()
+        latest = self._loop.time() - least_silence
         for caller in reversed(self._callers.values()):
-            if caller.host == host and not caller.said:
+            if caller.host == host and not caller.said and caller.since <= latest:
                 self._release(caller)
                 return caller
         return None
@@ -177,7 +192,7 @@ class Entrance:
 
     def _turn_away(self, sock: socket.socket, host: str, why: str, key: str) -> None:
         net.reset(sock)
-        self._on_stranger()
+        self._counters.strangers += 1
         self._log.repeated("warn", f"stranger {key}", "turned away", host=host, why=why)
 
     def _release(self, caller: Caller) -> None:

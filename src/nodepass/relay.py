@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 from .environment import Settings
 from .log import Log
 
-
 if TYPE_CHECKING:
     from ._fastcopy import Completion, EngineStatistics
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ import nodepass
 
 from .timing import until
 
-PACKAGE: Final = Path(list(nodepass.__path__)[0]).parent
+PACKAGE: Final = Path(next(iter(nodepass.__path__))).parent
 """Folder that the package under test was imported from; its processes import the same."""
 TICK: Final = os.sysconf("SC_CLK_TCK")
 """Units of CPU time per second in /proc/<pid>/stat."""
@@ -31,6 +32,7 @@ FORBIDDEN: Final = re.compile(
 )
 """What a log must never show: an error nobody handled, a resource nobody closed."""
 
+_numbers = itertools.count(1)
 _alive: WeakSet[subprocess.Popen[bytes]] = WeakSet()
 
 
@@ -54,7 +56,7 @@ class Nodepass:
             "PYTHONUNBUFFERED": "1",
             **env,
         }
-        number = sum(1 for _ in folder.glob("*.stderr"))
+        number = next(_numbers)
         self._stderr = folder / f"{number}.stderr"
         self._stdout = folder / f"{number}.stdout"
         self._child: subprocess.Popen[bytes] | None = None
@@ -132,9 +134,9 @@ class Nodepass:
         """Count open descriptors whose name starts with kind ("socket:", "pipe:")."""
         count = 0
         folder = Path(f"/proc/{self.pid}/fd")
-        for entry in os.listdir(folder):
+        for entry in folder.iterdir():
             try:
-                count += os.readlink(folder / entry).startswith(kind)
+                count += str(entry.readlink()).startswith(kind)
             except OSError:  # closed between the two calls
                 continue
         return count

@@ -1,0 +1,287 @@
+"""One session as the client holds it: control channel, idle links, launches.
+
+Owns: the links to one server process and the visitors it launches on them. Ends with its
+control channel; relays go on without it. Made by `client`, one after another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import functools
+import random
+import socket
+from typing import TYPE_CHECKING, Final
+
+from . import net, wire
+from .control import Control
+from .errors import DialError, EngineError, PeerWireError, PoolTimeout
+from .filler import Filler
+from .message import (
+    SEED_ID_SIZE,
+    Dialect,
+    Drain,
+    Fail,
+    Failure,
+    Idle,
+    Kind,
+    Launch,
+    SeedLaunch,
+)
+from .pool import Demand, Link, Shelf
+from .relay import Relay, RelayResult
+from .session import Event, Lost, Role, Session
+
+if TYPE_CHECKING:
+    from .client import Client
+
+_FAILURES: Final = {
+    errno.ECONNREFUSED: Failure.REFUSED,
+    errno.ETIMEDOUT: Failure.TIMEOUT,
+    errno.EMFILE: Failure.LIMIT,
+    errno.ENFILE: Failure.LIMIT,
+    errno.ENOBUFS: Failure.LIMIT,
+    errno.ENOMEM: Failure.LIMIT,
+}
+
+
+class Pairing:
+    """One session with a server: its control channel, idle links and launches."""
+
+    def __init__(
+        self,
+        client: Client,
+        dialect: Dialect,
+        host: str,
+        port: int,
+        session_id: str,
+        key: bytes,
+        idle: int,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._client = client
+        self._settings = settings = client.settings
+        self._host = host
+        self._port = port
+        self._id = session_id
+        self._key = key
+        self._number = 0
+        self._is_closed = False
+        self.session = Session(
+            Role.CLIENT, dialect, now=self._loop.time(), interval=settings.report_interval
+        )
+        self.control = Control(self.session, self._on_event)
+        self.lost: asyncio.Future[Lost] = self._loop.create_future()
+        """Resolves when the control channel has ended."""
+        self.is_drained = asyncio.Event()
+        """Set once no launch can come any more."""
+        self.shelf = Shelf(client.watch, self._on_link_lost, settings.handshake_timeout)
+        self.filler = Filler(
+            self.shelf,
+            self._dial_link if dialect is Dialect.NATIVE else self._dial_seed_link,
+            client.spawn,
+            random.random,
+            settings.service_cooldown,
+            client.log,
+        )
+        self._demand = Demand(
+            settings.min_pool_capacity, settings.max_pool_capacity, self._loop.time()
+        )
+        self._want(idle)
+
+    def drain(self) -> None:
+        """Ask for no more launches."""
+        self.filler.close()
+        self.session.drain()
+        if self.session.dialect is Dialect.SEED:
+            self.is_drained.set()  # the seed dialect has no word for it
+        self._check_drained()
+
+    def close(self, reason: str) -> None:
+        """End the session; idempotent. Relays go on."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self.filler.close()
+        self.control.close(reason)
+        self.shelf.clear()
+        self.is_drained.set()
+        if not self.lost.done():
+            self.lost.set_result(Lost(reason))
+
+    # ------------------------------------------------------------------------ links
+
+    async def _dial_link(self) -> Link:
+        sock = await self._connect()
+        try:
+            handshake, greeting = await self._client.greet(sock)
+            if not greeting.is_native:
+                raise PeerWireError("the server has changed its dialect")
+            self._number += 1
+            number = self._number
+            line = handshake.claim_link(self._id, self._key, number)
+            await self._loop.sock_sendall(sock, line)
+        except BaseException:
+            sock.close()
+            raise
+        self._client.counters.links += 1
+        return Link(sock, number, handshake.rest())
+
+    async def _dial_seed_link(self) -> Link:
+        sock = await self._connect()
+        try:
+            async with asyncio.timeout(self._settings.handshake_timeout):
+                link_id = b""
+                # Not a byte more than the id: what follows may be a visitor's already.
+                while len(link_id) < SEED_ID_SIZE:
+                    data = await self._loop.sock_recv(sock, SEED_ID_SIZE - len(link_id))
+                    if not data:
+                        raise PeerWireError("the data port closed before giving an id")
+                    link_id += data
+            name = link_id.decode("ascii", errors="replace")
+            if not wire.is_seed_id(name):
+                raise PeerWireError("the data port gave no id of 8 hex characters")
+        except TimeoutError as exc:
+            sock.close()
+            raise PeerWireError("the data port gave no id in time") from exc
+        except BaseException:
+            sock.close()
+            raise
+        self._client.counters.links += 1
+        return Link(sock, name)
+
+    async def _connect(self) -> socket.socket:
+        async with self.filler.connecting:
+            return await net.dial(self._host, self._port, self._settings.dial_timeout)
+
+    def _want(self, idle: int) -> None:
+        # The server knows the rate of visitors; what the user set here still bounds its wish.
+        least, most = self._settings.min_pool_capacity, self._settings.max_pool_capacity
+        self.filler.wanted = min(most, max(least, idle))
+
+    def _on_link_lost(self) -> None:
+        self._client.counters.links_lost += 1
+        self.filler.fill()
+        self._check_drained()
+
+    def _check_drained(self) -> None:
+        # A server that has taken note of our drain drops our idle links: none is left to launch.
+        if self._client.is_stopping and not len(self.shelf):
+            self.is_drained.set()
+
+    # --------------------------------------------------------------------- launches
+
+    def _on_event(self, event: Event) -> None:
+        match event:
+            case Launch(Kind.TCP, number, visitor):
+                self._client.spawn(self._serve(number, visitor), "serving a visitor")
+            case SeedLaunch(link_id, Kind.TCP):
+                self._client.spawn(self._serve(link_id, ""), "serving a visitor")
+            case Launch(Kind.UDP, number, _):
+                self._give_up(number, Failure.UNKNOWN, "UDP is not in this build yet")
+            case SeedLaunch(link_id, Kind.UDP):
+                self._give_up(link_id, Failure.UNKNOWN, "UDP is not in this build yet")
+            case Idle(count):
+                self._want(count)
+                self.filler.fill()
+            case Drain():
+                self._client.log.info("the server is stopping")
+                self.filler.close()
+            case Lost():
+                if not self.lost.done():
+                    self.lost.set_result(event)
+
+    async def _serve(self, name: int | str, visitor: str) -> None:
+        """Claim the link, dial the target, and hand both to the engine."""
+        client = self._client
+        client.counters.visitors += 1
+        client.enter()
+        relay = None
+        try:
+            try:
+                link = self._claim_nowait(name) or await self._claim(name)
+            except PoolTimeout as exc:
+                self._give_up(name, Failure.UNKNOWN, str(exc))
+                return
+            relay = await self._join(link, visitor)
+        finally:
+            if relay is None:
+                client.leave()
+
+    async def _join(self, link: Link, visitor: str) -> Relay | None:
+        client, target = self._client, self._client.config.target
+        try:
+            await client.wait_slot()
+            sock = await net.dial(target.host, target.port, self._settings.dial_timeout)
+        except DialError as exc:
+            net.reset(link.sock)
+            client.free_slot()
+            failure = _FAILURES.get(exc.errno or 0, Failure.UNREACHABLE)
+            self._give_up(link.name, failure, str(exc))
+            return None
+        except BaseException:
+            net.reset(link.sock)
+            raise
+        try:
+            relay = client.relays.join(link.sock, sock, head_a=link.head)
+        except EngineError as exc:
+            net.reset(link.sock)
+            net.reset(sock)
+            client.free_slot()
+            self._give_up(link.name, Failure.LIMIT, str(exc))
+            return None
+        client.hold(relay)
+        relay.result.add_done_callback(functools.partial(self._part, relay, link.name, visitor))
+        return relay
+
+    def _claim_nowait(self, name: int | str) -> Link | None:
+        link = self.shelf.claim(name)
+        if link is not None:
+            if self.session.dialect is Dialect.SEED:
+                self._demand.take(self._loop.time())
+                self._want(self._demand.wanted)
+            self.filler.fill()
+        return link
+
+    async def _claim(self, name: int | str) -> Link:
+        if self.session.dialect is Dialect.NATIVE:
+            # A native server launches only what has introduced itself: it was here and died.
+            raise PoolTimeout(f"link {name} is not here any more")
+        return await self.filler.claim(name, self._settings.handshake_timeout)
+
+    def _give_up(self, name: int | str, why: Failure, text: str) -> None:
+        client = self._client
+        client.counters.launches_failed += 1
+        client.counters.visitors_refused += 1
+        client.log.repeated(
+            "warn",
+            f"serve {why}",
+            "a visitor cannot be served",
+            target=client.config.target,
+            why=text,
+        )
+        if isinstance(name, int):
+            self.session.send(Fail(name, why))
+        link = self.shelf.claim(name)
+        if link is not None:
+            net.reset(link.sock)
+            self.filler.fill()
+
+    def _part(
+        self, relay: Relay, name: int | str, visitor: str, result: asyncio.Future[RelayResult]
+    ) -> None:
+        self._client.free_slot()
+        self._client.leave()
+        if result.cancelled():
+            return
+        outcome = result.result()
+        self._client.release(relay, outcome)
+        if self._client.log.is_debug:
+            self._client.log.debug(
+                "relay ended",
+                visitor=visitor,
+                link=name,
+                up=outcome.up,
+                down=outcome.down,
+                reason=outcome.describe(),
+            )

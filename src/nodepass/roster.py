@@ -1,0 +1,321 @@
+"""The server's clients: their sessions, how they come, what they say, how they go.
+
+Owns: the table of live sessions and their control channels. Finds nothing out about callers
+(`entrance` does) and knows nothing of visitors; fills the `pool` with links and takes them
+away again. Called by `server`.
+
+    hello ──proof holds──> seated ──bye, silence, EOF, replaced by name──> unseated
+    silent caller + data connection of its address ──> seated as the seed client
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import secrets
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from . import net, wire
+from .control import Control
+from .entrance import Caller
+from .environment import Settings
+from .errors import TunnelError
+from .filler import Spawn
+from .log import Log
+from .message import (
+    KEY_SIZE,
+    SEED_ID_SIZE,
+    SESSION_SIZE,
+    Dialect,
+    Drain,
+    Fail,
+    Hello,
+    LinkClaim,
+    Refusal,
+    Refuse,
+)
+from .net import HangupWatch
+from .pool import Demand, Link, Member, Pool, Shelf, announce
+from .relay import Relay
+from .session import Event, Lost, Role, Session
+from .stats import Counters
+
+BURST_ROOM: Final = 2
+"""Idle links a session may bring per link wanted: more is a client out of bounds."""
+
+
+MAX_CLIENTS: Final = 1024
+"""Sessions at once: bounds what somebody can make us keep where no password is asked."""
+
+
+@dataclass(slots=True, eq=False)
+class Client(Member):
+    """One session of ours: a pool member and how to talk to it."""
+
+    id: str = ""
+    name: str = ""
+    host: str = ""
+    key: bytes = b""
+    control: Control | None = None
+    launched: dict[int | str, Relay] = field(default_factory=dict)
+    """Open relays by link, so that a `fail` finds the one it speaks of."""
+
+
+class Roster:
+    """Every client of one server.
+
+    Args:
+        pool: where their links go.
+        watch: tells of idle links that die.
+        spawn: runs a task.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        log: Log,
+        counters: Counters,
+        pool: Pool,
+        watch: HangupWatch,
+        spawn: Spawn,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._settings = settings
+        self._log = log
+        self._counters = counters
+        self._pool = pool
+        self._watch = watch
+        self._spawn = spawn
+        self._clients: dict[str, Client] = {}
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+    def __iter__(self) -> Iterator[Client]:
+        return iter(list(self._clients.values()))
+
+    def has_native(self, host: str) -> bool:
+        """Tell whether a native client is connected from an address."""
+        return any(c.host == host and c.session.dialect is Dialect.NATIVE for c in self)
+
+    def take_opening(self, caller: Caller, opening: Hello | LinkClaim) -> None:
+        """Take a caller that has said what it is; its socket is ours from here on."""
+        if isinstance(opening, LinkClaim):
+            self._take_link(caller, opening)
+        else:
+            self._take_hello(caller, opening)
+
+    def rest(self) -> None:
+        """Close a report period: ask for fewer links of clients that have been quiet."""
+        for member in self._pool:
+            surplus = member.demand.rest()
+            if surplus and member.session.dialect is Dialect.NATIVE:
+                announce(member)
+                member.shelf.retire(min(surplus, len(member.shelf) - member.demand.wanted))
+
+    def drain(self) -> None:
+        """Tell every client that nothing will be launched any more."""
+        for client in self:
+            client.session.drain()
+
+    def close(self, reason: str) -> None:
+        """End every session; idempotent."""
+        for client in self:
+            if client.control is not None:
+                client.control.close(reason)
+            self._unseat(client)
+
+    def _take_link(self, caller: Caller, claim: LinkClaim) -> None:
+        client = self._clients.get(claim.session)
+        if client is None or not caller.handshake.is_link_proven(claim, client.key):
+            # A link of a session that has just ended is no attack; it has no key to prove.
+            net.reset(caller.sock)
+            if client is not None:
+                self._counters.strangers += 1
+                self._log.repeated(
+                    "warn", f"link {caller.host}", "a link's proof was wrong", host=caller.host
+                )
+            return
+        is_taken = claim.number in client.shelf or claim.number in client.launched
+        if is_taken or len(client.shelf) >= BURST_ROOM * self._settings.max_pool_capacity:
+            net.reset(caller.sock)
+            self._log.repeated("warn", "surplus", "a link too many", client=client.name)
+            return
+        self._counters.links += 1
+        self._pool.give(client, Link(caller.sock, claim.number, caller.handshake.rest()))
+
+    def _take_hello(self, caller: Caller, hello: Hello) -> None:
+        session_id = secrets.token_hex(SESSION_SIZE)
+        demand = self._demand()
+        try:
+            if len(self._clients) >= MAX_CLIENTS:
+                raise TunnelError(f"there are {MAX_CLIENTS} clients", reason=Refusal.LIMIT)
+            welcome, key = caller.handshake.accept(
+                hello,
+                session=session_id,
+                idle=demand.wanted,
+                fresh_key=secrets.token_bytes(KEY_SIZE),
+            )
+            caller.sock.send(welcome)
+        except TunnelError as exc:
+            self._refuse(caller, exc)
+            return
+        except OSError as exc:
+            caller.sock.close()
+            self._log.debug("a client left during its handshake", host=caller.host, why=exc)
+            return
+        for other in list(self._clients.values()):
+            if other.name == hello.name and other.session.dialect is Dialect.NATIVE:
+                self._replace(other)
+        self._seat(caller, Dialect.NATIVE, session_id, hello.name, key, demand)
+
+    def _refuse(self, caller: Caller, exc: TunnelError) -> None:
+        try:
+            caller.sock.send(wire.pack_answer(Refuse(exc.reason)))
+        except OSError as error:
+            self._log.debug("a refused client left first", host=caller.host, why=error)
+        caller.sock.close()
+        self._counters.strangers += 1
+        self._log.repeated(
+            "warn", f"refused {caller.host}", "client refused", host=caller.host, why=exc
+        )
+
+    def _replace(self, old: Client) -> None:
+        self._log.info(
+            "client replaced by a newer one of its name", client=old.name, host=old.host
+        )
+        if old.control is not None:
+            old.control.close("replaced")
+        self._unseat(old)
+
+    def _seat(
+        self,
+        caller: Caller,
+        dialect: Dialect,
+        session_id: str,
+        name: str,
+        key: bytes,
+        demand: Demand,
+    ) -> Client:
+        session = Session(
+            Role.SERVER, dialect, now=self._loop.time(), interval=self._settings.report_interval
+        )
+        shelf = Shelf(self._watch, self._count_lost_link)
+        client = Client(
+            session, shelf, demand, id=session_id, name=name, host=caller.host, key=key
+        )
+        client.control = Control(session, functools.partial(self._on_event, client))
+        self._clients[session_id] = client
+        self._counters.sessions += 1
+        self._pool.add(client)
+        self._spawn(self._run_control(client, caller), "a control channel")
+        self._log.info("client connected", client=name, host=caller.address, dialect=dialect)
+        return client
+
+    async def _run_control(self, client: Client, caller: Caller) -> None:
+        assert client.control is not None
+        interval = self._settings.report_interval
+        try:
+            await client.control.open(caller.sock, interval, caller.handshake.rest())
+        except OSError as exc:
+            for event in client.session.cut(str(exc)):
+                self._on_event(client, event)
+
+    def _unseat(self, client: Client) -> None:
+        if self._clients.get(client.id) is client:
+            del self._clients[client.id]
+        self._pool.remove(client)
+
+    def _on_event(self, client: Client, event: Event) -> None:
+        if isinstance(event, Fail):
+            self._fail(client, event)
+        elif isinstance(event, Drain):
+            self._log.info("client is stopping", client=client.name)
+            client.shelf.clear()
+        elif isinstance(event, Lost):
+            self._unseat(client)
+            self._log.warn(
+                "tunnel lost",
+                client=client.name,
+                host=client.host,
+                reason=event.reason,
+                relays_open=client.relays,
+            )
+
+    def _fail(self, client: Client, event: Fail) -> None:
+        relay = client.launched.get(event.number)
+        if relay is None:
+            return  # the reset of the link was here first
+        self._counters.launches_failed += 1
+        self._counters.visitors_refused += 1
+        relay.abort()
+        self._log.repeated(
+            "warn",
+            f"fail {client.name} {event.why}",
+            "the client could not reach its target",
+            client=client.name,
+            why=event.why,
+        )
+
+    # ------------------------------------------------------------- the seed dialect
+
+    def take_seed_link(self, sock: socket.socket, host: str, caller: Caller | None) -> None:
+        """Take a connection to the data port: only from where the seed client is.
+
+        Args:
+            caller: the newest silent caller of that address, if there is one; ours now.
+        """
+        current = next(
+            (c for c in self._clients.values() if c.session.dialect is Dialect.SEED), None
+        )
+        if caller is not None and current is not None:
+            if current.host != host:
+                self._turn_away_second_seed(caller, current)
+                caller = None
+            else:
+                self._replace(current)
+        if caller is not None:
+            name = f"seed-{host}"
+            current = self._seat(
+                caller, Dialect.SEED, secrets.token_hex(SESSION_SIZE), name, b"", self._demand()
+            )
+        if current is None or current.host != host:
+            net.reset(sock)
+            self._counters.strangers += 1
+            self._log.repeated("warn", f"data {host}", "turned away at the data port", host=host)
+            return
+        link_id = self._fresh_seed_id(current)
+        try:
+            sock.send(link_id.encode())  # one segment: the Go client reads it in one call
+        except OSError:
+            sock.close()
+            return
+        self._counters.links += 1
+        self._pool.give(current, Link(sock, link_id))
+
+    def _turn_away_second_seed(self, caller: Caller, current: Client) -> None:
+        net.reset(caller.sock)
+        self._counters.strangers += 1
+        self._log.repeated(
+            "warn",
+            f"second seed {caller.host}",
+            "a second NodePass 1.0.3/1.0.4 client was turned away: there can be one at a time",
+            host=caller.host,
+            served=current.host,
+        )
+
+    def _fresh_seed_id(self, client: Client) -> str:
+        while True:
+            link_id = secrets.token_hex(SEED_ID_SIZE // 2)
+            if link_id not in client.shelf and link_id not in client.launched:
+                return link_id
+
+    def _demand(self) -> Demand:
+        settings = self._settings
+        return Demand(settings.min_pool_capacity, settings.max_pool_capacity, self._loop.time())
+
+    def _count_lost_link(self) -> None:
+        self._counters.links_lost += 1

@@ -1,0 +1,241 @@
+"""An engine under test with sockets on both of its sides, and its books checked at the end.
+
+    visitor == pair == [a  engine  b] == pair == target
+
+`visitor` and `target` are the outer ends, in the hands of the test.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType, TracebackType
+from typing import NamedTuple, Protocol, Self
+
+PATIENCE = 20.0
+"""Seconds that anything may take before the test is called hung; sanitizers are slow."""
+
+CHUNK = 1 << 16
+"""Bytes asked for in one read by the test's own ends."""
+
+
+class Ended(Protocol):
+    """What both engines' Completion looks like."""
+
+    @property
+    def token(self) -> int: ...
+    @property
+    def up(self) -> int: ...
+    @property
+    def down(self) -> int: ...
+    @property
+    def reason(self) -> int: ...
+    @property
+    def side(self) -> int: ...
+    @property
+    def code(self) -> int: ...
+
+
+def tcp_pair(sndbuf: int = 0, rcvbuf: int = 0) -> tuple[socket.socket, socket.socket]:
+    """Return two connected TCP sockets on loopback; buffers in bytes, 0 = the kernel's choice."""
+    with socket.socket() as listener:
+        if rcvbuf:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        outer = socket.socket()
+        if rcvbuf:
+            outer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)
+        outer.connect(listener.getsockname())
+        inner, _ = listener.accept()
+    for end in (outer, inner):
+        end.setblocking(False)
+        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if sndbuf:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sndbuf)
+    return outer, inner
+
+
+def unix_pair(sndbuf: int = 0, rcvbuf: int = 0) -> tuple[socket.socket, socket.socket]:
+    """Return two connected AF_UNIX stream sockets."""
+    outer, inner = socket.socketpair()
+    for end in (outer, inner):
+        end.setblocking(False)
+        if sndbuf:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sndbuf)
+        if rcvbuf:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)
+    return outer, inner
+
+
+PAIRS = {"tcp": tcp_pair, "unix": unix_pair}
+
+
+def reset_on_close(sock: socket.socket) -> None:
+    """Make the coming close() send RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+
+class Joined(NamedTuple):
+    """One flow, seen from outside."""
+
+    visitor: socket.socket
+    target: socket.socket
+    token: int
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Which engine, and how it is set up."""
+
+    module: ModuleType
+    splice: bool
+    threads: int
+
+    @property
+    def is_native(self) -> bool:
+        return self.module.__name__.endswith("_fastcopy")
+
+
+class Rig:
+    """An engine, the sockets a test uses with it, and its completions."""
+
+    def __init__(self, kind: Kind, *, pair: str = "tcp", flows: int = 1024) -> None:
+        self.kind = kind
+        self.pair = PAIRS[pair]
+        self.engine = kind.module.Engine(kind.threads, flows=flows, splice=kind.splice)
+        self.loop = asyncio.get_running_loop()
+        self._open: list[socket.socket] = []
+        self._ended: dict[int, Ended] = {}
+        self._wanted: dict[int, asyncio.Future[Ended]] = {}
+        self._is_closed = False
+
+    async def __aenter__(self) -> Self:
+        self.loop.add_reader(self.engine.fileno(), self._collect)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for sock in self._open:
+            sock.close()
+        await self.close()
+        if exc is None:
+            self.check_balance()
+
+    async def close(self) -> bool:
+        """Close the engine and collect what it still reports."""
+        if not self._is_closed:
+            self._is_closed = True
+            self.loop.remove_reader(self.engine.fileno())
+        joined = bool(self.engine.close(PATIENCE))
+        self._collect()
+        return joined
+
+    def check_balance(self) -> None:
+        """Assert that nothing is left in the engine's books."""
+        left = self.engine.statistics()
+        held = {
+            "flows_open": left.flows_open,
+            "parked_bytes": left.parked_bytes,
+            "buffers_in_use": left.buffers_in_use,
+            "pipes_in_use": left.pipes_in_use,
+            "pipes_pooled": left.pipes_pooled,
+            "fds_open": left.fds_open,
+            "bugs": left.bugs,
+        }
+        assert not any(held.values()), f"the engine still holds {held}"
+
+    def ends(self, **buffers: int) -> tuple[socket.socket, socket.socket]:
+        """Return (outer, inner) ends of a connection; the outer one is closed with the rig."""
+        outer, inner = self.pair(**buffers)
+        self._open.append(outer)
+        return outer, inner
+
+    def join(self, *, buffers: dict[str, int] | None = None, **options: object) -> Joined:
+        """Make two connections and hand their inner ends to the engine."""
+        visitor, a = self.ends(**(buffers or {}))
+        target, b = self.ends(**(buffers or {}))
+        return Joined(visitor, target, self.hand_over(a, b, **options))
+
+    def hand_over(self, a: socket.socket, b: socket.socket, **options: object) -> int:
+        """Give two sockets to the engine."""
+        token = int(self.engine.relay(a.fileno(), b.fileno(), **options))
+        a.detach()
+        b.detach()
+        return token
+
+    def _collect(self) -> None:
+        for ended in self.engine.poll():
+            assert ended.token not in self._ended, "a flow was reported twice"
+            self._ended[ended.token] = ended
+            waiter = self._wanted.pop(ended.token, None)
+            if waiter is not None and not waiter.done():
+                waiter.set_result(ended)
+
+    async def ended(self, token: int) -> Ended:
+        """Wait for the completion of a flow."""
+        if token not in self._ended:
+            waiter = self._wanted[token] = self.loop.create_future()
+            async with asyncio.timeout(PATIENCE):
+                await waiter
+        return self._ended[token]
+
+    def has_ended(self, token: int) -> bool:
+        """Tell whether a completion has been collected."""
+        return token in self._ended
+
+    async def send(self, sock: socket.socket, data: bytes) -> None:
+        """Send everything."""
+        async with asyncio.timeout(PATIENCE):
+            await self.loop.sock_sendall(sock, data)
+
+    async def receive(self, sock: socket.socket, size: int) -> bytes:
+        """Receive exactly `size` bytes; fewer only if the stream ends."""
+        parts: list[bytes] = []
+        async with asyncio.timeout(PATIENCE):
+            while size:
+                part = await self.loop.sock_recv(sock, min(size, CHUNK))
+                if not part:
+                    break
+                parts.append(part)
+                size -= len(part)
+        return b"".join(parts)
+
+    async def drain(self, sock: socket.socket) -> bytes:
+        """Receive up to the end of the stream."""
+        return await self.receive(sock, 1 << 62)
+
+    async def until(self, condition: object, what: str) -> None:
+        """Wait until `condition()` holds."""
+        assert callable(condition)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE):
+                while not condition():
+                    await asyncio.sleep(0.005)
+                return
+        raise AssertionError(f"never came true: {what}")
+
+    async def is_reset(self, sock: socket.socket) -> bool:
+        """Tell whether the connection was reset, reading away whatever comes before."""
+        try:
+            await self.drain(sock)
+        except (ConnectionResetError, BrokenPipeError):
+            return True
+        return False
+
+
+@contextlib.contextmanager
+def owned(*socks: socket.socket) -> Iterator[None]:
+    """Close sockets that a test kept, whatever happens."""
+    try:
+        yield
+    finally:
+        for sock in socks:
+            sock.close()
