@@ -232,6 +232,8 @@ class Engine:
         RuntimeError: no event loop is running.
     """
 
+    _is_closed = True  # until everything is open; __del__ also runs after a refused argument
+
     def __init__(self, threads: int = 1, *, flows: int = 65536, splice: bool = True) -> None:
         if not 1 <= threads <= MAX_THREADS:
             raise ValueError(f"threads: {threads} is not within 1..{MAX_THREADS}")
@@ -249,7 +251,6 @@ class Engine:
         self._bytes = [0, 0]
         self._watch: asyncio.TimerHandle | None = None
         self._pid = os.getpid()
-        self._is_closed = True
         try:
             self._bell, self._ear = socket.socketpair()
         except OSError as exc:
@@ -321,6 +322,9 @@ class Engine:
             raise EngineError("relay", errno.EOPNOTSUPP)
         if not 0.0 <= idle <= MAX_IDLE:
             raise ValueError(f"idle: {idle} is not within 0..4000000 seconds")
+        for head in (head_a, head_b):
+            if not isinstance(head, bytes):
+                raise TypeError(f"heads are bytes, not {type(head).__name__}")
         sockets = self._adopt(fd_a, fd_b)
         if len(self._flows) + len(self._ended) >= self._capacity:
             self._refused += 1

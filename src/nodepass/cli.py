@@ -39,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["demo"]:
-        from . import demo
+        from .demo import main as run_demo
 
-        return demo.main(words[1:])
+        return run_demo(words[1:])
     if "--help" in words or "-h" in words:
         from .help import text
 

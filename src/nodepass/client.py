@@ -54,6 +54,8 @@ class Client(Tunnel):
 
     async def _open(self) -> None:
         self.watch = net.HangupWatch()
+        self.resources.callback(self.watch.close)
+        self.resources.callback(self._close_pairing)
         self._slots = asyncio.Semaphore(self.settings.semaphore_limit)
         self._serving = 0
         self._is_idle = asyncio.Event()
@@ -86,13 +88,12 @@ class Client(Tunnel):
         except TimeoutError:
             self.log.warn("SHUTDOWN_TIMEOUT is over", relays_open=len(self._open_relays))
 
-    def _shut(self) -> None:
+    def _close_pairing(self) -> None:
         if self.pairing is not None:
             self.pairing.close("stopped")
             self.pairing = None
-        self.watch.close()
 
-    def statistics(self) -> TunnelStatistics:
+    def _look(self) -> TunnelStatistics:
         up, down = self.live_bytes()
         pairing, counters = self.pairing, self.counters
         return TunnelStatistics(
@@ -162,7 +163,7 @@ class Client(Tunnel):
                 self.log.repeated(
                     "warn", "dial", "no tunnel; trying again", server=self.config.tunnel, why=exc
                 )
-            except Exception as exc:
+            except Exception as exc:  # noqa: BLE001 - a task's outer edge: the tunnel goes on
                 self.log.error("a fault of ours in the client; please report it", error=exc)
             await asyncio.sleep(backoff.next_pause(random.random()))  # noqa: S311 - only jitter
 
@@ -170,16 +171,19 @@ class Client(Tunnel):
         """Make one connection to the server and serve until it is lost."""
         tunnel = self.config.tunnel
         sock = await net.dial(tunnel.host, tunnel.port, self.settings.dial_timeout)
-        host = str(sock.getpeername()[0])
         try:
+            host = net.peer_host(sock)
             handshake, greeting = await self.greet(sock)
             if greeting.is_native:
-                pairing = await self._pair_native(sock, handshake, greeting, host)
+                pairing = await self._pair_native(sock, handshake, host)
             else:
                 pairing = Pairing(self, Dialect.SEED, host, greeting.data_port, "", b"", 0)
         except BaseException:
             sock.close()
             raise
+        if self.is_stopping:  # it was asked for before the handshake was done
+            sock.close()
+            return Lost("stopped")
         self.pairing = pairing
         self.counters.sessions += 1
         try:
@@ -226,7 +230,7 @@ class Client(Tunnel):
         return data
 
     async def _pair_native(
-        self, sock: socket.socket, handshake: ClientHandshake, greeting: Greeting, host: str
+        self, sock: socket.socket, handshake: ClientHandshake, host: str
     ) -> Pairing:
         loop = asyncio.get_running_loop()
         line = handshake.hello(self.name, secrets.token_bytes(NONCE_SIZE))

@@ -288,9 +288,10 @@ def _parse_query(mode: Mode, query: str) -> dict[str, str]:
     given: dict[str, str] = {}
     for pair in query.split("&") if query else ():
         name, equals, text = pair.partition("=")
-        name, value = _decode("url", name), _decode(name or "url", text)
+        name, value = _decode("url", name), _decode("url", text)
         if name not in known:
-            raise ConfigError(name or "url", _unknown(mode, name, known))
+            named = name if name.isidentifier() else "url"
+            raise ConfigError(named, _unknown(mode, name, known))
         if name in given:
             raise ConfigError(name, "is given twice; once is enough")
         allowed = known[name].values
@@ -308,7 +309,8 @@ def _unknown(mode: Mode, name: str, known: Iterable[str]) -> str:
     elsewhere = [p.modes[0] for p in PARAMETERS if p.name == name]
     if elsewhere:
         return f"is a parameter of the {elsewhere[0]}, not of the {mode}"
-    return f"is not a parameter of the {mode}; {suggest(name, known)}"
+    named = "" if name.isidentifier() else f"{name!r} "
+    return f"{named}is not a parameter of the {mode}; {suggest(name, known)}"
 
 
 def _client_name(given: Mapping[str, str]) -> str:

@@ -33,6 +33,7 @@ class Control(asyncio.Protocol):
         self._is_flush_due = False
         self._is_blocked = False
         self._has_told_loss = False
+        self._head = b""
         session.on_output = self._flush_soon
 
     async def open(self, sock: socket.socket, interval: float, head: bytes = b"") -> None:
@@ -43,6 +44,7 @@ class Control(asyncio.Protocol):
             interval: report period, seconds.
             head: bytes that were read beyond the handshake.
         """
+        self._head = head
         try:
             # Here the peer always reads, so unacknowledged bytes do mean a dead path.
             limit_silence(sock, SILENT_PERIODS * interval)
@@ -50,9 +52,8 @@ class Control(asyncio.Protocol):
         except BaseException:
             sock.close()
             raise
-        if head:
-            self.data_received(head)
-        self._tick()
+        if self._session.is_open:
+            self._tick()
 
     def close(self, reason: str) -> None:
         """End the session from our side: say bye, send what is queued, close. Idempotent."""
@@ -65,6 +66,11 @@ class Control(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        if not self._session.is_open:  # closed while the connection was on its way to us
+            self._end()
+        elif self._head:
+            # Here and not after the await: the loop may read the socket first.
+            self.data_received(self._head)
 
     def data_received(self, data: bytes) -> None:
         self._deliver(self._session.receive_data(data, self._loop.time()))

@@ -67,6 +67,7 @@ class Entrance:
     Args:
         timeout: seconds from accept to a whole first line.
         on_opening: called with the caller, whose socket is then the hearer's, and its line.
+        is_known: tells whether a client is connected from an address.
         counters: `strangers` grows by each connection that is turned away.
     """
 
@@ -75,12 +76,14 @@ class Entrance:
         log: Log,
         timeout: float,
         on_opening: Callable[[Caller, Hello | LinkClaim], None],
+        is_known: Callable[[str], bool],
         counters: Counters,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._log = log
         self._timeout = timeout
         self._on_opening = on_opening
+        self._is_known = is_known
         self._counters = counters
         self._callers: dict[int, Caller] = {}
         self._per_host: dict[str, int] = {}
@@ -95,9 +98,11 @@ class Entrance:
         """Greet a fresh connection; it is the entrance's from here on."""
         if self._is_full(host):
             self._sweep()
-        if self._is_full(host):
-            self._turn_away(sock, host, "too many unfinished handshakes", f"limit {host}")
-            return
+            if self._per_host.get(host, 0) >= MAX_CALLERS_PER_HOST:
+                self._turn_away(sock, host, "too many unfinished handshakes", f"limit {host}")
+                return
+            if self._is_full(host):
+                self._make_room()
         nonce = secrets.token_bytes(NONCE_SIZE)
         handshake = ServerHandshake(Greeting(self.data_port, 0, nonce, False, VERSION))
         try:
@@ -134,8 +139,21 @@ class Entrance:
             net.reset(caller.sock)
 
     def _is_full(self, host: str) -> bool:
-        is_host_full = self._per_host.get(host, 0) >= MAX_CALLERS_PER_HOST
-        return is_host_full or len(self._callers) >= MAX_CALLERS
+        if self._per_host.get(host, 0) >= MAX_CALLERS_PER_HOST:
+            return True
+        return len(self._callers) >= MAX_CALLERS
+
+    def _make_room(self) -> None:
+        """Drop the oldest caller of the address that holds most, sparing those of clients.
+
+        A client needs a round trip, a stranger may stay for HANDSHAKE_TIMEOUT: whoever has
+        stood here longest among the many is the one least likely to be wanted.
+        """
+        strange = [host for host in self._per_host if not self._is_known(host)]
+        crowd = max(strange or self._per_host, key=self._per_host.__getitem__)
+        oldest = next(caller for caller in self._callers.values() if caller.host == crowd)
+        self._release(oldest)
+        self._turn_away(oldest.sock, crowd, "too many unfinished handshakes", f"limit {crowd}")
 
     def _sweep(self) -> None:
         """Hear those whose line has come but not had its turn of the loop yet.

@@ -30,7 +30,10 @@ _UNITS = {
     "m": 60.0,
     "h": 3600.0,
 }
-_TERM = re.compile(r"(\d+\.?\d*|\.\d+)([a-z\u00b5\u03bc]+)", re.ASCII)
+_TERM = re.compile(r"(\d+(?:\.\d*)?|\.\d+)([a-z\u00b5\u03bc]+)", re.ASCII)
+
+DURATION_LIMIT = 64
+"""Characters of a duration; no sensible one comes near."""
 
 
 def parse_duration(text: str) -> float:
@@ -45,6 +48,8 @@ def parse_duration(text: str) -> float:
     body = text.removeprefix("-") if text.startswith("-") else text.removeprefix("+")
     if body == "0":
         return 0.0
+    if len(body) > DURATION_LIMIT:
+        raise ValueError(text)
     total = 0.0
     end = 0
     for term in _TERM.finditer(body):
@@ -62,9 +67,9 @@ def show_duration(seconds: float) -> str:
     """Write seconds the way `parse_duration` reads them."""
     if seconds >= _UNITS["h"] and seconds % _UNITS["h"] == 0:
         return f"{seconds / _UNITS['h']:.0f}h"
-    if seconds == int(seconds):
-        return f"{seconds:.0f}s"
-    return f"{seconds * 1000:g}ms"
+    if 0 < seconds < 1:
+        return f"{seconds * 1000:.12g}ms"
+    return f"{seconds:.12g}s"
 
 
 def available_cores() -> int:

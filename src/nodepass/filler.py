@@ -10,9 +10,10 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Final
 
+from . import net
 from .errors import NodePassError, PoolTimeout
 from .log import Log
-from .pool import Link, Shelf
+from .pool import Link, Shelf, has_result
 from .session import Backoff
 
 MAX_CONNECTING: Final = 32
@@ -91,7 +92,13 @@ class Filler:
             async with asyncio.timeout(timeout):
                 return await place
         except TimeoutError as exc:
+            if has_result(place):
+                return place.result()  # it came in the very turn in which the time ran out
             raise PoolTimeout(f"link {name} never came") from exc
+        except asyncio.CancelledError:
+            if has_result(place):
+                net.reset(place.result().sock)
+            raise
         finally:
             self._claims.pop(name, None)
 

@@ -29,6 +29,7 @@ class ServerHandshake:
         self._key = key
         self._binding = binding
         self._lines = wire.LineBuffer()
+        self._opening_line = b""
 
     def receive(self, data: bytes) -> Hello | LinkClaim | None:
         """Take bytes; return the opening once its line is whole.
@@ -38,7 +39,10 @@ class ServerHandshake:
         """
         self._lines.feed(data)
         line = self._lines.next_line()
-        return None if line is None else wire.parse_opening(line)
+        if line is None:
+            return None
+        self._opening_line = line
+        return wire.parse_opening(line)
 
     def rest(self) -> bytes:
         """Hand over the bytes that came behind the opening line."""
@@ -47,7 +51,7 @@ class ServerHandshake:
     def accept(
         self, hello: Hello, *, session: str, idle: int, fresh_key: bytes
     ) -> tuple[bytes, bytes]:
-        """Check a hello and answer it.
+        """Check the hello that `receive` returned, and answer it.
 
         Args:
             session: 16 hex characters nobody has used.
@@ -65,7 +69,7 @@ class ServerHandshake:
             raise TunnelError(f"dialect {hello.version} is not known", reason=Refusal.VERSION)
         if self._key is None:
             return wire.pack_answer(Welcome(session, idle, key=fresh_key)), fresh_key
-        script = proof.transcript(self.greeting_line[:-1], self._binding, hello)
+        script = proof.transcript(self.greeting_line[:-1], self._binding, self._opening_line)
         wanted = proof.client_proof(self._key, script)
         if hello.proof is None or not proof.is_same_proof(hello.proof, wanted):
             what = "no password" if hello.proof is None else "a wrong password"
@@ -98,7 +102,6 @@ class ClientHandshake:
         self._allows_seed = allows_seed and key is None
         self._lines = wire.LineBuffer(wire.MAX_GREETING)
         self._greeting_line = b""
-        self._hello: Hello | None = None
         self._script = b""
 
     def receive_greeting(self, data: bytes) -> Greeting | None:
@@ -135,12 +138,12 @@ class ClientHandshake:
 
     def hello(self, name: str, nonce: bytes, binding: bytes = b"") -> bytes:
         """Return the hello line to send; `nonce` is NONCE_SIZE fresh random bytes."""
-        bare = Hello(name, nonce)
-        self._script = proof.transcript(self._greeting_line, binding, bare)
-        p = None if self._key is None else proof.client_proof(self._key, self._script)
-        self._hello = Hello(name, nonce, p)
+        line = wire.pack_hello(Hello(name, nonce))
         self._lines = wire.LineBuffer()
-        return wire.pack_hello(self._hello)
+        if self._key is None:
+            return line
+        self._script = proof.transcript(self._greeting_line, binding, line[:-1])
+        return wire.pack_hello(Hello(name, nonce, proof.client_proof(self._key, self._script)))
 
     def receive_answer(self, data: bytes) -> tuple[Welcome, bytes] | None:
         """Take bytes; return the welcome and the session key once the line is whole.

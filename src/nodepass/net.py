@@ -34,7 +34,22 @@ ACCEPT_PAUSE: Final = 0.1
 HAPPY_DELAY: Final = 0.25
 """Seconds before the next address is tried beside the last: RFC 8305, section 8."""
 
-_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+UNLIMITED_DESCRIPTORS: Final = 1 << 20
+"""Stands for "no limit": Linux' own ceiling for a process (fs.nr_open)."""
+
+_PASSING: Final = frozenset(
+    {
+        errno.ECONNABORTED,
+        errno.EPROTO,
+        errno.EPERM,
+        errno.ENETDOWN,
+        errno.ENOPROTOOPT,
+        errno.EHOSTUNREACH,
+        errno.EOPNOTSUPP,
+        errno.ENETUNREACH,
+    }
+)
+"""What accept(2) reports of one connection that died in the queue; the next may be fine."""
 _LINGER_RESET: Final = struct.pack("ii", 1, 0)
 
 SocketAddress = tuple[str, int] | tuple[str, int, int, int]
@@ -85,6 +100,38 @@ def reset(sock: socket.socket) -> None:
     sock.close()
 
 
+def is_alive(sock: socket.socket) -> bool:
+    """Tell whether a connection is without error; a peer that has cleanly ended still counts."""
+    try:
+        sock.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def peer_host(sock: socket.socket) -> str:
+    """Return the address of the far end, fit to be dialled again.
+
+    Raises:
+        OSError: the connection is gone.
+    """
+    name = sock.getpeername()
+    is_scoped = len(name) == 4 and name[3]
+    return f"{name[0]}%{socket.if_indextoname(name[3])}" if is_scoped else plain_host(name[0])
+
+
+def descriptor_limit() -> int:
+    """Return how many files this process may have open."""
+    try:
+        import resource
+    except ImportError:  # Windows: its sockets are bounded by memory alone
+        return UNLIMITED_DESCRIPTORS
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return UNLIMITED_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+
+
 def has_ended(sock: socket.socket) -> bool:
     """Tell whether the peer of an idle connection has gone, without taking a byte from it."""
     try:
@@ -121,8 +168,10 @@ async def listen(host: str, port: int) -> list[socket.socket]:
     except OSError as exc:
         for sock in opened:
             sock.close()
-        detail = f"cannot resolve {host}" if isinstance(exc, socket.gaierror) else ""
-        raise ListenError(shown, exc.errno or 0, detail) from exc
+        if isinstance(exc, socket.gaierror):
+            text = f"the name does not resolve ({exc.strerror})"
+            raise ListenError(shown, errno.EADDRNOTAVAIL, text) from exc
+        raise ListenError(shown, exc.errno or errno.EIO) from exc
     return opened
 
 
@@ -156,29 +205,26 @@ class Listener:
     Args:
         socks: listening sockets; owned from here on.
         on_accept: called with the connection, now the hearer's, and the peer's host and port.
-        on_exhausted: called when the system has run out of something; accepting then pauses
-            for ACCEPT_PAUSE seconds and goes on by itself.
+        on_trouble: called when the system has run out of something, or worse; accepting then
+            pauses for ACCEPT_PAUSE seconds and goes on by itself.
     """
 
     def __init__(
         self,
         socks: list[socket.socket],
         on_accept: OnAccept,
-        on_exhausted: Callable[[OSError], None],
+        on_trouble: Callable[[OSError], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._socks = socks
+        name = socks[0].getsockname()
+        self.address: tuple[str, int] = (str(name[0]), int(name[1]))
+        """Host and port of the first socket."""
         self._on_accept = on_accept
-        self._on_exhausted = on_exhausted
+        self._on_trouble = on_trouble
         self._is_reading = False
         self._is_paused = True
         self._retry: asyncio.TimerHandle | None = None
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """Host and port of the first socket."""
-        name = self._socks[0].getsockname()
-        return str(name[0]), int(name[1])
 
     @property
     def is_paused(self) -> bool:
@@ -224,19 +270,17 @@ class Listener:
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as exc:
-                # What accept(2) reports of a connection that died in the queue is no fault
-                # of the listener; the next one may be fine.
-                if exc.errno in _EXHAUSTED:
-                    self._back_off(exc)
-                    return
-                continue
+                if exc.errno in _PASSING:
+                    continue
+                self._back_off(exc)
+                return
             sock.setblocking(False)
             self._on_accept(sock, plain_host(address[0]), address[1])
 
     def _back_off(self, exc: OSError) -> None:
         self._retry = self._loop.call_later(ACCEPT_PAUSE, self._try_again)
         self._poll()
-        self._on_exhausted(exc)
+        self._on_trouble(exc)
 
     def _try_again(self) -> None:
         self._retry = None

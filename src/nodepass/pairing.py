@@ -273,6 +273,7 @@ class Pairing:
         self._client.free_slot()
         self._client.leave()
         if result.cancelled():
+            self._client.forget(relay)
             return
         outcome = result.result()
         self._client.release(relay, outcome)

@@ -16,7 +16,7 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 
 from . import net
 from .errors import PoolClosed, PoolTimeout
@@ -32,6 +32,9 @@ GROWTH: Final = 1.25
 """Least factor of a raise, so that a rising rate does not cost a signal per launch."""
 DECAY: Final = 0.75
 """What is kept of a surplus each quiet period: a lull of seconds must not undo the stock."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
@@ -163,7 +166,7 @@ class Demand:
         self._most = most
         self._window_at = now
         self._count = 0
-        self._peak = 0
+        self._need = least
         self.wanted = least
         """Idle links that should lie ready now."""
 
@@ -173,7 +176,6 @@ class Demand:
             self._window_at = now
             self._count = 0
         self._count += 1
-        self._peak = max(self._peak, self._count)
         return self._raise_to(self._least + DEMAND_MARGIN * self._count)
 
     def wait(self, waiting: int) -> bool:
@@ -182,8 +184,8 @@ class Demand:
 
     def rest(self) -> int:
         """Close a report period; return by how many links the wish has shrunk."""
-        goal = min(self._most, self._least + DEMAND_MARGIN * self._peak)
-        self._peak = 0
+        goal = min(self._most, self._need)
+        self._need = self._least
         if goal >= self.wanted:
             return 0
         before = self.wanted
@@ -191,9 +193,11 @@ class Demand:
         return before - self.wanted
 
     def _raise_to(self, need: int) -> bool:
+        self._need = max(self._need, need)
         if need <= self.wanted or self.wanted >= self._most:
             return False
         self.wanted = min(self._most, max(need, int(self.wanted * GROWTH)))
+        self._need = self.wanted
         return True
 
 
@@ -277,11 +281,11 @@ class Pool:
                 return await place
         except TimeoutError as exc:
             # The link may have come in the very turn in which the time ran out.
-            if place.done() and not place.cancelled() and place.exception() is None:
+            if has_result(place):
                 return place.result()
             raise PoolTimeout(f"no idle link within {timeout:g} s") from exc
         except asyncio.CancelledError:
-            if place.done() and not place.cancelled() and place.exception() is None:
+            if has_result(place):
                 net.reset(place.result()[1].sock)
             raise
         finally:
@@ -322,6 +326,11 @@ def announce(member: Member) -> None:
     """Tell a client how many idle links are wanted of it; a seed client has no ear for it."""
     if member.session.dialect is Dialect.NATIVE:
         member.session.send(Idle(member.demand.wanted))
+
+
+def has_result(place: asyncio.Future[T]) -> bool:
+    """Tell whether a future holds a value: not pending, cancelled or failed."""
+    return place.done() and not place.cancelled() and place.exception() is None
 
 
 def _load(member: Member) -> int:

@@ -80,12 +80,12 @@ class Closer(Protocol):
 class House(Protocol):
     """Makes the parts of a process; tests hand in their own."""
 
-    def relays(self, settings: Settings, log: Log) -> Closer: ...
+    def relays(self, settings: Settings) -> Closer: ...
     def tunnel(self, config: Config, relays: Closer) -> Tunnel: ...
 
 
 class _RealHouse:
-    def relays(self, settings: Settings, log: Log) -> Closer:
+    def relays(self, settings: Settings) -> Closer:
         from .relay import Relays
 
         return Relays(settings)
@@ -129,7 +129,7 @@ async def serve(configs: Sequence[Config], settings: Settings, house: House | No
     handlers = {"SIGINT": on_stop, "SIGTERM": on_stop, "SIGHUP": on_reload}
     with _signals(asyncio.get_running_loop(), handlers):
         try:
-            relays = house.relays(settings, log)
+            relays = house.relays(settings)
         except (NodePassError, OSError) as exc:
             return _complain(exc)
         tunnels: list[Tunnel] = []

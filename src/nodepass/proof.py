@@ -13,8 +13,8 @@ import hmac
 from typing import Final
 
 from .errors import LocalWireError
-from .message import KEY_SIZE, Hello
-from .wire import pack_hello
+from .message import KEY_SIZE
+from .wire import without_proof
 
 EXPORTER_LABEL: Final = b"EXPORTER-Channel-Binding"
 """RFC 9266; the bytes it yields are the binding `B` of the proofs."""
@@ -54,16 +54,15 @@ def stretch_password(password: str) -> bytes:
     )
 
 
-def transcript(greeting_line: bytes, binding: bytes, hello: Hello) -> bytes:
+def transcript(greeting_line: bytes, binding: bytes, hello_line: bytes) -> bytes:
     """Bind a handshake together: `T` of docs/protocol.md.
 
     Args:
         greeting_line: as it came, without LF.
         binding: TLS exporter bytes, empty without TLS.
-        hello: its proof is left out.
+        hello_line: as it came, without LF; its proof is left out.
     """
-    hello_line = pack_hello(hello, with_proof=False)[:-1]
-    return length_prefixed(greeting_line, binding, hello_line)
+    return length_prefixed(greeting_line, binding, without_proof(hello_line))
 
 
 def client_proof(key: bytes, script: bytes) -> bytes:

@@ -80,6 +80,8 @@ class Relay:
 
     def live(self) -> tuple[int, int]:
         """Return bytes delivered so far, up and down."""
+        if self.result.cancelled():
+            return 0, 0  # the engine did not end in time and took its counts along
         if self.result.done():
             return self.result.result()[:2]
         return self._engine.live(self.token) or (0, 0)
@@ -186,7 +188,11 @@ class _Module(Protocol):
 def _choose(wish: str) -> tuple[str, _Module]:
     if wish == "native":
         try:
-            return "native", importlib.import_module("._fastcopy", __package__)
+            native = importlib.import_module("._fastcopy", __package__)
+            twin = importlib.import_module("._pycopy", __package__)
+            if native.ABI != twin.ABI:
+                raise ImportError("it was built from another release")
+            return "native", native
         except ImportError as exc:
             Log("relay").warn(
                 "the native engine cannot be loaded; the slow Python engine runs instead",

@@ -71,6 +71,7 @@ class Roster:
         pool: where their links go.
         watch: tells of idle links that die.
         spawn: runs a task.
+        most_idle: idle links to ask for at most, of one client.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Roster:
         pool: Pool,
         watch: HangupWatch,
         spawn: Spawn,
+        most_idle: int,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._settings = settings
@@ -89,6 +91,7 @@ class Roster:
         self._pool = pool
         self._watch = watch
         self._spawn = spawn
+        self._most_idle = most_idle
         self._clients: dict[str, Client] = {}
 
     def __len__(self) -> int:
@@ -97,9 +100,15 @@ class Roster:
     def __iter__(self) -> Iterator[Client]:
         return iter(list(self._clients.values()))
 
+    def has_host(self, host: str) -> bool:
+        """Tell whether any client is connected from an address."""
+        return any(c.host == host for c in self._clients.values())
+
     def has_native(self, host: str) -> bool:
         """Tell whether a native client is connected from an address."""
-        return any(c.host == host and c.session.dialect is Dialect.NATIVE for c in self)
+        return any(
+            c.host == host and c.session.dialect is Dialect.NATIVE for c in self._clients.values()
+        )
 
     def take_opening(self, caller: Caller, opening: Hello | LinkClaim) -> None:
         """Take a caller that has said what it is; its socket is ours from here on."""
@@ -140,7 +149,7 @@ class Roster:
                 )
             return
         is_taken = claim.number in client.shelf or claim.number in client.launched
-        if is_taken or len(client.shelf) >= BURST_ROOM * self._settings.max_pool_capacity:
+        if is_taken or len(client.shelf) >= BURST_ROOM * self._most_idle:
             net.reset(caller.sock)
             self._log.repeated("warn", "surplus", "a link too many", client=client.name)
             return
@@ -212,7 +221,9 @@ class Roster:
         self._counters.sessions += 1
         self._pool.add(client)
         self._spawn(self._run_control(client, caller), "a control channel")
-        self._log.info("client connected", client=name, host=caller.address, dialect=dialect)
+        self._log.info(
+            "client connected", client=name, dialect=dialect, **{"from": caller.address}
+        )
         return client
 
     async def _run_control(self, client: Client, caller: Caller) -> None:
@@ -314,8 +325,8 @@ class Roster:
                 return link_id
 
     def _demand(self) -> Demand:
-        settings = self._settings
-        return Demand(settings.min_pool_capacity, settings.max_pool_capacity, self._loop.time())
+        least = min(self._settings.min_pool_capacity, self._most_idle)
+        return Demand(least, self._most_idle, self._loop.time())
 
     def _count_lost_link(self) -> None:
         self._counters.links_lost += 1

@@ -28,6 +28,11 @@ NATIVE_PATIENCE: Final = 1.0
 """Seconds that a caller must have been silent to pass for a seed client where its address has
 native clients too: their links are silent for a round trip, a second at the very worst."""
 
+RESERVED_DESCRIPTORS: Final = 160
+"""Files kept back for listeners, engine, control channels, handshakes and a few pipes."""
+DESCRIPTORS_PER_VISITOR: Final = 2
+"""Its own connection and the link."""
+
 
 class Server(Tunnel):
     """The side that listens; see `Tunnel` for its arguments and life."""
@@ -35,19 +40,25 @@ class Server(Tunnel):
     mode = Mode.SERVER
 
     async def _open(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._loop = loop
-        self._listeners: list[net.Listener] = []
-        self._rest_timer: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
         self._visitors = 0
-        self._pool = Pool()
+        self._limit, most_idle = self._share_descriptors()
         self._watch = net.HangupWatch()
+        self.resources.callback(self._watch.close)
+        self._pool = Pool()
         self._clients = Roster(
-            self.settings, self.log, self.counters, self._pool, self._watch, self.spawn
+            self.settings, self.log, self.counters, self._pool, self._watch, self.spawn, most_idle
         )
+        self.resources.callback(self._clients.close, "stopped")
+        self.resources.callback(self._pool.close)
         self._entrance = Entrance(
-            self.log, self.settings.handshake_timeout, self._clients.take_opening, self.counters
+            self.log,
+            self.settings.handshake_timeout,
+            self._clients.take_opening,
+            self._clients.has_host,
+            self.counters,
         )
+        self.resources.callback(self._entrance.close)
         tunnel, target = self.config.tunnel, self.config.target
         self._tunnel = await self._listen(tunnel.host, tunnel.port, self._entrance.admit)
         self._target = await self._listen(target.host, target.port, self._admit_visitor)
@@ -56,15 +67,32 @@ class Server(Tunnel):
             self._data = await self._listen(tunnel.host, self.config.data, self._admit_seed_link)
             self._entrance.data_port = self._data.address[1]
 
+    def _share_descriptors(self) -> tuple[int, int]:
+        """Return most visitors and most idle links, so that both fit the process's limit."""
+        wanted, most_idle = self.settings.semaphore_limit, self.settings.max_pool_capacity
+        room = net.descriptor_limit() - RESERVED_DESCRIPTORS
+        most_idle = max(1, min(most_idle, room // 4))
+        limit = max(1, min(wanted, (room - most_idle) // DESCRIPTORS_PER_VISITOR))
+        if limit < wanted:
+            self.log.warn(
+                "the limit of open files (ulimit -n) is too low for SEMAPHORE_LIMIT visitors",
+                files=net.descriptor_limit(),
+                visitors=limit,
+                wanted=wanted,
+            )
+        return limit, most_idle
+
     async def _listen(self, host: str, port: int, on_accept: net.OnAccept) -> net.Listener:
-        listener = net.Listener(await net.listen(host, port), on_accept, self._tell_exhausted)
-        self._listeners.append(listener)
+        listener = net.Listener(await net.listen(host, port), on_accept, self._tell_trouble)
+        self.resources.callback(listener.close)
         return listener
 
     def _begin(self) -> None:
-        for listener in self._listeners:
-            listener.resume()
+        for listener in (self._tunnel, self._target, self._data):
+            if listener is not None:
+                listener.resume()
         self._rest_timer = self._loop.call_later(self.settings.report_interval, self._rest)
+        self.resources.callback(self._stop_resting)
         data = {} if self._data is None else {"data": self._data.address[1]}
         self.log.info(
             "server listening",
@@ -89,17 +117,7 @@ class Server(Tunnel):
             self.log.info("waiting for open relays", relays=len(self._open_relays))
         await self.wait_relays(self.settings.shutdown_timeout)
 
-    def _shut(self) -> None:
-        if self._rest_timer is not None:
-            self._rest_timer.cancel()
-        for listener in self._listeners:
-            listener.close()
-        self._entrance.close()
-        self._pool.close()
-        self._clients.close("stopped")
-        self._watch.close()
-
-    def statistics(self) -> TunnelStatistics:
+    def _look(self) -> TunnelStatistics:
         up, down = self.live_bytes()
         members = list(self._pool)
         counters = self.counters
@@ -127,11 +145,13 @@ class Server(Tunnel):
     @property
     def tunnel_address(self) -> tuple[str, int]:
         """Host and port that clients dial."""
+        self.require_running()
         return self._tunnel.address
 
     @property
     def target_address(self) -> tuple[str, int]:
         """Host and port that visitors dial."""
+        self.require_running()
         return self._target.address
 
     # --------------------------------------------------------------------- visitors
@@ -139,13 +159,13 @@ class Server(Tunnel):
     def _admit_visitor(self, sock: socket.socket, host: str, port: int) -> None:
         self.counters.visitors += 1
         self._visitors += 1
-        if self._visitors >= self.settings.semaphore_limit:
+        if self._visitors >= self._limit:
             self._target.pause()
             self.log.repeated(
                 "warn",
                 "limit",
                 "as many visitors as SEMAPHORE_LIMIT allows; more wait in the kernel's queue",
-                limit=self.settings.semaphore_limit,
+                limit=self._limit,
             )
         found = self._pool.take_nowait()
         if found is not None:
@@ -154,31 +174,47 @@ class Server(Tunnel):
             self.spawn(self._join_later(sock, net.join_address(host, port)), "waiting for a link")
 
     async def _join_later(self, sock: socket.socket, visitor: str) -> None:
+        waiting = asyncio.current_task()
+        is_gone = False
+
+        def leave() -> None:
+            nonlocal is_gone
+            if not net.is_alive(sock):  # a clean end is no reason: an answer may be wanted
+                is_gone = True
+                assert waiting is not None
+                waiting.cancel()
+
+        self._watch.add(sock, leave)
         try:
             member, link = await self._pool.take(self.settings.dial_timeout)
         except (PoolTimeout, PoolClosed) as exc:
-            net.reset(sock)
-            self.counters.visitors_refused += 1
-            self._free_slot()
-            hint = "no client is connected" if not self._clients else str(exc)
-            self.log.repeated("warn", "no link", "a visitor was turned away", why=hint)
+            self._watch.remove(sock)
+            hint = "no client is connected" if not len(self._clients) else str(exc)
+            self._turn_away(sock, "warn", "no link", hint)
             return
         except BaseException:
+            self._watch.remove(sock)
             net.reset(sock)
             self._free_slot()
+            if is_gone and waiting is not None and not waiting.uncancel():
+                return  # the visitor has gone; that is all
             raise
+        self._watch.remove(sock)
         self._join(sock, visitor, member, link)
+
+    def _turn_away(self, sock: socket.socket, level: str, key: str, why: object) -> None:
+        net.reset(sock)
+        self.counters.visitors_refused += 1
+        self._free_slot()
+        self.log.repeated(level, key, "a visitor was turned away", why=why)
 
     def _join(self, sock: socket.socket, visitor: str, member: Member, link: Link) -> None:
         assert isinstance(member, Client)
         try:
             relay = self.relays.join(sock, link.sock, head_b=link.head)
         except EngineError as exc:
-            net.reset(sock)
             net.reset(link.sock)
-            self.counters.visitors_refused += 1
-            self._free_slot()
-            self.log.repeated("error", "engine", "a visitor was turned away", why=exc)
+            self._turn_away(sock, "error", "engine", exc)
             return
         member.session.launch(Kind.TCP, link.name, visitor)
         member.relays += 1
@@ -202,6 +238,7 @@ class Server(Tunnel):
         del client.launched[name]
         self._free_slot()
         if result.cancelled():
+            self.forget(relay)
             return
         outcome = result.result()
         self.release(relay, outcome)
@@ -223,16 +260,19 @@ class Server(Tunnel):
 
     # ------------------------------------------------------------------------ small
 
-    def _admit_seed_link(self, sock: socket.socket, host: str, port: int) -> None:
+    def _admit_seed_link(self, sock: socket.socket, host: str, _port: int) -> None:
         patience = NATIVE_PATIENCE if self._clients.has_native(host) else 0.0
         self._clients.take_seed_link(sock, host, self._entrance.promote(host, patience))
+
+    def _stop_resting(self) -> None:
+        self._rest_timer.cancel()
 
     def _rest(self) -> None:
         self._clients.rest()
         self._rest_timer = self._loop.call_later(self.settings.report_interval, self._rest)
 
-    def _tell_exhausted(self, exc: OSError) -> None:
+    def _tell_trouble(self, exc: OSError) -> None:
         hint = "raise the limit of open files (ulimit -n)" if exc.errno == errno.EMFILE else ""
         self.log.repeated(
-            "error", "exhausted", "cannot accept for the moment", why=exc.strerror, hint=hint
+            "error", "accept", "cannot accept for the moment", why=exc.strerror, hint=hint or None
         )

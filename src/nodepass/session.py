@@ -111,9 +111,11 @@ class Session:
         self._ticked_at = now
         self._beat_at = now
         self._pings = 0
+        self._ping_timed = 0
         self._ping_sent_at: float | None = None
-        self._longest_gap = 0.0
-        self._beats_heard = 0
+        self._has_said_drain = False
+        self._beat_heard_at: float | None = None
+        self._longest_gap: float | None = None
 
     def __repr__(self) -> str:
         return f"<Session {self.role.value} {self.dialect} {self.state.value}>"
@@ -128,7 +130,7 @@ class Session:
             return []
         if not data:
             return [self._lose("the other side closed the connection")]
-        self._hear(now)
+        self._heard_at = now
         self._lines.feed(data)
         events: list[Event] = []
         try:
@@ -136,7 +138,7 @@ class Session:
                 self._take_line(line, now, events)
         except PeerWireError as exc:
             events.append(self._lose(f"the other side broke the protocol: {exc}"))
-        return events
+        return self._bound(events)
 
     def cut(self, reason: str) -> list[Event]:
         """Take it that the connection is gone, for a reason that the socket gave."""
@@ -146,20 +148,20 @@ class Session:
         """Send what is due and notice silence; call it at `next_tick`, or later."""
         if self.state is State.CLOSED:
             return []
-        if now - self._ticked_at > 2 * self._interval:
-            # We ourselves were stopped (suspend, a starved machine): what the peer sent
-            # meanwhile waits unread, so it gets one more period before it counts as silent.
+        if self._was_stopped(now):
+            # What the peer sent meanwhile waits unread, so it gets one more period before it
+            # counts as silent; and the time that we slept is neither the path's nor its period.
+            self._ping_sent_at = None
+            self._beat_heard_at = None
             self._heard_at = max(self._heard_at, now - (SILENT_PERIODS - 1) * self._interval)
         self._ticked_at = now
         limit = self._silence_limit()
         if limit is not None and now - self._heard_at >= limit:
             return [self._lose(f"nothing heard for {now - self._heard_at:.1f} s")]
-        if len(self._out) > MAX_UNSENT:
-            return [self._lose("the other side reads no signals")]
         if now >= self._beat_at:
             self._beat_at = now + self._interval
             self._beat(now)
-        return []
+        return self._bound([])
 
     def next_tick(self) -> float:
         """Return when `tick` is due, in the seconds of `now`."""
@@ -185,10 +187,12 @@ class Session:
 
     def drain(self) -> None:
         """Say that we are stopping; a seed peer has no word for it."""
-        if self.state is State.LIVE:
-            if self.dialect is Dialect.NATIVE:
-                self.send(Drain())
-            self._move(State.DRAINING)
+        if not self.is_open or self._has_said_drain:
+            return
+        self._has_said_drain = True
+        if self.dialect is Dialect.NATIVE:
+            self.send(Drain())
+        self._move(State.DRAINING)
 
     def bye(self, reason: str) -> None:
         """End the session from our side."""
@@ -221,35 +225,51 @@ class Session:
                 self._move(State.CLOSED)
                 events.append(Lost(f"the other side said bye: {reason}", reason == "replaced"))
             case Heartbeat():
-                self._beats_heard += 1
+                self._take_heartbeat(now)
             case _:
                 pass  # from a later release, or not for our role: the protocol says ignore
 
     def _take_pong(self, number: int, now: float) -> None:
-        if self._ping_sent_at is None or number != self._pings:
+        if self._ping_sent_at is None or number != self._ping_timed:
             return
         sample = now - self._ping_sent_at
         self._ping_sent_at = None
+        if self._was_stopped(now):
+            return  # the time that we slept is not the path's
         self.rtt = sample if self.rtt is None else self.rtt + RTT_WEIGHT * (sample - self.rtt)
 
-    def _hear(self, now: float) -> None:
-        if self._beats_heard:
-            self._longest_gap = max(self._longest_gap, now - self._heard_at)
-        self._heard_at = now
+    def _take_heartbeat(self, now: float) -> None:
+        if self._beat_heard_at is not None and not self._was_stopped(now):
+            self._longest_gap = max(self._longest_gap or 0.0, now - self._beat_heard_at)
+        self._beat_heard_at = now
+
+    def _was_stopped(self, now: float) -> bool:
+        """Tell whether we ourselves stood still lately: a suspend, a starved machine."""
+        return now - self._ticked_at > 2 * self._interval
 
     def _silence_limit(self) -> float | None:
         if self.dialect is Dialect.NATIVE:
             return SILENT_PERIODS * self._interval
-        if self.role is Role.SERVER or self._beats_heard < 2:
+        if self.role is Role.SERVER or self._longest_gap is None:
             # A seed client never writes, and a seed server's period is not known before its
             # second heartbeat: until then only TCP itself can tell.
             return None
         return SILENT_PERIODS * max(self._interval, self._longest_gap)
 
+    def _bound(self, events: list[Event]) -> list[Event]:
+        if self.is_open and len(self._out) > MAX_UNSENT:
+            events.append(self._lose("the other side reads no signals"))
+            self._out.clear()
+        return events
+
     def _beat(self, now: float) -> None:
         if self.dialect is Dialect.NATIVE:
             self._pings += 1
-            self._ping_sent_at = now
+            if self._ping_sent_at is None:
+                # One at a time is timed: on a path slower than the period, the newest ping's
+                # pong would never be the next to come.
+                self._ping_timed = self._pings
+                self._ping_sent_at = now
             self.send(Ping(self._pings))
         elif self.role is Role.SERVER:
             self.send(Heartbeat())

@@ -8,17 +8,21 @@ dials. `server` and `client` build on it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from .config import Config, Mode
 from .errors import ConfigError, TunnelError
 from .log import Log
 from .relay import Reason, Relay, RelayResult, Relays
 from .stats import Counters, TunnelStatistics
+
+ABORT_GRACE: Final = 1.0
+"""Seconds to wait for the results of aborted relays: an abort takes one turn of the engine."""
 
 
 class Tunnel(ABC):
@@ -43,7 +47,12 @@ class Tunnel(ABC):
         self._open_relays: set[Relay] = set()
         self._group: asyncio.TaskGroup | None = None
         self._main: asyncio.Task[None] | None = None
-        self._closed: asyncio.Event | None = None
+        self._closed = asyncio.Event()
+        self._life = asyncio.Lock()
+        self._has_begun = False
+        self._is_running = False
+        self.resources = contextlib.ExitStack()
+        """How to give back what `_open` has taken; the last taken goes first."""
         self._report_timer: asyncio.TimerHandle | None = None
         self._last_report: dict[str, object] = {}
         self.is_stopping = False
@@ -66,49 +75,45 @@ class Tunnel(ABC):
 
         After: `stop` it, or use `async with`.
         """
-        if self._closed is not None:
+        if self._has_begun:
             raise TunnelError("a tunnel can be started once only")
-        self._closed = asyncio.Event()
-        try:
-            if self._relays is None:
-                self._relays = Relays(self.settings)
-            await self._open()
-        except BaseException:
-            self.is_stopping = True
-            self._shut()
-            await self._close_relays()
-            self._closed.set()
-            raise
-        started = asyncio.get_running_loop().create_future()
-        self._main = asyncio.create_task(self._hold_group(started))
-        await started
-        self._arm_report()
-        self._begin()
+        self._has_begun = True
+        async with self._life:
+            try:
+                if self._relays is None:
+                    self._relays = Relays(self.settings)
+                await self._open()
+                started = asyncio.get_running_loop().create_future()
+                self._main = asyncio.create_task(self._hold_group(started))
+                await started
+                self._begin()
+            except BaseException:
+                self.is_stopping = True
+                await self._end()
+                raise
+            self._is_running = True
+            self._arm_report()
 
     async def stop(self) -> None:
-        """Serve no new visitors, let open relays finish in SHUTDOWN_TIMEOUT, end. Idempotent."""
-        if self._closed is None:
-            return
-        if self._main is None or self.is_stopping:
-            await self._closed.wait()
-            return
-        self.is_stopping = True
-        try:
-            await self._drain()
-        finally:
-            await self._end()
+        """Serve no new visitors, let open relays finish in SHUTDOWN_TIMEOUT, end. Idempotent.
 
-    async def abort(self) -> None:
-        """End at once: open relays are reset. Idempotent."""
-        if self._closed is None or self._main is None:
-            return
-        self.is_stopping = True
-        await self._end()
+        Cancelled, it ends at once: open relays are reset.
+        """
+        async with self._life:
+            if self._closed.is_set() or not self._has_begun:
+                return
+            self.is_stopping = True
+            cut = 0
+            try:
+                await self._drain()
+            finally:
+                cut = len(self._open_relays)
+                await self._end()
+                self.log.info("stopped", **({"relays_cut": cut} if cut else {}))
 
     async def wait_closed(self) -> None:
-        """Wait until the tunnel has ended."""
-        if self._closed is not None:
-            await self._closed.wait()
+        """Wait until the tunnel has ended, or has failed to start."""
+        await self._closed.wait()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -122,15 +127,20 @@ class Tunnel(ABC):
     ) -> None:
         await self.stop()
 
-    @abstractmethod
     def statistics(self) -> TunnelStatistics:
-        """Return one look at the tunnel."""
+        """Return one look at the tunnel, also after its end.
+
+        Raises:
+            TunnelError: it has never run.
+        """
+        self.require_running()
+        return self._look()
 
     # ------------------------------------------------- for server and client to fill in
 
     @abstractmethod
     async def _open(self) -> None:
-        """Take what the start needs; raise if it cannot be had."""
+        """Take what the start needs, each with its undo in `resources`; raise if it cannot."""
 
     @abstractmethod
     def _begin(self) -> None:
@@ -141,21 +151,30 @@ class Tunnel(ABC):
         """Take no new visitors and wait, in bounded time, for what is open."""
 
     @abstractmethod
-    def _shut(self) -> None:
-        """Close every socket that is ours; idempotent, also after a failed start."""
+    def _look(self) -> TunnelStatistics:
+        """Gather the statistics."""
 
     # ------------------------------------------------------- for server and client to use
 
+    def require_running(self) -> None:
+        """Raise TunnelError if the tunnel has never run."""
+        if not self._is_running:
+            raise TunnelError("the tunnel has not been started")
+
     def spawn(self, work: Coroutine[object, object, None], what: str) -> None:
         """Run a task in the tunnel's group; a fault in it is logged, never silent."""
-        if self._group is None or (self._main is not None and self._main.done()):
-            work.close()
+        if self._group is None:
+            work.close()  # the group has ended, and its tasks with it
             return
         self._group.create_task(self._guard(work, what))
 
     def hold(self, relay: Relay) -> None:
         """Count a relay as open until its result is there."""
         self._open_relays.add(relay)
+
+    def forget(self, relay: Relay) -> None:
+        """Stop counting a relay whose result will never come."""
+        self._open_relays.discard(relay)
 
     def release(self, relay: Relay, result: RelayResult) -> None:
         """Add a finished relay to the counters."""
@@ -194,27 +213,25 @@ class Tunnel(ABC):
     async def _guard(self, work: Coroutine[object, object, None], what: str) -> None:
         try:
             await work
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - a task's outer edge
             self.log.error(f"a fault of ours in {what}; please report it", error=exc)
 
     async def _end(self) -> None:
-        if self._closed is None or self._main is None:
-            return
-        if self._report_timer is not None:
-            self._report_timer.cancel()
-            self._report_timer = None
-        self._shut()
-        self._main.cancel()
-        await asyncio.wait({self._main})
-        open_relays = list(self._open_relays)
-        for relay in open_relays:
-            relay.abort()
-        await self.wait_relays(1.0)  # an abort takes one turn of the engine
-        await self._close_relays()
-        if not self._closed.is_set():
+        """Give everything back, whatever has been taken so far."""
+        try:
+            if self._report_timer is not None:
+                self._report_timer.cancel()
+                self._report_timer = None
+            self.resources.close()
+            if self._main is not None:
+                self._main.cancel()
+                await asyncio.wait({self._main})
+            for relay in list(self._open_relays):
+                relay.abort()
+            await self.wait_relays(ABORT_GRACE)
+            await self._close_relays()
+        finally:
             self._closed.set()
-            cut = {"relays_cut": len(open_relays)} if open_relays else {}
-            self.log.info("stopped", **cut)
 
     async def _close_relays(self) -> None:
         if self._relays is not None and self._shared_relays is None:

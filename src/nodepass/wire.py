@@ -135,9 +135,10 @@ def parse_greeting(line: bytes) -> Greeting:
         raise PeerWireError(f"not a greeting: the other side looks like {identify(line)}")
     head, hash_mark, fragment = text[2:].partition("#")
     port_text, mark, query = head.partition("?")
-    if not hash_mark or fragment not in ("0", "1", "2"):
+    is_port = port_text.isdecimal() and len(port_text) <= 5 and int(port_text) < 65536
+    if not hash_mark or fragment not in ("0", "1", "2") or not is_port:
         raise PeerWireError(f"not a greeting: the other side looks like {identify(line)}")
-    port = _number(port_text, "data port", 65536)
+    port = int(port_text)
     fields = _fields(query) if mark else {}
     version = _number(fields["v"], "version", MAX_NUMBER) if "v" in fields else 0
     if version < VERSION:
@@ -151,20 +152,31 @@ def parse_greeting(line: bytes) -> Greeting:
     return Greeting(port, int(fragment), nonce, flag == "1", version)
 
 
-def pack_hello(hello: Hello, *, with_proof: bool = True) -> bytes:
+def pack_hello(hello: Hello) -> bytes:
     """Encode a client's opening of a control connection.
 
     Args:
         hello: name of 1 byte or more, at most MAX_NAME once percent-encoded.
-        with_proof: False gives the line that the proof itself is made over.
     """
+    _require(hello.name.isprintable(), "hello: name is not printable")
     name = quote(hello.name, safe="")
     _require(0 < len(name) <= MAX_NAME, f"hello: name is not 1..{MAX_NAME} bytes")
     _require(len(hello.nonce) == NONCE_SIZE, f"hello: nonce is not {NONCE_SIZE} bytes")
     line = f"hello://{name}?v={hello.version}&n={hello.nonce.hex()}"
-    if with_proof and hello.proof is not None:
+    if hello.proof is not None:
         line += f"&p={_proof_hex(hello.proof)}"
     return _line(line)
+
+
+def without_proof(hello_line: bytes) -> bytes:
+    """Return a hello line (without LF) as it was when its proof was made.
+
+    The bytes themselves and not what they mean: a later release may add fields, and a name
+    can be encoded in more than one way.
+    """
+    head, mark, query = hello_line.partition(b"?")
+    kept = [part for part in query.split(b"&") if not part.startswith(b"p=")]
+    return head + mark + b"&".join(kept)
 
 
 def pack_link_claim(claim: LinkClaim) -> bytes:
@@ -184,7 +196,7 @@ def parse_opening(line: bytes) -> Hello | LinkClaim:
     scheme, host, fields = _split(line)
     if scheme == "hello":
         name = unquote(host, errors="replace")
-        if not 0 < len(host) <= MAX_NAME or any(ord(c) < 32 or ord(c) == 127 for c in name):
+        if not 0 < len(host) <= MAX_NAME or not name.isprintable():
             raise PeerWireError(f"hello: name is not 1..{MAX_NAME} printable bytes")
         version = _number(fields.get("v", ""), "version", MAX_NUMBER)
         nonce = _hex(fields.get("n", ""), "nonce", NONCE_SIZE)
@@ -242,6 +254,7 @@ def pack_signal(signal: NativeSignal | SeedSignal) -> bytes:
     match signal:
         case Launch(kind, number, visitor):
             _check_number(number, "link number")
+            _require("&" not in visitor, "launch: a visitor's address holds no &")
             return _line(f"{kind}://{number}?from={visitor}" if visitor else f"{kind}://{number}")
         case Fail(number, why):
             _check_number(number, "link number")

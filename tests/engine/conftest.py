@@ -10,25 +10,35 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from types import ModuleType
 
 import pytest
-
 from tests.engine.rig import Kind, Rig
 
 HAS_NATIVE = importlib.util.find_spec("nodepass._fastcopy") is not None
 NATIVE_ONLY = os.environ.get("NODEPASS_TEST_ENGINE") == "native"
 """Set by scripts/sanitize: there is nothing to sanitize in Python."""
 
+TWINS = {"twin", "_pycopy"}
+"""Words in the ids of tests that run on the twin."""
+
 WHY_NOT = "the native engine is not built for this platform (no nodepass._fastcopy)"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the twin's tests out on demand, without a word about each."""
+    if not NATIVE_ONLY:
+        return
+    twins = [item for item in items if TWINS & set(re.split(r"[\[\]-]", item.name))]
+    config.hook.pytest_deselected(items=twins)
+    items[:] = [item for item in items if item not in twins]
 
 
 def load(name: str) -> ModuleType:
     if name == "_fastcopy" and not HAS_NATIVE:
         pytest.skip(WHY_NOT)
-    if name == "_pycopy" and NATIVE_ONLY:
-        pytest.skip("NODEPASS_TEST_ENGINE=native leaves the twin out")
     return importlib.import_module(f"nodepass.{name}")
 
 

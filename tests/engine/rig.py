@@ -13,30 +13,15 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType, TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
+
+from nodepass._pycopy import Completion
 
 PATIENCE = 20.0
 """Seconds that anything may take before the test is called hung; sanitizers are slow."""
 
 CHUNK = 1 << 16
 """Bytes asked for in one read by the test's own ends."""
-
-
-class Ended(Protocol):
-    """What both engines' Completion looks like."""
-
-    @property
-    def token(self) -> int: ...
-    @property
-    def up(self) -> int: ...
-    @property
-    def down(self) -> int: ...
-    @property
-    def reason(self) -> int: ...
-    @property
-    def side(self) -> int: ...
-    @property
-    def code(self) -> int: ...
 
 
 def tcp_pair(sndbuf: int = 0, rcvbuf: int = 0) -> tuple[socket.socket, socket.socket]:
@@ -109,8 +94,8 @@ class Rig:
         self.engine = kind.module.Engine(kind.threads, flows=flows, splice=kind.splice)
         self.loop = asyncio.get_running_loop()
         self._open: list[socket.socket] = []
-        self._ended: dict[int, Ended] = {}
-        self._wanted: dict[int, asyncio.Future[Ended]] = {}
+        self._ended: dict[int, Completion] = {}
+        self._wanted: dict[int, asyncio.Future[Completion]] = {}
         self._is_closed = False
 
     async def __aenter__(self) -> Self:
@@ -174,12 +159,13 @@ class Rig:
     def _collect(self) -> None:
         for ended in self.engine.poll():
             assert ended.token not in self._ended, "a flow was reported twice"
-            self._ended[ended.token] = ended
-            waiter = self._wanted.pop(ended.token, None)
+            completion = Completion(*ended)
+            self._ended[completion.token] = completion
+            waiter = self._wanted.pop(completion.token, None)
             if waiter is not None and not waiter.done():
-                waiter.set_result(ended)
+                waiter.set_result(completion)
 
-    async def ended(self, token: int) -> Ended:
+    async def ended(self, token: int) -> Completion:
         """Wait for the completion of a flow."""
         if token not in self._ended:
             waiter = self._wanted[token] = self.loop.create_future()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import gc
 import os
 import socket
 from collections.abc import Callable
 from types import ModuleType
 
 import pytest
+from tests.engine.rig import Kind, Rig, owned, tcp_pair
 
 from nodepass.errors import EngineClosed, EngineError
-from tests.engine.rig import Kind, Rig, owned, tcp_pair
 
 Engine = Callable[..., Rig]
 
@@ -206,10 +205,9 @@ async def test_after_close(kind: Kind) -> None:
 
 
 async def test_dropped_without_close_warns_and_frees(kind: Kind) -> None:
-    engine = kind.module.Engine(2)
+    engines = [kind.module.Engine(2)]
     with pytest.warns(ResourceWarning, match="close"):
-        del engine
-        gc.collect()
+        engines.clear()
 
 
 async def test_engine_is_made_once(kind: Kind) -> None:

@@ -93,12 +93,8 @@ async def test_f15_embedded_client_follows_tunnel_and_target(
             assert await exchange(ports[1], b"after") == b"after"
 
 
-def _resolver(
-    where: dict[str, str], real: Callable[..., list[tuple[object, ...]]]
-) -> Callable[..., list[tuple[object, ...]]]:
-    def resolve(
-        host: str | None, port: int | str | None, *args: int, **kwargs: int
-    ) -> list[tuple[object, ...]]:
+def _resolver(where: dict[str, str], real: Callable[..., object]) -> Callable[..., object]:
+    def resolve(host: str | None, port: int | str | None, *args: int, **kwargs: int) -> object:
         name, _, domain = (host or "").partition(".")
         return real(where[name] if domain == "test" else host, port, *args, **kwargs)
 

@@ -41,17 +41,17 @@ async def test_client_opens_as_many_links_as_the_server_wants(tmp_path: Path) ->
 
 
 async def test_f06_launch_of_an_unknown_link_is_answered(tmp_path: Path) -> None:
-    async with Arena(tmp_path, HANDSHAKE_TIMEOUT="500ms") as arena, NativeServer() as server:
-        async with within(20):
-            client = arena.nodepass(_client(arena, server, arena.target(echo).port))
-            client.spawn()
-            await server.welcome(idle=1)
-            ((number, link),) = (await _links(server, 1)).items()
-            await server.say("tcp://4242?from=192.0.2.1:4711")
-            assert await server.signal() == "fail://4242?why=unknown"
-            await server.say(f"tcp://{number}?from=192.0.2.1:4711")
-            await link.write(b"hello")
-            assert await link.read() == b"hello"
+    env = {"HANDSHAKE_TIMEOUT": "500ms"}
+    async with Arena(tmp_path, **env) as arena, NativeServer() as server, within(20):
+        client = arena.nodepass(_client(arena, server, arena.target(echo).port))
+        client.spawn()
+        await server.welcome(idle=1)
+        ((number, link),) = (await _links(server, 1)).items()
+        await server.say("tcp://4242?from=192.0.2.1:4711")
+        assert await server.signal() == "fail://4242?why=unknown"
+        await server.say(f"tcp://{number}?from=192.0.2.1:4711")
+        await link.write(b"hello")
+        assert await link.read() == b"hello"
 
 
 async def test_f24_refused_target_is_answered_at_once(tmp_path: Path) -> None:
@@ -67,17 +67,17 @@ async def test_f24_refused_target_is_answered_at_once(tmp_path: Path) -> None:
 
 
 async def test_client_answers_pings_and_ignores_what_it_does_not_know(tmp_path: Path) -> None:
-    async with Arena(tmp_path, REPORT_INTERVAL="60s") as arena, NativeServer() as server:
-        async with within(20):
-            client = arena.nodepass(_client(arena, server, free_port()))
-            client.spawn()
-            await server.welcome(idle=1)
-            await server.say("future://thing?x=1")
-            await server.say("")
-            await server.say("ping://77")
-            while (line := await server.control.read_line()).startswith(b"ping://"):
-                continue
-            assert line == b"pong://77\n"
+    env = {"REPORT_INTERVAL": "60s"}
+    async with Arena(tmp_path, **env) as arena, NativeServer() as server, within(20):
+        client = arena.nodepass(_client(arena, server, free_port()))
+        client.spawn()
+        await server.welcome(idle=1)
+        await server.say("future://thing?x=1")
+        await server.say("")
+        await server.say("ping://77")
+        while (line := await server.control.read_line()).startswith(b"ping://"):
+            continue
+        assert line == b"pong://77\n"
 
 
 async def test_client_ends_its_session_politely(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ class SeedClient(Peer):
     async def dial(self) -> str:
         """Open one data link; return the id that the server gave it."""
         link = self.keep(await connect(self.data_port, source=self._source))
-        name = (await link.read(64)).decode()  # Go reads once
+        name = (await link.read(ID_SIZE)).decode()  # one read, as Go does it
         assert re.fullmatch(r"[0-9a-f]{8}", name), name
         self.links[name] = link
         return name
@@ -131,6 +131,8 @@ class SeedServer(Peer):
         self._owned += [self.listener, self.data]
         self.links: dict[str, Stream] = {}
         self._beating: asyncio.Task[None] | None = None
+        self.beats = 0
+        """Heartbeats sent to the client that is connected now."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -141,11 +143,13 @@ class SeedServer(Peer):
         await self.say(f"//{self.data.port}{query}#{tls}")
         if self._beating:
             self._beating.cancel()
+        self.beats = 0
         self._beating = asyncio.create_task(self._beat(self._control, beat))
 
     async def _beat(self, control: Stream, period: float) -> None:
         while True:
             await control.write(b"\n")
+            self.beats += 1
             await asyncio.sleep(period)
 
     def fall_silent(self) -> None:

@@ -1,0 +1,60 @@
+"""What can only be seen from outside: exit, fork, signals, limits, leaks.
+
+Each script runs in a process of its own, prints "ok" as its last word, and must leave
+standard error empty: no warning, no traceback, no "Exception ignored".
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.engine.conftest import HAS_NATIVE, WHY_NOT
+
+import nodepass
+
+SCRIPTS = Path(__file__).parent / "scripts"
+ROOT = Path(__file__).parents[2]
+SOURCE = Path(nodepass.__path__[0]).parent
+DEADLINE = 50
+"""Seconds; a script that hangs at exit is the very thing looked for."""
+
+BOTH = ["close_twice", "exit_without_close", "fork", "leak", "signals", "stop_in_traffic"]
+NATIVE = ["drop_while_open", "few_descriptors", "idle_is_quiet", "memory", "second_interpreter"]
+NEEDS_FORK = {"fork"}
+
+
+def run(name: str, module: str) -> None:
+    environ = dict(os.environ, PYTHONPATH=os.pathsep.join([str(SOURCE), str(ROOT)]))
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", str(SCRIPTS / f"{name}.py"), module],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    said = f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, said
+    assert done.stdout.splitlines()[-1:] == ["ok"], said
+    assert done.stderr == "", said
+
+
+@pytest.mark.parametrize("module", ["_fastcopy", "_pycopy"])
+@pytest.mark.parametrize("name", BOTH)
+def test_on_both(name: str, module: str) -> None:
+    if module == "_fastcopy" and not HAS_NATIVE:
+        pytest.skip(WHY_NOT)
+    if name in NEEDS_FORK and not hasattr(os, "fork"):
+        pytest.skip("this platform cannot fork")
+    run(name, module)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_on_native(name: str) -> None:
+    if not HAS_NATIVE:
+        pytest.skip(WHY_NOT)
+    run(name, "_fastcopy")

@@ -1,0 +1,373 @@
+"""filler: links are dialled in parallel until enough lie ready, and given to early launches."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import socket
+import time
+from collections.abc import Coroutine
+
+import pytest
+from tests.engine.rig import tcp_pair
+from tests.system.rig.timing import until, within
+
+from nodepass import net
+from nodepass.errors import PeerWireError, PoolTimeout
+from nodepass.filler import MAX_CONNECTING, MAX_DIALS, QUIET_FAILURES, Filler
+from nodepass.log import Log
+from nodepass.pool import Link, Shelf
+
+both = pytest.mark.loops("asyncio", "uvloop")
+
+
+class Yard:
+    """A filler over a shelf; its dials are what the test makes of them."""
+
+    def __init__(self, *, pause: float = 0.01, level: str = "none") -> None:
+        self.watch = net.HangupWatch()
+        self.shelf = Shelf(self.watch, self._on_lost)
+        self.gate = asyncio.Event()
+        """Dials wait until it is set."""
+        self.fault: Exception | None = None
+        """What dials raise instead of making a link."""
+        self.dials = 0
+        self.connecting = 0
+        self.most_connecting = 0
+        self.names: list[int | str] = []
+        self.far: dict[int | str, socket.socket] = {}
+        self._numbers = itertools.count(1)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._socks: list[socket.socket] = []
+        self.filler = Filler(
+            self.shelf, self._dial, self._spawn, lambda: 1.0, pause, Log("yard", level)
+        )
+
+    def want(self, count: int) -> None:
+        self.filler.wanted = count
+        self.filler.fill()
+
+    def open_gate(self) -> None:
+        self.gate.set()
+
+    async def settle(self) -> None:
+        """Let every dial end."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def cancel_dials(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    def _on_lost(self) -> None:
+        self.filler.fill()
+
+    def _spawn(self, work: Coroutine[object, object, None], what: str) -> None:
+        assert "link" in what
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _dial(self) -> Link:
+        self.dials += 1
+        async with self.filler.connecting:
+            self.connecting += 1
+            self.most_connecting = max(self.most_connecting, self.connecting)
+            try:
+                await self.gate.wait()
+            finally:
+                self.connecting -= 1
+        if self.fault is not None:
+            raise self.fault
+        name = self.names.pop(0) if self.names else next(self._numbers)
+        near, far = tcp_pair()
+        self._socks += [near, far]
+        self.far[name] = far
+        return Link(near, name)
+
+    async def __aenter__(self) -> Yard:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.filler.close()
+        self.cancel_dials()
+        await self.settle()
+        self.shelf.clear()
+        self.watch.close()
+        for sock in self._socks:
+            sock.close()
+
+
+# --- filling -----------------------------------------------------------------------------------
+
+
+@both
+async def test_fills_up_to_the_wish_and_no_further() -> None:
+    async with Yard() as yard:
+        yard.open_gate()
+        yard.want(10)
+        yard.filler.fill()
+        assert yard.filler.dialling == 10
+        await until(lambda: len(yard.shelf) == 10, 5, "ten links")
+        await yard.settle()
+        yard.filler.fill()
+        assert (yard.dials, yard.filler.made, yard.filler.dialling) == (10, 10, 0)
+        yard.want(4)
+        assert yard.dials == 10, "too many is no reason to dial"
+
+
+@both
+async def test_refills_what_is_taken_and_what_dies() -> None:
+    async with Yard() as yard:
+        yard.open_gate()
+        yard.want(3)
+        await until(lambda: len(yard.shelf) == 3, 5, "three links")
+        taken = yard.shelf.take()
+        assert taken is not None
+        yard.filler.fill()
+        await until(lambda: len(yard.shelf) == 3, 5, "one in its place")
+        yard.far[1].close()
+        await until(lambda: yard.filler.made == 5, 5, "one in place of the dead")
+        assert len(yard.shelf) == 3
+
+
+@both
+async def test_bounds_dials_and_connects_under_way() -> None:
+    async with Yard() as yard:
+        yard.want(500)
+        await asyncio.sleep(0.02)
+        assert yard.filler.dialling == MAX_DIALS
+        assert yard.connecting == MAX_CONNECTING
+        yard.filler.fill()
+        assert yard.filler.dialling == MAX_DIALS
+        yard.open_gate()
+        await until(lambda: len(yard.shelf) == 500, 10, "all links")
+        assert yard.most_connecting == MAX_CONNECTING
+        assert yard.filler.made == 500
+
+
+@both
+@pytest.mark.parametrize("fault", [PeerWireError("garbage"), OSError("refused")])
+async def test_failures_back_off_and_do_not_spin(fault: Exception) -> None:
+    async with Yard(pause=0.05) as yard:
+        yard.open_gate()
+        yard.fault = fault
+        yard.want(4)
+        await yard.settle()
+        yard.filler.fill()
+        assert yard.dials == 4, "nothing is dialled during the pause"
+        # Pauses of 0.1 s doubling would be the start; here the ceiling of 0.05 s binds at once.
+        await asyncio.sleep(0.3)
+        assert 8 <= yard.dials <= 4 * 7
+        yard.fault = None
+        await until(lambda: len(yard.shelf) == 4, 5, "links once it works again")
+
+
+@both
+async def test_failures_are_told_once_they_are_no_accident(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.DEBUG, "nodepass"):
+        async with Yard(pause=0.005, level="debug") as yard:
+            yard.open_gate()
+            yard.fault = OSError("refused")
+            yard.want(1)
+            await until(lambda: yard.dials > QUIET_FAILURES + 3, 5, "failures")
+            yard.fault = None
+            await until(lambda: len(yard.shelf) == 1, 5, "a link")
+            yard.fault = OSError("refused")
+            yard.shelf.retire(1)
+            yard.filler.fill()
+            await yard.settle()
+    levels = [record.levelname for record in caplog.records]
+    quiet = ["DEBUG"] * QUIET_FAILURES
+    assert levels == [*quiet, "WARNING", "DEBUG"], "told once a minute, and anew after a success"
+
+
+async def test_a_success_during_the_pause_does_not_shorten_it() -> None:
+    async with Yard(pause=0.05) as yard:
+        yard.want(2)
+        await asyncio.sleep(0)
+        yard.fault = OSError("refused")
+        yard.open_gate()
+        await yard.settle()
+        yard.fault = None
+        assert yard.dials == 2
+        yard.filler.fill()
+        assert yard.filler.dialling == 0
+        await until(lambda: len(yard.shelf) == 2, 5, "both links, after the pause")
+
+
+# --- launches that come before their link ------------------------------------------------------
+
+
+@both
+async def test_claim_of_a_link_that_is_here() -> None:
+    async with Yard() as yard:
+        yard.open_gate()
+        yard.want(1)
+        await until(lambda: len(yard.shelf) == 1, 5, "the link")
+        assert (await yard.filler.claim(1, 1.0)).name == 1
+        with pytest.raises(PoolTimeout):
+            await yard.filler.claim(1, 0.01)
+
+
+@both
+async def test_claim_waits_for_its_link_and_no_other() -> None:
+    async with Yard() as yard:
+        yard.names = ["aaaa0001", "aaaa0002"]
+        claiming = asyncio.create_task(yard.filler.claim("aaaa0002", 5.0))
+        await asyncio.sleep(0)
+        yard.open_gate()
+        yard.want(2)
+        assert (await claiming).name == "aaaa0002"
+        await until(lambda: yard.filler.made == 3, 5, "one in its place")
+        assert "aaaa0001" in yard.shelf
+        assert "aaaa0002" not in yard.shelf
+
+
+@both
+async def test_claim_twice_while_waiting() -> None:
+    async with Yard() as yard:
+        claiming = asyncio.create_task(yard.filler.claim(1, 5.0))
+        await asyncio.sleep(0)
+        with pytest.raises(PoolTimeout, match="twice"):
+            await yard.filler.claim(1, 5.0)
+        yard.open_gate()
+        yard.want(1)
+        assert (await claiming).name == 1, "the first is not harmed"
+
+
+@both
+async def test_claim_has_an_end() -> None:
+    async with Yard() as yard:
+        with pytest.raises(PoolTimeout, match="never came"):
+            await yard.filler.claim(1, 0.01)
+        yard.open_gate()
+        yard.want(1)
+        await until(lambda: 1 in yard.shelf, 5, "the late link on the shelf")
+
+
+@both
+@pytest.mark.parametrize("delay", [0.04, 0.06])
+async def test_claim_whose_link_comes_in_the_turn_of_the_time_out(delay: float) -> None:
+    """Whichever is first within the turn, the link is with the caller or on the shelf."""
+    async with Yard() as yard:
+        yard.want(1)
+        claiming = asyncio.create_task(yard.filler.claim(1, 0.05))
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_later(delay, yard.open_gate)
+        await asyncio.sleep(0.03)
+        _block(0.05)
+        try:
+            link = await claiming
+        except PoolTimeout:
+            await until(lambda: 1 in yard.shelf, 5, "the link on the shelf")
+        else:
+            assert link.name == 1
+            assert 1 not in yard.shelf
+        assert not net.has_ended(yard.far[1])
+
+
+@both
+async def test_claim_times_out_with_its_link_in_hand() -> None:
+    """The link is there, the claimer has not run yet, and its time is over."""
+    async with Yard() as yard:
+        claiming = asyncio.create_task(yard.filler.claim(1, 0.05))
+        yard.want(1)
+        await asyncio.sleep(0.04)
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.005, yard.open_gate)
+        # Two turns bring the link to the claimer; both end after the deadline.
+        loop.call_later(0.006, _block, 0.01)
+        link = await claiming
+        assert link.name == 1
+        assert not net.has_ended(yard.far[1])
+
+
+@both
+@pytest.mark.parametrize("turns", range(6))
+async def test_claim_cancelled_around_the_arrival_of_its_link(turns: int) -> None:
+    async with Yard() as yard:
+        claiming = asyncio.create_task(yard.filler.claim(1, 5.0))
+        yard.want(1)
+        await asyncio.sleep(0.01)
+        yard.open_gate()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        claiming.cancel()
+        await asyncio.wait({claiming})
+        await yard.settle()
+        if claiming.cancelled() and 1 not in yard.shelf:
+            assert 1 in yard.far
+            await until(lambda: net.has_ended(yard.far[1]), 5, "the reset of the link")
+        else:
+            assert not net.has_ended(yard.far[1])
+
+
+# --- closing -----------------------------------------------------------------------------------
+
+
+@both
+async def test_close_during_dials_leaks_nothing() -> None:
+    async with Yard() as yard:
+        yard.want(5)
+        await asyncio.sleep(0.01)
+        yard.filler.close()
+        yard.filler.close()
+        yard.open_gate()
+        await yard.settle()
+        assert len(yard.shelf) == 0
+        assert yard.filler.made == 0
+        for far in yard.far.values():
+            await until(lambda far=far: net.has_ended(far), 5, "its end")  # type: ignore[misc]
+        yard.filler.fill()
+        assert yard.filler.dialling == 0
+
+
+@both
+async def test_close_during_failing_dials_and_during_the_pause() -> None:
+    async with Yard(pause=0.02) as yard:
+        yard.fault = OSError("refused")
+        yard.want(2)
+        await asyncio.sleep(0.01)
+        yard.filler.close()
+        yard.open_gate()
+        await yard.settle()
+        await asyncio.sleep(0.04)
+        assert yard.dials == 2
+    async with Yard(pause=0.02) as yard:
+        yard.open_gate()
+        yard.fault = OSError("refused")
+        yard.want(2)
+        await yard.settle()
+        yard.filler.close()
+        await asyncio.sleep(0.04)
+        assert yard.dials == 2
+
+
+@both
+async def test_close_ends_claims() -> None:
+    async with Yard() as yard:
+        claiming = asyncio.create_task(yard.filler.claim(1, 5.0))
+        await asyncio.sleep(0)
+        yard.filler.close()
+        async with within(1):
+            await asyncio.wait({claiming})
+        assert claiming.cancelled() or isinstance(claiming.exception(), PoolTimeout)
+
+
+async def test_a_cancelled_dial_is_no_longer_under_way() -> None:
+    async with Yard() as yard:
+        yard.want(3)
+        await asyncio.sleep(0)
+        assert yard.filler.dialling == 3
+        yard.cancel_dials()
+        await yard.settle()
+        assert yard.filler.dialling == 0
+
+
+def _block(seconds: float) -> None:
+    """Hold the loop, so that everything due meanwhile falls into one turn."""
+    time.sleep(seconds)

@@ -1,0 +1,42 @@
+"""help: names everything there is, fits a terminal, and its examples are good."""
+
+from __future__ import annotations
+
+import re
+
+from nodepass.config import PARAMETERS, Config
+from nodepass.environment import VARIABLES
+from nodepass.help import LATER, text
+
+WIDTH = 100
+
+
+def test_fits_a_terminal() -> None:
+    assert text().endswith("\n")
+    assert [line for line in text().splitlines() if len(line) > WIDTH] == []
+    assert [line for line in text().splitlines() if line != line.rstrip()] == []
+
+
+def test_names_every_parameter_and_its_default() -> None:
+    for parameter in PARAMETERS:
+        where = "both" if len(parameter.modes) == 2 else str(parameter.modes[0])
+        row = rf"^  {parameter.name} +{where} +{parameter.default or '-'} +\S"
+        assert re.search(row, text(), re.MULTILINE), parameter.name
+
+
+def test_names_every_variable_and_its_default() -> None:
+    for variable in VARIABLES:
+        row = rf"^  {variable.name} +{variable.default} +\S"
+        assert re.search(row, text(), re.MULTILINE), variable.name
+    assert "NODEPASS_PASSWORD[_FILE]" in text()
+
+
+def test_examples_are_good_urls() -> None:
+    urls = re.findall(r'"([^"]+)"', text())
+    assert len(urls) >= 6
+    for url in urls:
+        Config.parse(url, {})
+
+
+def test_what_comes_later_is_a_parameter() -> None:
+    assert set(LATER) <= {parameter.name for parameter in PARAMETERS}

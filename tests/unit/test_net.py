@@ -1,0 +1,936 @@
+"""net: listening, dialling, accept back-off and the hang-up watch, on real loopback sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import resource
+import select
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from tests.engine.rig import tcp_pair
+from tests.system.rig.timing import until, within
+
+import nodepass
+from nodepass import net
+from nodepass.errors import DialError, ListenError
+
+both = pytest.mark.loops("asyncio", "uvloop")
+
+NO_IPV6 = not socket.has_ipv6
+needs_ipv6 = pytest.mark.skipif(NO_IPV6, reason="this machine has no IPv6")
+
+
+# --- helpers -----------------------------------------------------------------------------------
+
+
+def teach(monkeypatch: pytest.MonkeyPatch, **names: Sequence[str]) -> None:
+    """Make the running loop resolve these names, and no others; addresses stay what they are."""
+
+    async def getaddrinfo(host: str, port: int, *_: object, **__: object) -> list[object]:
+        if host not in names and not net.is_literal(host):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        found: list[object] = []
+        for address in names.get(host, [host]):
+            if ":" in address:
+                found.append((socket.AF_INET6, socket.SOCK_STREAM, 6, "", (address, port, 0, 0)))
+            else:
+                found.append((socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)))
+        return found
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+
+
+@contextlib.contextmanager
+def black_hole(host: str, port: int = 0) -> Iterator[int]:
+    """Open a port that neither accepts nor refuses: its backlog is full. Yields the number."""
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.socket())
+        full.bind((host, port))
+        full.listen(0)
+        for _ in range(4):
+            caller = stack.enter_context(socket.socket())
+            caller.setblocking(False)
+            caller.connect_ex(full.getsockname())
+        yield full.getsockname()[1]
+
+
+@contextlib.contextmanager
+def listening(host: str = "127.0.0.1", port: int = 0) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(100)
+        yield sock
+
+
+def refused_port() -> int:
+    with listening() as sock:
+        return int(sock.getsockname()[1])
+
+
+@contextlib.contextmanager
+def closing(socks: list[socket.socket]) -> Iterator[list[socket.socket]]:
+    try:
+        yield socks
+    finally:
+        for sock in socks:
+            sock.close()
+
+
+@contextlib.contextmanager
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    near, far = tcp_pair()
+    with near, far:
+        yield near, far
+
+
+class Hearer:
+    """Keeps what a Listener hands over, and what it complains of."""
+
+    def __init__(self) -> None:
+        self.socks: list[socket.socket] = []
+        self.peers: list[tuple[str, int]] = []
+        self.complaints: list[OSError] = []
+
+    def accept(self, sock: socket.socket, host: str, port: int) -> None:
+        self.socks.append(sock)
+        self.peers.append((host, port))
+
+    def complain(self, exc: OSError) -> None:
+        self.complaints.append(exc)
+
+    def __enter__(self) -> Hearer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sock in self.socks:
+            sock.close()
+
+
+class Faulty(socket.socket):
+    """A listening socket whose next accepts fail."""
+
+    faults: list[int]
+
+    def accept(self) -> tuple[socket.socket, object]:
+        if self.faults:
+            code = self.faults.pop(0)
+            raise OSError(code, os.strerror(code))
+        return super().accept()
+
+
+def faulty(*faults: int) -> Faulty:
+    sock = Faulty()
+    sock.faults = list(faults)
+    sock.setblocking(False)
+    sock.bind(("127.0.0.1", 0))
+    sock.listen(100)
+    return sock
+
+
+# --- small things ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [("127.0.0.1", "127.0.0.1:80"), ("::1", "[::1]:80"), ("example.org", "example.org:80")],
+)
+def test_join_address(host: str, shown: str) -> None:
+    assert net.join_address(host, 80) == shown
+
+
+@pytest.mark.parametrize(
+    ("host", "plain"),
+    [("::ffff:10.0.0.1", "10.0.0.1"), ("10.0.0.1", "10.0.0.1"), ("::ffff:1", "::ffff:1")],
+)
+def test_plain_host(host: str, plain: str) -> None:
+    assert net.plain_host(host) == plain
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", False), ("", False), ("1.2.3", False)],
+)
+def test_is_literal(host: str, expected: bool) -> None:
+    assert net.is_literal(host) is expected
+
+
+def test_tune_sets_what_every_leg_has() -> None:
+    with ends() as (near, _):
+        near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
+        net.tune(near)
+        assert near.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert near.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            idle = near.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+            assert idle == net.KEEPALIVE_IDLE
+
+
+def test_tune_where_keepalive_has_no_knobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(socket, "TCP_KEEPIDLE", raising=False)
+    with ends() as (near, _):
+        net.tune(near)
+        assert near.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux only")
+@pytest.mark.parametrize(("seconds", "milliseconds"), [(1.5, 1500), (0.0, 1)])
+def test_limit_silence(seconds: float, milliseconds: int) -> None:
+    with ends() as (near, _):
+        net.limit_silence(near, seconds)
+        set_to = near.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        assert set_to == milliseconds
+
+
+def test_limit_silence_elsewhere_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(socket, "TCP_USER_TIMEOUT", raising=False)
+    with ends() as (near, _):
+        net.limit_silence(near, 1.0)
+
+
+def test_reset_is_no_clean_end() -> None:
+    with ends() as (near, far):
+        net.reset(near)
+        far.setblocking(True)
+        with pytest.raises(ConnectionResetError):
+            far.recv(100)
+    net.reset(near)  # a closed one is harmless
+
+
+def test_has_ended() -> None:
+    with ends() as (near, far):
+        assert not net.has_ended(near)
+        far.send(b"x")
+        assert select.select([near], [], [], 5)[0]
+        assert not net.has_ended(near)
+        assert near.recv(10) == b"x", "the byte is still there"
+        far.close()
+        assert select.select([near], [], [], 5)[0]
+        assert net.has_ended(near)
+
+
+def test_has_ended_by_reset() -> None:
+    with ends() as (near, far):
+        net.reset(far)
+        assert select.select([near], [], [], 5)[0]
+        assert net.has_ended(near)
+
+
+@pytest.mark.parametrize("how", ["quiet", "bytes", "end", "reset", "reset behind bytes"])
+def test_is_alive_unless_reset(how: str) -> None:
+    """A half-closed peer may still want an answer; bytes hide a reset until they are read."""
+    with ends() as (near, far):
+        if "bytes" in how:
+            far.send(b"x")
+            assert select.select([near], [], [], 5)[0]
+        if how == "end":
+            far.shutdown(socket.SHUT_WR)
+        if "reset" in how:
+            net.reset(far)
+        if how != "quiet":
+            assert select.select([near], [], [], 5)[0]
+        assert net.is_alive(near) is (how != "reset")
+
+
+def test_peer_host() -> None:
+    with ends() as (near, far):
+        assert net.peer_host(near) == "127.0.0.1"
+        net.reset(far)
+        assert select.select([near], [], [], 5)[0]
+        with pytest.raises(OSError, match="not connected"):
+            net.peer_host(near)
+
+
+@needs_ipv6
+def test_peer_host_undoes_the_dual_stack() -> None:
+    with listening("::") as target:
+        with socket.create_connection(("127.0.0.1", target.getsockname()[1])):
+            accepted, _ = target.accept()
+        with accepted:
+            assert accepted.getpeername()[0] == "::ffff:127.0.0.1"
+            assert net.peer_host(accepted) == "127.0.0.1"
+
+
+def test_peer_host_keeps_the_zone_of_a_link_local_address() -> None:
+    class Scoped(socket.socket):
+        def getpeername(self) -> tuple[str, int, int, int]:
+            return ("fe80::1", 80, 0, socket.if_nametoindex("lo"))
+
+    with Scoped() as sock:
+        assert net.peer_host(sock) == "fe80::1%lo"
+
+
+def test_descriptor_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert net.descriptor_limit() == soft
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: unlimited)
+    assert net.descriptor_limit() == net.UNLIMITED_DESCRIPTORS
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert net.descriptor_limit() == net.UNLIMITED_DESCRIPTORS
+
+
+# --- listen ------------------------------------------------------------------------------------
+
+
+@both
+@needs_ipv6
+async def test_listen_on_every_address_is_one_dual_stack_socket() -> None:
+    with closing(await net.listen("", 0)) as socks, Hearer() as hearer:
+        assert [sock.family for sock in socks] == [socket.AF_INET6]
+        listener = net.Listener(socks, hearer.accept, hearer.complain)
+        listener.resume()
+        for host in ("127.0.0.1", "::1"):
+            (await net.dial(host, listener.address[1], 5)).close()
+        await until(lambda: len(hearer.peers) == 2, 5, "both connections")
+        assert [host for host, _ in hearer.peers] == ["127.0.0.1", "::1"]
+        listener.close()
+
+
+async def test_listen_on_every_address_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    with closing(await net.listen("", 0)) as socks:
+        assert [sock.family for sock in socks] == [socket.AF_INET]
+        assert socks[0].getsockname()[0] == "0.0.0.0"
+
+
+@needs_ipv6
+async def test_listen_on_one_ipv6_wildcard_leaves_ipv4_alone() -> None:
+    with closing(await net.listen("::", 0)) as socks:
+        port = socks[0].getsockname()[1]
+        with closing(await net.listen("0.0.0.0", port)):
+            pass
+
+
+@both
+@needs_ipv6
+async def test_listen_on_a_name_takes_each_address_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    teach(monkeypatch, twice=["127.0.0.1", "::1", "127.0.0.1"])
+    with closing(await net.listen("twice", 0)) as socks:
+        assert [sock.family for sock in socks] == [socket.AF_INET, socket.AF_INET6]
+        assert len({sock.getsockname()[1] for sock in socks}) == 1, "one port for all"
+
+
+async def test_listen_on_port_0_twice_gives_two_ports() -> None:
+    with closing(await net.listen("127.0.0.1", 0) + await net.listen("127.0.0.1", 0)) as socks:
+        assert len({sock.getsockname()[1] for sock in socks}) == 2
+
+
+async def test_listen_names_an_address_in_use() -> None:
+    with listening() as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ListenError, match="in use") as caught:
+            await net.listen("127.0.0.1", port)
+    assert caught.value.errno == errno.EADDRINUSE
+    assert caught.value.address == f"127.0.0.1:{port}"
+
+
+async def test_listen_gives_back_what_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    teach(monkeypatch, twice=["127.0.0.2", "127.0.0.1"])
+    with listening() as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ListenError):
+            await net.listen("twice", port)
+        with closing(await net.listen("127.0.0.2", port)):
+            pass
+
+
+async def test_listen_on_a_name_that_does_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
+    teach(monkeypatch)
+    with pytest.raises(ListenError, match="nowhere:80: the name does not resolve") as caught:
+        await net.listen("nowhere", 80)
+    assert caught.value.errno == errno.EADDRNOTAVAIL
+
+
+async def test_what_is_accepted_is_tuned() -> None:
+    with closing(await net.listen("127.0.0.1", 0)) as socks, Hearer() as hearer:
+        assert not socks[0].getblocking()
+        listener = net.Listener(socks, hearer.accept, hearer.complain)
+        listener.resume()
+        with await net.dial(*listener.address, 5) as dialled:
+            await until(lambda: hearer.socks, 5, "the connection")
+            assert hearer.peers == [dialled.getsockname()]
+            for sock in (dialled, hearer.socks[0]):
+                assert not sock.getblocking()
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        listener.close()
+
+
+# --- Listener ----------------------------------------------------------------------------------
+
+
+@both
+async def test_listener_leaves_callers_in_the_queue_while_paused() -> None:
+    with Hearer() as hearer, contextlib.ExitStack() as stack:
+        listener = net.Listener(
+            await net.listen("127.0.0.1", 0), hearer.accept, hearer.complain
+        )
+        stack.callback(listener.close)
+        assert listener.is_paused
+        stack.enter_context(await net.dial(*listener.address, 5))
+        await asyncio.sleep(0.02)
+        assert not hearer.socks
+        listener.resume()
+        assert not listener.is_paused
+        await until(lambda: len(hearer.socks) == 1, 5, "the first")
+        listener.pause()
+        listener.pause()
+        stack.enter_context(await net.dial(*listener.address, 5))
+        await asyncio.sleep(0.02)
+        assert len(hearer.socks) == 1
+        listener.resume()
+        await until(lambda: len(hearer.socks) == 2, 5, "the second")
+
+
+@both
+@pytest.mark.parametrize("word", ["pause", "close"])
+async def test_listener_stops_in_mid_batch(word: str) -> None:
+    with Hearer() as hearer, contextlib.ExitStack() as stack:
+
+        def accept_one(sock: socket.socket, host: str, port: int) -> None:
+            hearer.accept(sock, host, port)
+            getattr(listener, word)()
+
+        listener = net.Listener(await net.listen("127.0.0.1", 0), accept_one, hearer.complain)
+        stack.callback(listener.close)
+        for _ in range(3):
+            stack.enter_context(await net.dial(*listener.address, 5))
+        listener.resume()
+        await until(lambda: hearer.socks, 5, "the first")
+        await asyncio.sleep(0.02)
+        assert len(hearer.socks) == 1
+
+
+@both
+async def test_listener_leaves_the_loop_to_others_in_a_flood() -> None:
+    count = net.ACCEPT_BATCH + 20
+    accepted_before_others = []
+    with Hearer() as hearer, contextlib.ExitStack() as stack:
+
+        def accept(sock: socket.socket, host: str, port: int) -> None:
+            if not hearer.socks:
+                asyncio.get_running_loop().call_soon(
+                    lambda: accepted_before_others.append(len(hearer.socks))
+                )
+            hearer.accept(sock, host, port)
+
+        listener = net.Listener(await net.listen("127.0.0.1", 0), accept, hearer.complain)
+        stack.callback(listener.close)
+        for _ in range(count):
+            stack.enter_context(socket.create_connection(listener.address))
+        listener.resume()
+        await until(lambda: len(hearer.socks) == count, 5, "all of them")
+    assert accepted_before_others[0] <= net.ACCEPT_BATCH
+
+
+@both
+async def test_listener_goes_on_behind_a_connection_that_died_in_the_queue() -> None:
+    with Hearer() as hearer:
+        sock = faulty(errno.ECONNABORTED, errno.EPROTO, errno.EINTR)
+        listener = net.Listener([sock], hearer.accept, hearer.complain)
+        listener.resume()
+        with await net.dial(*listener.address, 5):
+            await until(lambda: hearer.socks, 5, "the connection behind it")
+        listener.close()
+        assert not hearer.complaints
+
+
+@both
+@pytest.mark.parametrize(
+    "code", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EINVAL]
+)
+async def test_listener_backs_off_and_comes_back(
+    monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr(net, "ACCEPT_PAUSE", 0.05)
+    with Hearer() as hearer:
+        listener = net.Listener([faulty(code, code)], hearer.accept, hearer.complain)
+        listener.resume()
+        with await net.dial(*listener.address, 5):
+            await until(lambda: hearer.complaints, 5, "the complaint")
+            assert not hearer.socks
+            await until(lambda: hearer.socks, 5, "the connection")
+        listener.close()
+        assert [exc.errno for exc in hearer.complaints] == [code, code]
+
+
+async def test_listener_stays_paused_when_the_back_off_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(net, "ACCEPT_PAUSE", 0.01)
+    with Hearer() as hearer:
+        listener = net.Listener([faulty(errno.EMFILE)], hearer.accept, hearer.complain)
+        listener.resume()
+        with await net.dial(*listener.address, 5):
+            await until(lambda: hearer.complaints, 5, "the complaint")
+            listener.pause()
+            await asyncio.sleep(0.05)
+            assert not hearer.socks
+            listener.resume()
+            await until(lambda: hearer.socks, 5, "the connection")
+        listener.close()
+
+
+async def test_listener_closed_while_backing_off_never_comes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(net, "ACCEPT_PAUSE", 0.01)
+    with Hearer() as hearer:
+        listener = net.Listener([faulty(errno.EMFILE)], hearer.accept, hearer.complain)
+        address = listener.address
+        listener.resume()
+        with await net.dial(*address, 5):
+            await until(lambda: hearer.complaints, 5, "the complaint")
+            listener.close()
+            listener.close()
+            await asyncio.sleep(0.05)
+            assert not hearer.socks
+        with pytest.raises(DialError):
+            await net.dial(*address, 5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts descriptors in /proc")
+def test_listener_out_of_descriptors_neither_ends_nor_spins() -> None:
+    """A child with a low limit: EMFILE for real, then room again."""
+    script = """
+        import asyncio, os, resource, socket
+        from nodepass import net
+
+        async def main() -> None:
+            accepted, complaints = [], []
+            hear = lambda sock, host, port: accepted.append(sock)
+            listener = net.Listener(await net.listen("127.0.0.1", 0), hear, complaints.append)
+            callers = [socket.socket() for _ in range(8)]
+            used = len(os.listdir("/proc/self/fd")) - 1
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used + 3, used + 3))
+            for caller in callers:
+                caller.connect(listener.address)
+            listener.resume()
+            await asyncio.sleep(5 * net.ACCEPT_PAUSE)
+            assert len(accepted) == 3, accepted
+            assert 1 <= len(complaints) <= 6, complaints
+            while len(accepted) < len(callers):
+                for sock in accepted:
+                    sock.close()
+                await asyncio.sleep(0.01)
+            listener.close()
+            for sock in callers + accepted:
+                sock.close()
+
+        asyncio.run(asyncio.wait_for(main(), 20))
+    """
+    source = Path(next(iter(nodepass.__path__))).parent
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", textwrap.dedent(script)],
+        env=os.environ | {"PYTHONPATH": str(source)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# --- dial --------------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6)])
+async def test_dial_an_address(host: str) -> None:
+    with listening(host) as target, await net.dial(host, target.getsockname()[1], 5) as sock:
+        assert sock.getpeername() == target.getsockname()
+
+
+@both
+async def test_dial_no_host_is_this_machine() -> None:
+    with listening() as target, await net.dial("", target.getsockname()[1], 5) as sock:
+        assert sock.getpeername() == target.getsockname()
+
+
+@both
+async def test_dial_resolves_afresh_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    with listening("127.0.0.1") as one:
+        port = one.getsockname()[1]
+        with listening("127.0.0.2", port):
+            for host in ("127.0.0.1", "127.0.0.2"):
+                teach(monkeypatch, moving=[host])
+                with await net.dial("moving", port, 5) as sock:
+                    assert sock.getpeername() == (host, port)
+
+
+@both
+async def test_dial_does_not_wait_for_an_address_that_never_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    teach(monkeypatch, split=["127.0.0.2", "127.0.0.3", "127.0.0.1"])
+    with black_hole("127.0.0.2") as port, black_hole("127.0.0.3", port), listening(port=port):
+        async with within(10):
+            with await net.dial("split", port, 30) as sock:
+                assert sock.getpeername() == ("127.0.0.1", port)
+
+
+@both
+async def test_dial_goes_on_at_once_behind_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(net, "HAPPY_DELAY", 60.0)
+    teach(monkeypatch, split=["127.0.0.2", "127.0.0.1"])
+    with listening() as target:
+        port = target.getsockname()[1]
+        async with within(10):
+            with await net.dial("split", port, 30) as sock:
+                assert sock.getpeername() == ("127.0.0.1", port)
+
+
+@both
+async def test_dial_takes_turns_between_the_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    async def refuse(_: socket.socket, address: tuple[str, int]) -> None:
+        tried.append(address[0])
+        raise ConnectionRefusedError(errno.ECONNREFUSED, f"attempt {len(tried)}")
+
+    teach(monkeypatch, many=["::1", "::2", "::3", "127.0.0.1"])
+    monkeypatch.setattr(asyncio.get_running_loop(), "sock_connect", refuse)
+    with pytest.raises(DialError) as caught:
+        await net.dial("many", 80, 5)
+    assert tried == ["::1", "127.0.0.1", "::2", "::3"]
+    assert caught.value.errno == errno.ECONNREFUSED
+    assert caught.value.attempts == 4
+    assert caught.value.address == "many:80"
+
+
+@both
+async def test_dial_keeps_one_of_two_that_answer_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The leak guard sees to it that the other one is closed."""
+    loop = asyncio.get_running_loop()
+    connect, gate, arrived = loop.sock_connect, asyncio.Event(), 0
+
+    async def hold(sock: socket.socket, address: tuple[str, int]) -> None:
+        nonlocal arrived
+        await connect(sock, address)
+        arrived += 1
+        if arrived == 2:
+            gate.set()
+        await gate.wait()
+
+    monkeypatch.setattr(net, "HAPPY_DELAY", 0.01)
+    monkeypatch.setattr(loop, "sock_connect", hold)
+    teach(monkeypatch, two=["127.0.0.1", "127.0.0.2"])
+    with listening("0.0.0.0") as target, await net.dial("two", target.getsockname()[1], 5) as sock:
+        assert sock.getpeername()[0] in ("127.0.0.1", "127.0.0.2")
+        assert arrived == 2
+
+
+@both
+async def test_dial_that_gets_one_refused_and_one_connected_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop = asyncio.get_running_loop()
+    connect, gate, arrived = loop.sock_connect, asyncio.Event(), 0
+
+    async def hold(sock: socket.socket, address: tuple[str, int]) -> None:
+        nonlocal arrived
+        arrived += 1
+        if arrived == 2:
+            gate.set()
+        await gate.wait()
+        await connect(sock, address)
+
+    monkeypatch.setattr(net, "HAPPY_DELAY", 0.01)
+    monkeypatch.setattr(loop, "sock_connect", hold)
+    teach(monkeypatch, two=["127.0.0.2", "127.0.0.1"])
+    with listening() as target, await net.dial("two", target.getsockname()[1], 5) as sock:
+        assert sock.getpeername()[0] == "127.0.0.1"
+
+
+@both
+async def test_dial_waits_for_a_slow_address_when_the_last_one_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop = asyncio.get_running_loop()
+    connect, refused = loop.sock_connect, asyncio.Event()
+
+    async def hold(sock: socket.socket, address: tuple[str, int]) -> None:
+        if address[0] == "127.0.0.1":
+            await refused.wait()
+            await asyncio.sleep(0.02)
+        try:
+            await connect(sock, address)
+        finally:
+            refused.set()
+
+    monkeypatch.setattr(net, "HAPPY_DELAY", 0.01)
+    monkeypatch.setattr(loop, "sock_connect", hold)
+    teach(monkeypatch, two=["127.0.0.1", "127.0.0.2"])
+    with listening() as target, await net.dial("two", target.getsockname()[1], 5) as sock:
+        assert sock.getpeername()[0] == "127.0.0.1"
+
+
+@both
+async def test_dial_a_name_that_does_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
+    teach(monkeypatch, empty=[])
+    with pytest.raises(DialError, match="does not resolve") as caught:
+        await net.dial("nowhere", 80, 5)
+    assert (caught.value.errno, caught.value.attempts) == (errno.EHOSTUNREACH, 0)
+    with pytest.raises(DialError) as caught:
+        await net.dial("empty", 80, 5)
+    assert (caught.value.errno, caught.value.attempts) == (errno.EHOSTUNREACH, 0)
+
+
+@both
+async def test_dial_refused() -> None:
+    with pytest.raises(DialError) as caught:
+        await net.dial("127.0.0.1", refused_port(), 5)
+    assert (caught.value.errno, caught.value.attempts) == (errno.ECONNREFUSED, 1)
+
+
+@both
+@pytest.mark.parametrize("host", ["127.0.0.2", "holes"])
+async def test_dial_ends_in_time(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    monkeypatch.setattr(net, "HAPPY_DELAY", 0.01)
+    teach(monkeypatch, holes=["127.0.0.2", "127.0.0.3"])
+    with black_hole("127.0.0.2") as port, black_hole("127.0.0.3", port):
+        async with within(10):
+            with pytest.raises(DialError, match="timed out") as caught:
+                await net.dial(host, port, 0.1)
+    assert caught.value.errno == errno.ETIMEDOUT
+
+
+async def test_dial_ends_in_time_while_resolving(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def getaddrinfo(*_: object, **__: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    with pytest.raises(DialError) as caught:
+        await net.dial("slow", 80, 0.02)
+    assert (caught.value.errno, caught.value.attempts) == (errno.ETIMEDOUT, 0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [(TimeoutError(errno.ETIMEDOUT, "kernel"), errno.ETIMEDOUT), (OSError("odd"), errno.EIO)],
+)
+async def test_dial_translates_what_the_kernel_says(
+    monkeypatch: pytest.MonkeyPatch, fault: OSError, code: int
+) -> None:
+    async def fail(*_: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "sock_connect", fail)
+    with pytest.raises(DialError) as caught:
+        await net.dial("127.0.0.1", 80, 5)
+    assert caught.value.errno == code
+
+
+@both
+async def test_dial_never_talks_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    connect = loop.sock_connect
+
+    async def connect_from_there(sock: socket.socket, address: tuple[str, int]) -> None:
+        # What the kernel does once in a while: it picks the wanted port as our own.
+        sock.bind(address)
+        await connect(sock, address)
+
+    monkeypatch.setattr(loop, "sock_connect", connect_from_there)
+    with pytest.raises(DialError) as caught:
+        await net.dial("127.0.0.1", refused_port(), 5)
+    assert caught.value.errno == errno.ECONNREFUSED
+
+
+@both
+@pytest.mark.parametrize("host", ["127.0.0.2", "holes"])
+async def test_dial_cancelled_leaves_no_descriptor(
+    monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setattr(net, "HAPPY_DELAY", 0.01)
+    teach(monkeypatch, holes=["127.0.0.2", "127.0.0.3"])
+    with black_hole("127.0.0.2") as port, black_hole("127.0.0.3", port):
+        dialling = asyncio.create_task(net.dial(host, port, 30))
+        await asyncio.sleep(0.05)
+        dialling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await dialling
+
+
+@both
+@pytest.mark.parametrize("turns", range(5))
+async def test_dial_cancelled_with_a_connection_in_hand(
+    monkeypatch: pytest.MonkeyPatch, turns: int
+) -> None:
+    """At whichever turn around the success the cancellation comes, nothing stays open."""
+    loop = asyncio.get_running_loop()
+    connect, gate, connected = loop.sock_connect, asyncio.Event(), asyncio.Event()
+
+    async def hold(sock: socket.socket, address: tuple[str, int]) -> None:
+        await connect(sock, address)
+        connected.set()
+        await gate.wait()
+
+    monkeypatch.setattr(loop, "sock_connect", hold)
+    teach(monkeypatch, two=["127.0.0.1", "127.0.0.2"])
+    with listening("0.0.0.0") as target:
+        dialling = asyncio.create_task(net.dial("two", target.getsockname()[1], 5))
+        async with within(5):
+            await connected.wait()
+        gate.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        dialling.cancel()
+        await asyncio.wait({dialling})
+        if not dialling.cancelled():
+            dialling.result().close()
+
+
+# --- HangupWatch -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[net.HangupWatch]:
+    watch = net.HangupWatch()
+    try:
+        yield watch
+    finally:
+        watch.close()
+
+
+@pytest.fixture(params=["epoll", "readers"])
+def watch_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The watch as it is on Linux, and as it is elsewhere."""
+    if request.param == "readers":
+        monkeypatch.delattr(select, "epoll", raising=False)
+    return str(request.param)
+
+
+@both
+@pytest.mark.parametrize("how", ["end", "reset"])
+async def test_watch_tells_of_a_hangup(watch_kind: str, how: str) -> None:
+    with ends() as (near, far), ends() as (other, _), watching() as watch:
+        heard: list[str] = []
+        watch.add(near, lambda: heard.append("near"))
+        watch.add(other, lambda: heard.append("other"))
+        await asyncio.sleep(0.02)
+        assert not heard
+        if how == "reset":
+            net.reset(far)
+        else:
+            far.close()
+        await until(lambda: heard, 5, "the hang-up")
+        assert set(heard) == {"near"}
+        watch.remove(near)
+
+
+@both
+async def test_watch_tells_of_what_had_ended_before(watch_kind: str) -> None:
+    with ends() as (near, far), watching() as watch:
+        far.close()
+        heard: list[str] = []
+        watch.add(near, lambda: heard.append("near"))
+        await until(lambda: heard, 5, "the hang-up")
+
+
+@both
+async def test_watch_leaves_early_bytes_alone(watch_kind: str) -> None:
+    with ends() as (near, far), watching() as watch:
+        heard: list[str] = []
+        watch.add(near, lambda: heard.append("near"))
+        far.send(b"early")
+        await asyncio.sleep(0.02)
+        assert len(heard) <= 1, "no spin"
+        if watch_kind == "epoll":
+            assert not heard
+            far.close()
+            await until(lambda: heard, 5, "the end behind the bytes")
+        assert near.recv(10) == b"early"
+        watch.remove(near)
+
+
+@both
+async def test_watch_forgets_what_is_removed(watch_kind: str) -> None:
+    with ends() as (near, far), watching() as watch:
+        heard: list[str] = []
+        watch.add(near, lambda: heard.append("near"))
+        watch.remove(near)
+        watch.remove(near)
+        far.close()
+        await asyncio.sleep(0.02)
+        assert not heard
+
+
+@both
+async def test_watch_is_not_fooled_by_a_number_used_again(watch_kind: str) -> None:
+    with watching() as watch:
+        heard: list[str] = []
+        near, far = tcp_pair()
+        number = near.fileno()
+        watch.add(near, lambda: heard.append("old"))
+        watch.remove(near)
+        near.close()
+        far.close()
+        near, far = tcp_pair()
+        if near.fileno() != number:
+            near, far = far, near
+        assert near.fileno() == number, "the kernel gives the lowest free number"
+        with near, far:
+            watch.add(near, lambda: heard.append("new"))
+            far.close()
+            await until(lambda: heard, 5, "the hang-up")
+            assert set(heard) == {"new"}
+            watch.remove(near)
+
+
+@both
+async def test_watch_callbacks_may_remove_each_other(watch_kind: str) -> None:
+    with ends() as (one, far_one), ends() as (two, far_two), watching() as watch:
+        heard: list[str] = []
+
+        def lose(name: str) -> None:
+            heard.append(name)
+            watch.remove(one)
+            watch.remove(two)
+
+        watch.add(one, lambda: lose("one"))
+        watch.add(two, lambda: lose("two"))
+        far_one.close()
+        far_two.close()
+        await until(lambda: heard, 5, "a hang-up")
+        await asyncio.sleep(0.02)
+        assert len(heard) == 1
+
+
+@both
+async def test_watch_hears_a_crowd_that_leaves_at_once() -> None:
+    with contextlib.ExitStack() as stack, watching() as watch:
+        pairs = [socket.socketpair() for _ in range(300)]
+        heard = set()
+        for number, (near, far) in enumerate(pairs):
+            stack.enter_context(near)
+            stack.enter_context(far)
+            watch.add(near, lambda number=number: heard.add(number))  # type: ignore[misc]
+        for _, far in pairs:
+            far.close()
+        await until(lambda: len(heard) == len(pairs), 5, "all of them")
+
+
+@both
+async def test_watch_close_forgets_all(watch_kind: str) -> None:
+    with ends() as (near, far):
+        watch = net.HangupWatch()
+        heard: list[str] = []
+        watch.add(near, lambda: heard.append("near"))
+        watch.close()
+        watch.close()
+        far.close()
+        await asyncio.sleep(0.02)
+        watch.remove(near)
+        assert not heard

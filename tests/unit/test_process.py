@@ -1,0 +1,361 @@
+"""process: start, signals, stop, and every way a start can fail, with made-up tunnels."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+
+import pytest
+from nodepass import process
+from nodepass.client import Client
+from nodepass.config import Config
+from nodepass.environment import Settings
+from nodepass.errors import EngineError, ListenError
+from nodepass.log import LEVELS
+from nodepass.process import Closer, Tunnel, serve
+from nodepass.server import Server
+
+SERVER = "server://127.0.0.1:10101/127.0.0.1:8080?log=error"
+CLIENT = "client://127.0.0.1:10101/127.0.0.1:9000?log=none"
+CONFIGS = [Config.parse(url, {}) for url in (SERVER, CLIENT)]
+
+unix_only = pytest.mark.skipif(sys.platform == "win32", reason="sends itself Unix signals")
+pytestmark = unix_only
+
+
+class FakeTunnel:
+    """Writes down what happens to it; each step can be made to fail or to hang."""
+
+    def __init__(self, house: FakeHouse, number: int) -> None:
+        self.house = house
+        self.number = number
+        self.closed = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<tunnel {self.number}>"
+
+    async def _step(self, name: str) -> None:
+        self.house.events.append(f"{name} {self.number}")
+        action = self.house.actions.get(f"{name} {self.number}")
+        if isinstance(action, Exception):
+            raise action
+        if action is not None:
+            await action()
+
+    async def start(self) -> None:
+        await self._step("start")
+
+    async def stop(self) -> None:
+        try:
+            await self._step("stop")
+        except asyncio.CancelledError:
+            self.house.events.append(f"abort {self.number}")
+            raise
+        finally:
+            self.closed.set()
+
+    async def wait_closed(self) -> None:
+        await self.closed.wait()
+
+
+class FakeHouse:
+    def __init__(
+        self,
+        actions: Mapping[str, Exception | Callable[[], object]] | None = None,
+    ) -> None:
+        self.actions: dict[str, object] = dict(actions or {})
+        self.events: list[str] = []
+        self.tunnels: list[FakeTunnel] = []
+
+    def relays(self, settings: Settings) -> Closer:
+        action = self.actions.get("relays")
+        if isinstance(action, Exception):
+            raise action
+        return self
+
+    def tunnel(self, config: Config, relays: Closer) -> Tunnel:
+        assert relays is self
+        self.tunnels.append(FakeTunnel(self, len(self.tunnels) + 1))
+        return self.tunnels[-1]
+
+    async def close(self) -> None:
+        self.events.append("close")
+
+
+def kill(number: int) -> Callable[[], object]:
+    async def send() -> None:
+        os.kill(os.getpid(), number)
+
+    return send
+
+
+def kill_and_hang(number: int) -> Callable[[], object]:
+    async def send() -> None:
+        os.kill(os.getpid(), number)
+        await asyncio.Event().wait()
+
+    return send
+
+
+async def run(house: FakeHouse) -> int:
+    return await serve(CONFIGS, Settings(), house)
+
+
+ALL_STARTED = ["start 1", "start 2"]
+ALL_STOPPED = ["stop 1", "stop 2", "close"]
+
+
+@pytest.mark.loops("asyncio", "uvloop")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_ends_it(number: int) -> None:
+    house = FakeHouse({"start 2": kill(number)})
+    assert await run(house) == 0
+    assert house.events == ALL_STARTED + ALL_STOPPED
+
+
+async def test_a_signal_before_all_have_started() -> None:
+    house = FakeHouse({"start 1": kill_and_hang(signal.SIGTERM)})
+    assert await run(house) == 0
+    assert house.events == ["start 1", "stop 1", "close"]
+
+
+@pytest.mark.loops("asyncio", "uvloop")
+async def test_a_second_signal_cuts_the_drain_short() -> None:
+    house = FakeHouse(
+        {"start 2": kill(signal.SIGTERM), "stop 1": kill_and_hang(signal.SIGTERM)}
+    )
+    assert await run(house) == 1
+    assert house.events == [*ALL_STARTED, "stop 1", "stop 2", "abort 1", "close"]
+
+
+async def test_a_third_signal_ends_the_process_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    house = FakeHouse({"start 2": kill(signal.SIGTERM)})
+
+    async def twice_more() -> None:
+        # asyncio calls the handler once for each: two turns of the loop apart.
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.shield(asyncio.sleep(0.05))
+
+    house.actions["stop 1"] = twice_more
+    monkeypatch.setattr(process, "_unless", _patient(process._unless))
+    assert await run(house) in (0, 1)
+    assert codes == [1]
+
+
+def _patient(real: Callable[..., object]) -> Callable[..., object]:
+    """Let the work of a cut drain go on, so that the third signal finds somebody."""
+
+    async def unless(event: asyncio.Event, work: object) -> object:
+        if getattr(work, "__name__", "") == "_stop":
+            await work  # type: ignore[misc]
+            return not event.is_set()
+        return await real(event, work)  # type: ignore[misc]
+
+    return unless
+
+
+async def test_reload_is_a_line_and_no_end(caplog: pytest.LogCaptureFixture) -> None:
+    async def reload_then_stop() -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        await asyncio.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    house = FakeHouse({"start 2": reload_then_stop})
+    configs = [Config.parse(SERVER.replace("error", "info"), {}), CONFIGS[1]]
+    with caplog.at_level("DEBUG", "nodepass"):
+        assert await serve(configs, Settings(), house) == 0
+    assert "nothing to reload" in [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize(
+    ("failure", "line"),
+    [
+        (ListenError("a:1", errno.EADDRINUSE), "cannot listen on a:1: address already in use"),
+        (OSError(errno.EMFILE, "too many open files"), "too many open files"),
+        (OSError("server://secret@h odd"), "server://***@h odd"),
+    ],
+)
+async def test_a_failed_start_stops_what_started(
+    failure: Exception, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    house = FakeHouse({"start 2": failure})
+    assert await run(house) == 1
+    assert house.events == ALL_STARTED + ALL_STOPPED
+    assert capsys.readouterr() == ("", f"nodepass: error: {line}\n")
+
+
+async def test_no_engine(capsys: pytest.CaptureFixture[str]) -> None:
+    house = FakeHouse({"relays": EngineError("start", errno.EAGAIN)})
+    assert await run(house) == 1
+    assert house.events == []
+    assert "nodepass: error: engine start: " in capsys.readouterr().err
+
+
+async def test_a_bug_in_start_still_cleans_up() -> None:
+    house = FakeHouse({"start 2": ZeroDivisionError()})
+    with pytest.raises(ZeroDivisionError):
+        await run(house)
+    assert house.events == ALL_STARTED + ALL_STOPPED
+
+
+async def test_a_bug_in_stop_is_logged_and_the_rest_stopped(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    house = FakeHouse({"start 2": kill(signal.SIGTERM), "stop 1": ZeroDivisionError()})
+    with caplog.at_level("DEBUG", "nodepass"):
+        assert await run(house) == 0
+    assert house.events == ALL_STARTED + ALL_STOPPED
+    assert any("ZeroDivisionError" in record.getMessage() for record in caplog.records)
+
+
+async def test_one_that_ended_by_itself_leaves_the_other_running(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    house = FakeHouse()
+
+    async def close_first() -> None:
+        house.tunnels[0].closed.set()
+        asyncio.get_running_loop().call_later(0.1, os.kill, os.getpid(), signal.SIGTERM)
+
+    house.actions["start 2"] = close_first
+    with caplog.at_level("DEBUG", "nodepass"):
+        assert await run(house) == 0
+    assert any("tunnel ended by itself" in record.getMessage() for record in caplog.records)
+
+
+async def test_all_ended_by_themselves() -> None:
+    house = FakeHouse()
+
+    async def close_both() -> None:
+        for tunnel in house.tunnels:
+            tunnel.closed.set()
+
+    house.actions["start 2"] = close_both
+    assert await run(house) == 1
+    assert house.events == ALL_STARTED + ALL_STOPPED
+
+
+async def test_signal_handlers_are_taken_away_again() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    await run(FakeHouse({"start 2": kill(signal.SIGTERM)}))
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+async def test_loops_without_signal_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain:
+        """A loop as Windows has it."""
+
+        calls: list[object] = []
+
+        def add_signal_handler(self, number: int, handler: object) -> None:
+            raise NotImplementedError
+
+        def call_soon_threadsafe(self, handler: Callable[[], None]) -> None:
+            handler()
+
+    set_handlers: dict[int, Callable[..., object]] = {}
+    monkeypatch.setattr(signal, "signal", set_handlers.__setitem__)
+    heard: list[str] = []
+    handlers = {"SIGINT": lambda: heard.append("int"), "SIGNOTHERE": lambda: heard.append("no")}
+    with process._signals(Plain(), handlers):  # type: ignore[arg-type]
+        set_handlers[signal.SIGINT](signal.SIGINT, None)
+    assert heard == ["int"]
+    assert list(set_handlers) == [signal.SIGINT]
+
+
+def test_the_most_talkative_tunnel_sets_the_level() -> None:
+    assert process._most_talkative(CONFIGS) == "error"
+    assert process._most_talkative([]) == "info"
+    assert min(LEVELS.values()) == LEVELS["debug"]
+
+
+async def test_the_real_parts() -> None:
+    house = process._RealHouse()
+    relays = house.relays(Settings(threads=1, engine="python"))
+    try:
+        made = [house.tunnel(config, relays) for config in CONFIGS]
+        assert [type(tunnel) for tunnel in made] == [Server, Client]
+    finally:
+        await relays.close()
+
+
+def test_run_sets_the_process_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+
+    async def fake_serve(*words: object) -> int:
+        done.append(type(asyncio.get_running_loop()).__module__.split(".")[0])
+        return 5
+
+    monkeypatch.setattr(process, "serve", fake_serve)
+    monkeypatch.setattr(process, "setup", done.append)
+    monkeypatch.setattr(process, "_raise_descriptor_limit", lambda: done.append("limit"))
+    assert process.run(CONFIGS, Settings(log_format="json")) == 5
+    loop = process._loop_factory()()
+    loop.close()
+    assert done == ["json", "limit", type(loop).__module__.split(".")[0]]
+
+
+def test_without_uvloop(monkeypatch: pytest.MonkeyPatch) -> None:
+    _forbid(monkeypatch, "uvloop")
+    assert process._loop_factory() is asyncio.new_event_loop
+
+
+def _forbid(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    real = builtins.__import__
+
+    def importing(wanted: str, *rest: object, **more: object) -> object:
+        if wanted == name:
+            raise ImportError(wanted)
+        return real(wanted, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", importing)
+
+
+UNLIMITED = -1
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "expected"),
+    [
+        (1024, 4096, (4096, 4096)),
+        (1024, UNLIMITED, (process.DESCRIPTORS, UNLIMITED)),
+        (1024, 1 << 30, (process.DESCRIPTORS, 1 << 30)),
+        (4096, 4096, None),
+        (UNLIMITED, UNLIMITED, None),
+    ],
+)
+def test_descriptor_limit(
+    soft: int, hard: int, expected: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resource
+
+    calls: list[object] = []
+    monkeypatch.setattr(resource, "RLIM_INFINITY", UNLIMITED)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda which, both: calls.append(both))
+    process._raise_descriptor_limit()
+    assert calls == ([] if expected is None else [expected])
+
+
+def test_a_refused_descriptor_limit_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    def refuse(which: int, both: tuple[int, int]) -> None:
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1, 2))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    process._raise_descriptor_limit()
+
+
+def test_descriptor_limit_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    _forbid(monkeypatch, "resource")
+    process._raise_descriptor_limit()
