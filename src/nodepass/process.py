@@ -39,7 +39,18 @@ def run(configs: Sequence[Config], settings: Settings) -> int:
     setup(settings.log_format)
     _raise_descriptor_limit()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(serve(configs, settings))
+        try:
+            return runner.run(serve(configs, settings))
+        finally:
+            _deafen()
+
+
+def _deafen() -> None:
+    """Let a signal that comes while the process already ends not change its exit code."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number: signal.Signals | None = getattr(signal, name, None)
+        if number is not None:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _raise_descriptor_limit() -> None:

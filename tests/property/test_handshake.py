@@ -45,9 +45,7 @@ class Meeting:
         opening = self.server.receive(hello)
         if not isinstance(opening, Hello):
             return None
-        return self.server.accept(
-            opening, session=self.session, idle=self.idle, fresh_key=FRESH
-        )
+        return self.server.accept(opening, session=self.session, idle=self.idle, fresh_key=FRESH)
 
 
 @st.composite
@@ -246,9 +244,7 @@ def test_garbage_at_the_client(
 
 
 @given(st.data(), garbage, meetings(st.none() | keys))
-def test_garbage_instead_of_a_welcome(
-    data: st.DataObject, noise: bytes, meeting: Meeting
-) -> None:
+def test_garbage_instead_of_a_welcome(data: st.DataObject, noise: bytes, meeting: Meeting) -> None:
     meeting.hello(meeting.greeting())
     told = ""
     try:

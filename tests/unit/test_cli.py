@@ -69,8 +69,10 @@ def test_words_of_the_process(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> No
         (["service"], "service: is not in this build yet"),
         ([f"{SERVER}?lgo=debug"], "lgo: is not a parameter of the server; did you mean log?"),
         (["server://s3cret@a:1/b:2"], "password: is not in this build yet; leave it out"),
-        ([SERVER, SERVER], "tunnel: 127.0.0.1:10101 is taken by tunnel 127.0.0.1:10101;"
-                           " use another port"),
+        (
+            [SERVER, SERVER],
+            "tunnel: 127.0.0.1:10101 is taken by tunnel 127.0.0.1:10101; use another port",
+        ),
     ],
 )
 def test_wrong_options(

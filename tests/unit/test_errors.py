@@ -34,7 +34,10 @@ def test_the_tree() -> None:
 
 
 def test_the_docstring_draws_every_error() -> None:
-    drawn = {line.strip("├│└─ ").split("(")[0].split(" ")[0] for line in (errors.__doc__ or "").splitlines()}
+    drawn = {
+        line.strip("├│└─ ").split("(")[0].split(" ")[0]
+        for line in (errors.__doc__ or "").splitlines()
+    }
     assert set(TREE) <= drawn
 
 
@@ -52,7 +55,9 @@ def test_listen_error() -> None:
     error = errors.ListenError("127.0.0.1:1", errno.EADDRINUSE)
     assert str(error) == "cannot listen on 127.0.0.1:1: address already in use"
     assert (error.errno, error.address) == (errno.EADDRINUSE, "127.0.0.1:1")
-    assert str(errors.ListenError("x:1", 0, "no such name")) == "cannot listen on x:1: no such name"
+    assert (
+        str(errors.ListenError("x:1", 0, "no such name")) == "cannot listen on x:1: no such name"
+    )
 
 
 def test_dial_error() -> None:

@@ -274,13 +274,14 @@ async def test_claim_whose_link_comes_in_the_turn_of_the_time_out(delay: float) 
 async def test_claim_times_out_with_its_link_in_hand() -> None:
     """The link is there, the claimer has not run yet, and its time is over."""
     async with Yard() as yard:
-        claiming = asyncio.create_task(yard.filler.claim(1, 0.05))
         yard.want(1)
-        await asyncio.sleep(0.04)
-        loop = asyncio.get_running_loop()
-        loop.call_later(0.005, yard.open_gate)
-        # Two turns bring the link to the claimer; both end after the deadline.
-        loop.call_later(0.006, _block, 0.01)
+        claiming = asyncio.create_task(yard.filler.claim(1, 0.05))
+
+        def open_late() -> None:
+            yard.open_gate()
+            _block(0.04)  # the dial's next step and the end of the wait fall into one turn
+
+        asyncio.get_running_loop().call_later(0.03, open_late)
         link = await claiming
         assert link.name == 1
         assert not net.has_ended(yard.far[1])

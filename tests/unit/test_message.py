@@ -10,8 +10,8 @@ import pytest
 from nodepass import message
 from nodepass.message import (
     Dialect,
-    Failure,
     Fail,
+    Failure,
     Greeting,
     Heartbeat,
     Hello,
@@ -37,9 +37,7 @@ def words(kind: type[Dialect | Kind | Refusal | Failure]) -> list[str]:
         (Failure, "refused timeout unreachable limit unknown"),
     ],
 )
-def test_words_of_the_wire(
-    kind: type[Dialect | Kind | Refusal | Failure], wanted: str
-) -> None:
+def test_words_of_the_wire(kind: type[Dialect | Kind | Refusal | Failure], wanted: str) -> None:
     assert words(kind) == wanted.split()
 
 

@@ -126,9 +126,7 @@ async def test_a_signal_before_all_have_started() -> None:
 
 @pytest.mark.loops("asyncio", "uvloop")
 async def test_a_second_signal_cuts_the_drain_short() -> None:
-    house = FakeHouse(
-        {"start 2": kill(signal.SIGTERM), "stop 1": kill_and_hang(signal.SIGTERM)}
-    )
+    house = FakeHouse({"start 2": kill(signal.SIGTERM), "stop 1": kill_and_hang(signal.SIGTERM)})
     assert await run(house) == 1
     assert house.events == [*ALL_STARTED, "stop 1", "stop 2", "abort 1", "close"]
 

@@ -132,7 +132,9 @@ def test_pack_greeting(greeting: Greeting, line: bytes) -> None:
 @pytest.mark.parametrize(("greeting", "line"), GREETINGS)
 def test_parse_greeting(greeting: Greeting, line: bytes) -> None:
     parsed = wire.parse_greeting(line)
-    assert parsed == (greeting if greeting.is_native else Greeting(greeting.data_port, greeting.tls))
+    assert parsed == (
+        greeting if greeting.is_native else Greeting(greeting.data_port, greeting.tls)
+    )
     assert parsed.is_native is (greeting.version >= 2)
 
 
@@ -609,7 +611,7 @@ def test_is_no_seed_id(text: str) -> None:
         (b"//#1", "NodePass 1.1.1 to 1.2.1"),
         (b"[PASSPORT]", "NodePass 1.0.0"),
         (b"[]", "NodePass 1.0.0"),
-        (b"\x00\x1b[2J\xff'x", "(it wrote \"..[2J.'x\")"),
+        (b"\x00\x1b[2J\xff'x", '(it wrote "..[2J.\'x")'),
         (b"y" * 100, "(it wrote '" + "y" * 32 + "')"),
     ],
 )

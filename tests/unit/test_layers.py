@@ -1,0 +1,208 @@
+"""The house's plan: who may import whom, who may touch the outside, what is public.
+
+docs/architecture.md draws it. An import that is not in the table fails here; before adding it,
+ask whether the house still reads from top to bottom.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import nodepass
+import pytest
+
+SOURCE = Path(nodepass.__file__).parent
+
+# Ground floor first; a module may import what stands above it in this table, and of that only
+# what is named.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "log": set(),
+    "stats": set(),
+    "message": set(),
+    "_pycopy": {"errors"},
+    "address": {"errors"},
+    "environment": {"address", "errors"},
+    "config": {"address", "environment", "errors"},
+    # pure bytes: no socket, no clock, no dice
+    "wire": {"errors", "message"},
+    "proof": {"errors", "message", "wire"},
+    "handshake": {"errors", "message", "proof", "wire"},
+    "session": {"errors", "message", "wire"},
+    # sockets
+    "net": {"errors"},
+    "relay": {"_pycopy", "environment", "errors", "log"},
+    "control": {"errors", "log", "message", "net", "session"},
+    "pool": {"errors", "log", "message", "net", "session"},
+    "filler": {"errors", "log", "net", "pool", "session"},
+    "entrance": {"errors", "handshake", "log", "message", "net", "stats", "wire"},
+    # lifecycles
+    "tunnel": {"config", "errors", "log", "relay", "stats"},
+    "roster": {
+        "control", "entrance", "environment", "errors", "filler", "log", "message", "net", "pool",
+        "relay", "session", "stats", "wire",
+    },
+    "pairing": {
+        "config", "control", "environment", "errors", "filler", "log", "message", "net", "pool",
+        "relay", "session", "stats", "wire",
+    },
+    "server": {
+        "config", "entrance", "environment", "errors", "log", "message", "net", "pool", "relay",
+        "roster", "session", "stats", "tunnel", "wire",
+    },
+    "client": {
+        "config", "environment", "errors", "handshake", "log", "message", "net", "pairing",
+        "relay", "session", "stats", "tunnel", "wire",
+    },
+    # the program
+    "demo": set(),
+    "process": {"client", "config", "environment", "errors", "log", "relay", "server"},
+    "help": {"config", "environment"},
+    "cli": {"__init__", "config", "demo", "environment", "errors", "help", "process"},
+    "__init__": {"client", "errors", "server"},
+    "__main__": {"cli"},
+}  # fmt: skip
+
+# Only for annotations, so allowed to point upward.
+TYPES_ONLY: dict[str, set[str]] = {"relay": {"_fastcopy"}, "pairing": {"client"}}
+
+SANS_IO = ("message", "wire", "proof", "handshake", "session")
+OUTSIDE = {
+    "asyncio", "datetime", "io", "logging", "os", "random", "secrets", "select", "selectors",
+    "socket", "ssl", "subprocess", "sys", "threading", "time", "uuid",
+}  # fmt: skip
+
+PUBLIC = [
+    "AuthError", "Client", "ConfigError", "DialError", "EngineClosed", "EngineError",
+    "ListenError", "LocalWireError", "NodePassError", "PeerWireError", "PoolClosed", "PoolError",
+    "PoolTimeout", "Server", "TunnelError", "WireError", "__version__",
+]  # fmt: skip
+
+MODULES = sorted(path.stem for path in SOURCE.glob("*.py"))
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse((SOURCE / f"{module}.py").read_text(encoding="utf-8"))
+
+
+def imports(module: str) -> Iterator[tuple[str, bool]]:
+    """Yield what a module imports, ours by bare name, and whether only for annotations."""
+
+    def walk(node: ast.AST, types_only: bool) -> Iterator[tuple[str, bool]]:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for child in node.body:
+                yield from walk(child, True)
+            for child in node.orelse:
+                yield from walk(child, types_only)
+            return
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, types_only
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((name, types_only) for name in imported_from(node))
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, types_only)
+
+    yield from walk(tree(module), False)
+
+
+def imported_from(node: ast.ImportFrom) -> list[str]:
+    where = ("nodepass." if node.level else "") + (node.module or "")
+    if where in ("nodepass.", "nodepass"):  # from . import net, __version__
+        names = [alias.name for alias in node.names]
+        return [f"nodepass.{name if name in MODULES else '__init__'}" for name in names]
+    return [where]
+
+
+def ours(module: str, types_only: bool) -> set[str]:
+    found = {name for name, only in imports(module) if only is types_only}
+    return {n.removeprefix("nodepass.") for n in found if n.startswith("nodepass.")}
+
+
+def test_the_table_lists_every_module() -> None:
+    assert sorted(ALLOWED) == MODULES
+
+
+def test_the_table_only_points_down() -> None:
+    standing: set[str] = set()
+    for module, allowed in ALLOWED.items():
+        # cli asks the package itself for its version; the package loads nothing for that.
+        assert allowed - {"__init__"} <= standing, f"{module} would import upward"
+        standing.add(module)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports(module: str) -> None:
+    surplus = ours(module, types_only=False) - ALLOWED[module]
+    assert not surplus, f"{module} may not import {', '.join(sorted(surplus))}: see ALLOWED"
+    upward = ours(module, types_only=True) - ALLOWED[module] - TYPES_ONLY.get(module, set())
+    assert not upward, f"{module} may not even for types import {', '.join(sorted(upward))}"
+
+
+@pytest.mark.parametrize("module", SANS_IO)
+def test_sans_io(module: str) -> None:
+    touched = {name.split(".")[0] for name, _ in imports(module)} & OUTSIDE
+    assert not touched, f"{module} is pure: time, chance and bytes are arguments, not {touched}"
+
+
+def test_only_relay_knows_the_engine() -> None:
+    knows = {
+        module
+        for module in MODULES
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.Constant)
+        and node.value in ("._fastcopy", "._pycopy", "nodepass._pycopy")
+    }
+    assert knows == {"relay"}
+
+
+def test_server_and_client_do_not_know_each_other() -> None:
+    assert "client" not in reach("server")
+    assert "server" not in reach("client")
+
+
+def reach(module: str) -> set[str]:
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        for name in ours(waiting.pop(), types_only=False) - found:
+            found.add(name)
+            waiting.append(name)
+    return found
+
+
+def test_no_module_for_all_and_sundry() -> None:
+    assert not {"common", "utils", "util", "misc", "helpers"} & set(MODULES)
+
+
+IMPORTABLE = [m for m in MODULES if not m.startswith("__")]
+if find_spec("nodepass._fastcopy") is not None:
+    IMPORTABLE.append("_fastcopy")
+
+
+@pytest.mark.parametrize("module", ["", *IMPORTABLE])
+def test_each_module_imports_alone_and_in_silence(module: str) -> None:
+    name = f"nodepass.{module}" if module else "nodepass"
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", f"import {name}"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_public_names() -> None:
+    assert sorted(nodepass.__all__) == PUBLIC
+    for name in PUBLIC:
+        assert getattr(nodepass, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        nodepass.Nothing  # type: ignore[attr-defined]  # noqa: B018
