@@ -6,7 +6,8 @@ Windows one with add_reader, i.e. the selector loop) and must only be called fro
 
 Per direction a flow either watches its source for reading, or, while bytes are parked,
 its destination for writing; never both, so back-pressure is the kernel's. A socket that is
-not being read cannot tell of its death: a watch looks at those ten times a second.
+not being read cannot tell of its death, and libuv stops watching one on which it sees an
+error: so a watch asks every socket for its error ten times a second.
 """
 
 from __future__ import annotations
@@ -183,12 +184,11 @@ class _Flow:
 
     def watch_step(self) -> None:
         """Look for what no event tells: the idle limit, and errors of unread sockets."""
-        for way in self.ways:
-            if way.parked or way.is_shut:
-                code = self.sockets[way.source].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if code:
-                    self.bury(REASON_RESET, way.source + 1, code)
-                    return
+        for side, sock in enumerate(self.sockets, 1):
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                self.bury(REASON_RESET, side, code)
+                return
         if self.idle and time.monotonic() - self.active >= self.idle:
             self.bury(REASON_IDLE)
 

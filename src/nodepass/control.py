@@ -34,6 +34,7 @@ class Control(asyncio.Protocol):
         self._is_blocked = False
         self._has_told_loss = False
         self._head = b""
+        self._is_opening = False
         session.on_output = self._flush_soon
 
     async def open(self, sock: socket.socket, interval: float, head: bytes = b"") -> None:
@@ -45,15 +46,21 @@ class Control(asyncio.Protocol):
             head: bytes that were read beyond the handshake.
         """
         self._head = head
+        self._is_opening = True
         try:
             # Here the peer always reads, so unacknowledged bytes do mean a dead path.
             limit_silence(sock, SILENT_PERIODS * interval)
             await self._loop.create_connection(lambda: self, sock=sock)
         except BaseException:
+            self._transport = None  # the loop has closed it, or will
             sock.close()
             raise
+        finally:
+            self._is_opening = False
         if self._session.is_open:
             self._tick()
+        else:
+            self._end()
 
     def close(self, reason: str) -> None:
         """End the session from our side: say bye, send what is queued, close. Idempotent."""
@@ -66,9 +73,7 @@ class Control(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        if not self._session.is_open:  # closed while the connection was on its way to us
-            self._end()
-        elif self._head:
+        if self._head:
             # Here and not after the await: the loop may read the socket first.
             self.data_received(self._head)
 
@@ -128,7 +133,9 @@ class Control(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._transport is not None:
+        # Never within connection_made: uvloop hands the socket over only after that, and would
+        # later close a number that belongs to a stranger by then. `open` comes back to this.
+        if self._transport is not None and not self._is_opening:
             self._is_blocked = False
             self._flush()
             transport, self._transport = self._transport, None

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tests.engine.conftest import HAS_NATIVE, NATIVE_ONLY
 from tests.engine.rig import Joined, Kind, Rig, reset_on_close
@@ -43,7 +43,12 @@ def kinds() -> list[Kind]:
     return found
 
 
-@settings(max_examples=6000, deadline=None)
+# A failing script is short enough as drawn; shrinking would wait for every hang again.
+@settings(
+    max_examples=2500,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+)
 @given(
     steps=STEPS,
     finale=FINALES,
@@ -53,6 +58,10 @@ def kinds() -> list[Kind]:
 async def test_scripts(
     steps: list[tuple[str, int, int]], finale: str, side: int, shape: tuple[str, int, int]
 ) -> None:
+    if finale == CUT:
+        # With a tiny window, segments are under way or lost when the end is cut, and the kernel
+        # ignores an RST that does not fit its window: there is nothing an engine could see.
+        shape = (shape[0], 0, shape[2])
     for kind in kinds():
         async with Rig(kind, pair=shape[0]) as rig:
             play = Play(rig, kind, shape)
@@ -76,6 +85,7 @@ class Play:
         self.flow: Joined = rig.join(buffers=buffers, head_a=heads[0], head_b=heads[1])
         self.ends = (self.flow.visitor, self.flow.target)
         self.doing: list[asyncio.Task[None] | None] = [None, None]
+        self.started: list[asyncio.Task[None]] = []
 
     async def run(self, steps: list[tuple[str, int, int]], finale: str, side: int) -> None:
         for verb, index, size in steps:
@@ -92,6 +102,8 @@ class Play:
             await self.stop_doing()
             reset_on_close(self.ends[side])
             self.ends[side].close()
+            # An RST beyond a window that is shut is ignored, too: read until it opens.
+            await self.rig.is_reset(self.ends[1 - side])
             await self.check_cut({self.kind.module.REASON_RESET}, side + 1)
         else:
             await self.check_finish()
@@ -105,7 +117,9 @@ class Play:
                 await before
             await act()
 
-        self.doing[index] = asyncio.create_task(run())
+        task = asyncio.create_task(run())
+        self.doing[index] = task
+        self.started.append(task)
 
     def say(self, index: int, size: int) -> None:
         told = self.told[index]
@@ -144,10 +158,9 @@ class Play:
         assert ended == (self.flow.token, up, down, self.kind.module.REASON_FINISHED, 0, 0)
 
     async def stop_doing(self) -> None:
-        tasks = [task for task in self.doing if task is not None]
-        for task in tasks:
+        for task in self.started:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self.started, return_exceptions=True)
 
     async def check_cut(self, reasons: set[int], side: int) -> None:
         ended = await self.rig.ended(self.flow.token)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import shutil
 import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -27,6 +28,9 @@ SPARE = 6
 
 OBSERVED = 2.0
 """Seconds that the CPU time of a process without descriptors is watched."""
+
+FEW = 256
+"""Open files that a small machine may allow a process, and the visitors that come at once."""
 
 SECRET = "correct-horse"
 
@@ -65,6 +69,29 @@ async def test_f22_client_out_of_descriptors_resumes(tmp_path: Path, engine: str
         for visitor in visitors:
             visitor.reset()
         await _served(tunnel.port)
+
+
+async def test_f22_crowd_beyond_the_descriptors_is_served_in_turn(
+    tmp_path: Path, engine: str
+) -> None:
+    """More visitors than descriptors: those that fit are served, the others wait outside."""
+    pool = {"MIN_POOL_CAPACITY": "4", "MAX_POOL_CAPACITY": "16", "DIAL_TIMEOUT": "30s"}
+    low = ("prlimit", f"--nofile={FEW}:{FEW}")
+    if shutil.which(low[0]) is None:
+        pytest.skip("not installed: prlimit (util-linux)")
+    async with Arena(tmp_path, engine, **pool) as arena, AsyncExitStack() as stack, within(40):
+        target, tunnel_port, port = arena.target(echo), free_port(), free_port()
+        server = arena.nodepass(f"server://127.0.0.1:{tunnel_port}/127.0.0.1:{port}")
+        client = arena.nodepass(f"client://127.0.0.1:{tunnel_port}/127.0.0.1:{target.port}")
+        await server.start(low)
+        await client.start()
+        visitors = [await stack.enter_async_context(await connect(port)) for _ in range(FEW)]
+        for visitor in visitors:
+            await visitor.write(b"x")
+        for visitor in visitors:  # whoever is served makes room for the next
+            assert await visitor.read() == b"x"
+            visitor.close()
+        assert target.accepted == FEW
 
 
 async def _served(port: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
 import time
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from tests.system.rig.target import (
     body_of,
     digest_of,
     echo,
+    hold,
     serve_body,
     speak_first,
 )
@@ -110,3 +113,16 @@ async def test_target_serves_a_body(tmp_path: Path) -> None:
         async with await connect(target.port) as visitor:
             assert await visitor.digest() == (len(BODY), digest_of(BODY))
         assert target.accepted == 1
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux only")
+async def test_kernel_takes_a_closed_window_for_silence(tmp_path: Path) -> None:
+    """Why no relay may have TCP_USER_TIMEOUT: it ends a connection whose reader merely pauses."""
+    async with Arena(tmp_path) as arena, within(20):
+        target = arena.target(hold)
+        async with await connect(target.port) as visitor:
+            visitor.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 500)
+            with pytest.raises(OSError) as caught:  # noqa: PT012 - which write fails is open
+                while True:
+                    await visitor.write(bytes(1_000_000))
+            assert caught.value.errno == errno.ETIMEDOUT

@@ -11,7 +11,7 @@ from typing import Final
 
 from tests.system.rig.arena import Arena, Tunnel
 from tests.system.rig.stream import Stream, connect, exchange
-from tests.system.rig.target import Target, body_of, digest_of, echo, source
+from tests.system.rig.target import Target, body_of, digest_of, echo, serve_body, source
 from tests.system.rig.timing import until, within
 
 TRANSFERS: Final = 200
@@ -185,6 +185,24 @@ async def _still(sent: list[int]) -> None:
         return len(seen) >= 30 and len(set(seen[-30:])) == 1
 
     await until(is_still, 20, "the sources to be stuck")
+
+
+async def test_f27_paused_reader_is_not_cut_off(tmp_path: Path, engine: str) -> None:
+    """A reader may pause for many times every time limit there is; nothing is lost by it."""
+    short = {
+        "REPORT_INTERVAL": "100ms",
+        "DIAL_TIMEOUT": "200ms",
+        "HANDSHAKE_TIMEOUT": "200ms",
+        "SERVICE_COOLDOWN": "100ms",
+        "UDP_IDLE_TIMEOUT": "100ms",
+    }
+    body = body_of(13, 30_000_000)
+    async with Arena(tmp_path, engine, **short) as arena, within(30):
+        tunnel = await arena.tunnel(arena.target(serve_body(body)))
+        async with await connect(tunnel.port) as visitor:
+            assert await visitor.read_exactly(1000) == body[:1000]
+            await asyncio.sleep(3)  # the pause is what is tested
+            assert await visitor.digest() == (len(body) - 1000, digest_of(body[1000:]))
 
 
 # --- F28: a burst of launches -----------------------------------------------------------

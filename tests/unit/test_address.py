@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from nodepass.address import Address, is_number, overlap, parse_address
 from nodepass.errors import ConfigError
 

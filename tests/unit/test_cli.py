@@ -11,6 +11,7 @@ from importlib import util
 from importlib.metadata import version
 
 import pytest
+
 from nodepass import cli, process
 from nodepass.config import Config
 from nodepass.environment import Settings
@@ -125,8 +126,13 @@ def test_version(
 
 def test_demo_gets_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Sequence[str]] = []
+
+    def main(words: Sequence[str]) -> int:
+        seen.append(words)
+        return 3
+
     fake = types.ModuleType("nodepass.demo")
-    fake.main = lambda words: seen.append(words) or 3  # type: ignore[attr-defined, func-returns-value]
+    fake.main = main  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "nodepass.demo", fake)
     monkeypatch.setattr("nodepass.demo", fake, raising=False)
     assert cli.main(["demo", "--help"]) == 3

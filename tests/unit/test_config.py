@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from nodepass import config as module
 from nodepass.address import Address
 from nodepass.config import PARAMETERS, Config, Mode, Secret, Settings, check_together
@@ -314,7 +315,7 @@ def test_secrets_do_not_show() -> None:
     assert secret == Secret("hunter2")
     assert hash(secret) == hash(Secret("hunter2"))
     assert secret != Secret("other")
-    assert secret != "hunter2"  # type: ignore[comparison-overlap]
+    assert secret != "hunter2"
     for write in (pickle.dumps, copy.copy, json.dumps):
         with pytest.raises(TypeError):
             write(secret)

@@ -8,6 +8,7 @@ import os
 import pickle
 
 import pytest
+
 from nodepass import errors
 
 TREE: dict[str, tuple[str, ...]] = {

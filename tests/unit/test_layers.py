@@ -14,8 +14,9 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-import nodepass
 import pytest
+
+import nodepass
 
 SOURCE = Path(nodepass.__file__).parent
 
@@ -97,10 +98,10 @@ def imports(module: str) -> Iterator[tuple[str, bool]]:
 
     def walk(node: ast.AST, types_only: bool) -> Iterator[tuple[str, bool]]:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            for child in node.body:
-                yield from walk(child, True)
-            for child in node.orelse:
-                yield from walk(child, types_only)
+            for statement in node.body:
+                yield from walk(statement, True)
+            for statement in node.orelse:
+                yield from walk(statement, types_only)
             return
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -205,4 +206,4 @@ def test_public_names() -> None:
     for name in PUBLIC:
         assert getattr(nodepass, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
-        nodepass.Nothing  # type: ignore[attr-defined]  # noqa: B018
+        nodepass.Nothing  # noqa: B018

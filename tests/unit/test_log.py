@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
+
 from nodepass import log as module
 from nodepass.log import LEVELS, Log, mask, setup
 

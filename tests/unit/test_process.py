@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 import pytest
+
 from nodepass import process
 from nodepass.client import Client
 from nodepass.config import Config
@@ -44,7 +45,7 @@ class FakeTunnel:
         action = self.house.actions.get(f"{name} {self.number}")
         if isinstance(action, Exception):
             raise action
-        if action is not None:
+        if callable(action):
             await action()
 
     async def start(self) -> None:
@@ -250,8 +251,6 @@ async def test_signal_handlers_are_taken_away_again() -> None:
 async def test_loops_without_signal_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
     class Plain:
         """A loop as Windows has it."""
-
-        calls: list[object] = []
 
         def add_signal_handler(self, number: int, handler: object) -> None:
             raise NotImplementedError

@@ -125,11 +125,17 @@ async def connect(port: int, host: str = "127.0.0.1", *, source: str = "") -> St
 
 
 async def exchange(port: int, data: bytes, host: str = "127.0.0.1") -> bytes:
-    """Send data, half-close, and return the whole answer."""
+    """Send data, half-close, and return the whole answer; a reset is always an error.
+
+    The kernel reports a reset once: to the write, and then the read sees a mere end.
+    """
     async with await connect(port, host) as stream:
         writing = asyncio.create_task(_send(stream, data))
         try:
-            return await stream.read_all()
+            answer = await stream.read_all()
+            if writing.done():
+                writing.result()
+            return answer
         finally:
             writing.cancel()
             await asyncio.gather(writing, return_exceptions=True)

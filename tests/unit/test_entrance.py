@@ -1,0 +1,343 @@
+"""entrance: what becomes of a connection between its greeting and its first whole line."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+
+import pytest
+from tests.engine.rig import tcp_pair
+from tests.system.rig.timing import until, within
+
+from nodepass import net, wire
+from nodepass.entrance import MAX_CALLERS, MAX_CALLERS_PER_HOST, Caller, Entrance
+from nodepass.log import Log
+from nodepass.message import Hello, LinkClaim
+from nodepass.stats import Counters
+
+both = pytest.mark.loops("asyncio", "uvloop")
+
+HELLO = wire.pack_hello(Hello("somebody", b"n" * 16))
+CLAIM = wire.pack_link_claim(LinkClaim("ab" * 8, 7, b"p" * 32))
+
+
+class Street:
+    """An entrance, and the far ends of who stands there."""
+
+    def __init__(self, timeout: float = 30.0, *, level: str = "none", data_port: int = 0) -> None:
+        self.counters = Counters()
+        self.openings: list[tuple[Caller, Hello | LinkClaim]] = []
+        self.known: set[str] = set()
+        self.entrance = Entrance(
+            Log("street", level),
+            timeout,
+            self._on_opening,
+            self.known.__contains__,
+            self.counters,
+        )
+        self.entrance.data_port = data_port
+        self._socks: list[socket.socket] = []
+
+    def come(self, host: str = "10.0.0.1", port: int = 999) -> socket.socket:
+        """Let somebody call from a host; return the far end."""
+        near, far = tcp_pair()
+        self._socks += [near, far]
+        self.entrance.admit(near, host, port)
+        return far
+
+    def leaving(self, host: str = "10.0.0.1") -> None:
+        """Let somebody call who has gone before the greeting."""
+        near, far = tcp_pair()
+        self._socks += [near, far]
+        near.shutdown(socket.SHUT_WR)
+        self.entrance.admit(near, host, 999)
+
+    def greeting(self, far: socket.socket) -> bytes:
+        """What the kernel of the far side has at once: the greeting is sent while admitting."""
+        return far.recv(1000)
+
+    def is_out(self, far: socket.socket) -> bool:
+        """Whether this far end was closed or reset, behind whatever was sent to it."""
+        try:
+            while far.recv(1000):
+                pass
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
+
+    def _on_opening(self, caller: Caller, opening: Hello | LinkClaim) -> None:
+        self.openings.append((caller, opening))
+
+    async def __aenter__(self) -> Street:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.entrance.close()
+        for sock in self._socks:
+            sock.close()
+
+
+# --- greeting and openings ---------------------------------------------------------------------
+
+
+@both
+async def test_greets_at_once_and_never_the_same_twice() -> None:
+    async with Street(data_port=9102) as street:
+        first, second = (wire.parse_greeting(street.greeting(street.come())[:-1]) for _ in "ab")
+        assert (first.data_port, first.tls, first.is_native) == (9102, 0, True)
+        assert first.nonce != second.nonce
+        assert len(street.entrance) == 2
+
+
+@both
+@pytest.mark.parametrize(("line", "kind"), [(HELLO, Hello), (CLAIM, LinkClaim)])
+async def test_hands_over_who_has_said_what_it_is(
+    line: bytes, kind: type[Hello] | type[LinkClaim]
+) -> None:
+    async with Street() as street:
+        far = street.come("::1", 5)
+        far.send(line + b"behind")
+        await until(lambda: street.openings, 5, "the opening")
+        caller, opening = street.openings[0]
+        assert isinstance(opening, kind)
+        assert (caller.host, caller.port, caller.address) == ("::1", 5, "[::1]:5")
+        assert caller.handshake.rest() == b"behind"
+        assert len(street.entrance) == 0
+        far.send(b"more")
+        await asyncio.sleep(0.01)
+        assert caller.sock.recv(10) == b"more", "the entrance reads no further"
+        assert street.counters.strangers == 0
+
+
+@both
+async def test_lines_may_come_in_pieces() -> None:
+    async with Street() as street:
+        far = street.come()
+        for piece in (HELLO[:1], HELLO[1:20], HELLO[20:-1]):
+            far.send(piece)
+            await asyncio.sleep(0.005)
+            assert not street.openings
+        far.send(HELLO[-1:])
+        await until(lambda: street.openings, 5, "the opening")
+
+
+@both
+async def test_a_deadline_does_not_hit_who_has_passed() -> None:
+    async with Street(timeout=0.03) as street:
+        street.come().send(HELLO)
+        await until(lambda: street.openings, 5, "the opening")
+        await asyncio.sleep(0.06)
+        assert street.openings[0][0].sock.fileno() >= 0
+        assert street.counters.strangers == 0
+
+
+# --- who is turned away ------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize(
+    "garbage",
+    [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\n", b"hello://?v=2\n", b"x" * 5000, b"\n"],
+)
+async def test_garbage_is_reset_at_once(garbage: bytes) -> None:
+    async with Street() as street:
+        far = street.come()
+        far.send(garbage)
+        await until(lambda: street.is_out(far), 5, "its end")
+        assert street.counters.strangers == 1
+        assert len(street.entrance) == 0
+        assert not street.openings
+
+
+@both
+@pytest.mark.parametrize("said", [b"", b"hello://half"])
+@pytest.mark.parametrize("how", ["end", "reset"])
+async def test_who_leaves_is_counted(said: bytes, how: str) -> None:
+    async with Street() as street:
+        far = street.come()
+        far.send(said)
+        await asyncio.sleep(0.01)
+        if how == "reset":
+            net.reset(far)
+        else:
+            far.close()
+        await until(lambda: not len(street.entrance), 5, "its end")
+        assert street.counters.strangers == 1
+
+
+async def test_who_has_left_before_the_greeting() -> None:
+    async with Street() as street:
+        street.leaving()
+        assert len(street.entrance) == 0
+        assert street.counters.strangers == 1
+
+
+@both
+@pytest.mark.parametrize(
+    ("said", "data_port", "why"),
+    [
+        (b"", 0, "seed clients are not admitted"),
+        (b"", 9102, "cannot reach the data port 9102"),
+        (b"GET / HT", 0, "unfinished; an HTTP client"),
+    ],
+)
+async def test_deadline_says_why(
+    said: bytes, data_port: int, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG, "nodepass"):
+        async with Street(timeout=0.03, level="warn", data_port=data_port) as street:
+            far = street.come()
+            far.send(said)
+            await until(lambda: street.is_out(far), 5, "its end")
+            assert street.counters.strangers == 1
+    assert why in caplog.text
+
+
+@both
+async def test_a_silent_one_delays_nobody() -> None:
+    async with Street(timeout=5) as street:
+        for _ in range(50):
+            street.come("10.9.9.9")
+        far = street.come()
+        far.send(HELLO)
+        async with within(1):
+            while not street.openings:
+                await asyncio.sleep(0)
+
+
+# --- limits ------------------------------------------------------------------------------------
+
+
+@both
+async def test_limit_of_one_address() -> None:
+    async with Street() as street:
+        inside = [street.come() for _ in range(MAX_CALLERS_PER_HOST)]
+        late = street.come()
+        assert street.is_out(late)
+        assert not any(street.is_out(far) for far in inside)
+        assert len(street.entrance) == MAX_CALLERS_PER_HOST
+        street.come("10.0.0.2").send(HELLO)
+        await until(lambda: street.openings, 5, "another address")
+        inside[0].close()
+        await until(lambda: len(street.entrance) < MAX_CALLERS_PER_HOST, 5, "room")
+        assert not street.is_out(street.come()), "there is room again"
+
+
+@both
+async def test_limit_counts_only_who_has_said_nothing_yet() -> None:
+    """A burst of a client's links accepted in one turn: their lines are here, only unread."""
+    async with Street() as street:
+        for _ in range(MAX_CALLERS_PER_HOST):
+            street.come().send(CLAIM)
+        late = street.come()
+        assert len(street.openings) == MAX_CALLERS_PER_HOST
+        assert not street.is_out(late)
+        late.send(CLAIM)
+        await until(lambda: len(street.openings) == MAX_CALLERS_PER_HOST + 1, 5, "the last")
+        assert street.counters.strangers == 0
+
+
+async def test_crowd_is_swept_once_a_turn() -> None:
+    async with Street() as street:
+        inside = [street.come() for _ in range(MAX_CALLERS_PER_HOST)]
+        assert street.is_out(street.come())
+        inside[0].send(CLAIM)
+        assert street.is_out(street.come()), "looked at already in this turn"
+        await asyncio.sleep(0)
+        assert not street.is_out(street.come())
+        assert len(street.openings) == 1
+
+
+@both
+async def test_limit_of_all_makes_room_at_the_cost_of_the_crowd() -> None:
+    async with Street() as street:
+        crowd = [street.come("10.1.1.1") for _ in range(40)]
+        others = [street.come(f"10.0.{n // 30}.1") for n in range(MAX_CALLERS - 40)]
+        newcomer = street.come("10.2.2.2")
+        assert not street.is_out(newcomer)
+        assert street.is_out(crowd[0]), "the oldest of those who are most"
+        assert not any(street.is_out(far) for far in crowd[1:] + others)
+        assert len(street.entrance) == MAX_CALLERS
+        assert street.counters.strangers == 1
+
+
+@both
+async def test_limit_of_all_spares_the_addresses_of_clients() -> None:
+    async with Street() as street:
+        street.known.add("10.1.1.1")
+        ours = [street.come("10.1.1.1") for _ in range(MAX_CALLERS_PER_HOST)]
+        strangers = [street.come(f"10.0.{n}.1") for n in range(MAX_CALLERS - len(ours))]
+        street.come("10.2.2.2")
+        assert not any(street.is_out(far) for far in ours)
+        assert sum(street.is_out(far) for far in strangers) == 1
+
+
+async def test_limit_of_all_where_everybody_is_known() -> None:
+    async with Street() as street:
+        hosts = [f"10.0.{n // 60}.1" for n in range(MAX_CALLERS)]
+        street.known.update(hosts)
+        inside = [street.come(host) for host in hosts]
+        assert not street.is_out(street.come("10.2.2.2"))
+        assert sum(street.is_out(far) for far in inside) == 1
+
+
+@both
+async def test_limit_goes_down_with_those_who_leave() -> None:
+    async with Street(timeout=0.05) as street:
+        for _ in range(MAX_CALLERS_PER_HOST):
+            street.come()
+        await until(lambda: not len(street.entrance), 5, "the deadline of all")
+        assert not street.is_out(street.come())
+        assert street.counters.strangers == MAX_CALLERS_PER_HOST
+
+
+# --- seed clients ------------------------------------------------------------------------------
+
+
+@both
+async def test_promotes_the_newest_silent_caller_of_an_address() -> None:
+    async with Street(timeout=0.05, data_port=9102) as street:
+        for port, host in ((1, "10.0.0.1"), (2, "10.0.0.1"), (3, "10.0.0.2"), (4, "10.0.0.1")):
+            far = street.come(host, port)
+            if port == 4:
+                far.send(b"hello://half")
+        caller = street.entrance.promote("10.0.0.1", 0.0)
+        assert caller is not None
+        assert caller.port == 2, "newest but one: the newest has begun a line of the native kind"
+        assert len(street.entrance) == 3
+        assert street.entrance.promote("10.0.0.9", 0.0) is None
+        await asyncio.sleep(0.1)
+        assert caller.sock.fileno() >= 0, "its deadline is over"
+        assert street.counters.strangers == 3
+
+
+async def test_promotes_nobody_whose_line_is_here_but_unread() -> None:
+    async with Street(data_port=9102) as street:
+        street.come().send(HELLO)
+        assert street.entrance.promote("10.0.0.1", 0.0) is None
+        assert len(street.openings) == 1
+
+
+async def test_promotes_nobody_who_came_a_moment_ago() -> None:
+    async with Street(data_port=9102) as street:
+        street.come(port=1)
+        await asyncio.sleep(0.06)
+        street.come(port=2)
+        caller = street.entrance.promote("10.0.0.1", 0.05)
+        assert caller is not None
+        assert caller.port == 1
+        assert street.entrance.promote("10.0.0.1", 0.05) is None
+
+
+@both
+async def test_close_resets_everybody() -> None:
+    async with Street() as street:
+        inside = [street.come() for _ in range(3)]
+        street.entrance.close()
+        street.entrance.close()
+        assert len(street.entrance) == 0
+        assert all(street.is_out(far) for far in inside)
+        assert street.counters.strangers == 0
