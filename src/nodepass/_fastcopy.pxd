@@ -66,7 +66,7 @@ cdef struct Way:
     int pipe_write
     uint32_t pipe_bytes         # bytes inside the pipe
     uint32_t pipe_size
-    uint32_t streak             # full reads in a row (copy mode), small fills in a row (bulk)
+    uint32_t streak             # large reads in a row (copying), small fills in a row (bulk)
     uint8_t state
     uint8_t bulk                # splice is the mode of choice
     uint8_t no_splice           # the kernel refused splice for these sockets
@@ -124,7 +124,7 @@ cdef enum:
     MAX_EVENTS = 256            # per epoll_wait; 3 KiB, and one call empties 128 busy flows
     MAX_POOLED_PIPES = 16       # clean pipes kept per worker
     WHEEL_BUCKETS = 512         # x TICK_MS = 51 s ahead; later deadlines go round again
-    MAX_BUFFERS = 256           # per worker: the bound of parked memory, 64 MiB at 256 KiB
+    MAX_BUFFERS = 128           # per worker: the bound of parked memory, 64 MiB at 512 KiB
 
 cdef struct Pipe:
     int read
@@ -160,8 +160,7 @@ cdef struct Worker:
     int32_t buffer_stack[MAX_BUFFERS]
     Pipe pool[MAX_POOLED_PIPES]
     uint32_t pooled
-    uint32_t pipes_held         # by flows
-    uint32_t pipes_large        # of PIPE_BYTES, held or pooled
+    uint32_t pipes_large        # of PIPE_BYTES, in use or pooled
     uint64_t pipes_dry_until_ms
     List all
     List ready

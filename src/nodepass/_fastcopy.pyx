@@ -229,7 +229,7 @@ cdef class Engine:
         Raises:
             EngineError: refused; the caller still owns both descriptors.
             EngineClosed: after close(), or in a forked child.
-            ValueError: a negative idle limit.
+            ValueError: the idle limit is out of range.
 
         After: one Completion with this token comes out of poll().
         """

@@ -158,10 +158,14 @@ class Client(Tunnel):
                 if not self.is_stopping:
                     self._tell_lost(lost)
             except AuthError as exc:
-                self.log.repeated("error", "auth", "the server and we do not agree", why=exc)
+                self.log.repeated("error", "auth", "the server and we do not agree", why=str(exc))
             except (NodePassError, OSError) as exc:
                 self.log.repeated(
-                    "warn", "dial", "no tunnel; trying again", server=self.config.tunnel, why=exc
+                    "warn",
+                    "dial",
+                    "no tunnel; trying again",
+                    server=self.config.tunnel,
+                    why=str(exc),
                 )
             except Exception as exc:  # noqa: BLE001 - a task's outer edge: the tunnel goes on
                 self.log.error("a fault of ours in the client; please report it", error=exc)

@@ -140,9 +140,9 @@ class Filler:
             return
         self._failures += 1
         if self._failures > QUIET_FAILURES:
-            self._log.repeated("warn", "link", "cannot make a link", why=exc)
+            self._log.repeated("warn", "link", "cannot make a link", why=str(exc))
         else:
-            self._log.debug("cannot make a link", why=exc)
+            self._log.debug("cannot make a link", why=str(exc))
         if self._retry is None:
             pause = self._backoff.next_pause(self._random())
             self._retry = self._loop.call_later(pause, self._try_again)

@@ -196,7 +196,7 @@ def _choose(wish: str) -> tuple[str, _Module]:
         except ImportError as exc:
             Log("relay").warn(
                 "the native engine cannot be loaded; the slow Python engine runs instead",
-                cause=exc,
+                cause=str(exc),
             )
     else:
         Log("relay").warn("the slow Python engine runs, as NODEPASS_ENGINE=python asks")

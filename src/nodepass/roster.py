@@ -174,7 +174,7 @@ class Roster:
             return
         except OSError as exc:
             caller.sock.close()
-            self._log.debug("a client left during its handshake", host=caller.host, why=exc)
+            self._log.debug("a client left during its handshake", host=caller.host, why=str(exc))
             return
         for other in list(self._clients.values()):
             if other.name == hello.name and other.session.dialect is Dialect.NATIVE:
@@ -185,11 +185,11 @@ class Roster:
         try:
             caller.sock.send(wire.pack_answer(Refuse(exc.reason)))
         except OSError as error:
-            self._log.debug("a refused client left first", host=caller.host, why=error)
+            self._log.debug("a refused client left first", host=caller.host, why=str(error))
         caller.sock.close()
         self._counters.strangers += 1
         self._log.repeated(
-            "warn", f"refused {caller.host}", "client refused", host=caller.host, why=exc
+            "warn", f"refused {caller.host}", "client refused", host=caller.host, why=str(exc)
         )
 
     def _replace(self, old: Client) -> None:

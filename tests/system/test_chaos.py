@@ -14,7 +14,7 @@ from typing import Final
 from tests.system.rig.arena import Arena
 from tests.system.rig.stream import Stream, connect, exchange
 from tests.system.rig.target import body_of, digest_of
-from tests.system.rig.timing import free_port, limit, until, within
+from tests.system.rig.timing import free_port, until, within
 
 VISITORS: Final = 20
 """Visitors at a time; each comes again as soon as it is done."""
@@ -57,12 +57,16 @@ async def test_f20_chaos_leaves_streams_whole_or_reset(tmp_path: Path, engine: s
         except AssertionError as error:
             failures.append(str(error))
 
-    env = {"SERVICE_COOLDOWN": "100ms", "DIAL_TIMEOUT": "10s"}
+    pool = {"MIN_POOL_CAPACITY": "8", "MAX_POOL_CAPACITY": "8"}
+    env = {"SERVICE_COOLDOWN": "100ms", "DIAL_TIMEOUT": "10s", **pool}
     async with Arena(tmp_path, engine, **env) as arena, within(45):
         tunnel_port, port = free_port(), free_port()
         proxy = arena.proxy(tunnel_port)
         server = await arena.server(port, tunnel_port)
         client = await arena.client(proxy.port, arena.target(target).port)
+        await until(lambda: len(proxy.open_channels) == 9, 5, "eight idle links")
+        await until(lambda: all(c.up for c in proxy.open_channels), 5, "them to claim a session")
+        before = server.fds("socket:"), client.fds("socket:")
         luck = random.Random(1)
         loop = asyncio.get_running_loop()
         end = loop.time() + DURATION
@@ -77,8 +81,8 @@ async def test_f20_chaos_leaves_streams_whole_or_reset(tmp_path: Path, engine: s
         assert set(outcomes) == {"whole", "reset"}, set(outcomes)
         for _ in range(10):
             assert digest_of(await exchange(port, BODY)) == WHOLE
-        await until(lambda: server.fds("socket:") < limit(60), 5, "the dead links to be closed")
-        await until(lambda: client.fds("socket:") < limit(60), 5, "the dead links to be closed")
+        await until(lambda: server.fds("socket:") == before[0], 5, f"{before[0]} sockets again")
+        await until(lambda: client.fds("socket:") == before[1], 5, f"{before[1]} sockets again")
 
 
 async def test_visitors_resetting_at_random_harm_nobody(tmp_path: Path, engine: str) -> None:

@@ -300,6 +300,26 @@ def test_client_refuses_garbage_for_a_greeting(data: bytes) -> None:
         ClientHandshake().receive_greeting(data)
 
 
+def test_what_came_before_our_hello_is_no_answer_to_it() -> None:
+    """Whoever sits between could else answer, in front of TLS, a question not yet asked."""
+    server, client = server_of(), ClientHandshake()
+    forged = wire.pack_answer(Welcome("f" * 16, 1, key=b"f" * 32))
+    assert client.receive_greeting(server.greeting_line + forged) == OPEN
+    welcome, _ = accepted(server, hello_at(server, client.hello("web", CLIENT_NONCE)))
+    answer = client.receive_answer(welcome)
+    assert answer is not None
+    assert answer == (Welcome(SESSION, 16, key=FRESH), FRESH)
+
+
+def test_a_later_release_may_answer_at_length() -> None:
+    """MAX_GREETING bounds the greeting only."""
+    server, client, line = opened(None)
+    welcome, _ = accepted(server, hello_at(server, line))
+    longer = welcome[:-1] + b"&later=" + b"x" * (1024 - len(welcome) - len("&later=")) + b"\n"
+    assert len(longer) == 1024
+    assert client.receive_answer(longer) is not None
+
+
 @pytest.mark.parametrize(
     ("key", "answer", "kind", "why"),
     [

@@ -170,7 +170,8 @@ def test_closed_absorbs(make: Make) -> None:
     session.on_output = count
     assert session.receive_data(b"tcp://1\nping://1\n", START) == []
     assert session.receive_data(b"", START) == []
-    assert session.tick(START + 1e9) == []
+    for seconds in (1e9, 1e9 + 9, 1e9 + 18):
+        assert session.tick(START + seconds) == []
     assert session.cut("late") == []
     session.send(Ping(1))
     session.launch(Kind.TCP, 1, "x")
@@ -414,6 +415,13 @@ def test_a_suspend_does_not_count_as_a_round_trip(ticks_first: bool) -> None:
     assert 0.08 < session.rtt < 1, "it is measured again"
 
 
+def test_two_periods_late_is_a_suspend() -> None:
+    session = native()
+    for late in (0, 2.1, 3.0):
+        assert session.tick(START + late * INTERVAL) == []
+    assert "nothing heard" in lost(session.tick(START + 3.2 * INTERVAL)).reason
+
+
 def test_a_little_late_is_no_suspend() -> None:
     session = native()
     session.tick(START)
@@ -448,6 +456,18 @@ def test_a_peer_that_reads_no_signals_is_lost(limit: int) -> None:
     session.launch(Kind.TCP, 1, VISITOR)
     assert "reads no signals" in lost(session.tick(START)).reason
     assert not session.is_open
+    assert session.data_to_send() == b"", "what it does not read is not kept for it"
+
+
+def test_the_limit_itself_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = native(Role.SERVER)
+    session.tick(START)
+    for signal in (Ping(2), Fail(1, "limit")):
+        session.send(signal)
+    monkeypatch.setattr(rules, "MAX_UNSENT", len("ping://1\nping://2\nfail://1?why=limit\n"))
+    assert session.tick(START) == []
+    session.send(Drain())
+    assert len(session.tick(START)) == 1
 
 
 def test_a_peer_that_only_asks_cannot_fill_memory(limit: int) -> None:

@@ -221,6 +221,7 @@ def test_parse_greeting_refuses(line: bytes, why: str) -> None:
 
 OPENINGS: list[tuple[Hello | LinkClaim, str]] = [
     (Hello("web", NONCE), f"hello://web?v=2&n={N}"),
+    (Hello("x", NONCE), f"hello://x?v=2&n={N}"),
     (Hello("web-1.b_c", NONCE, KEY), f"hello://web-1.b_c?v=2&n={N}&p={K}"),
     (Hello("a b/c?d&e=f#g:h%i", NONCE), f"hello://a%20b%2Fc%3Fd%26e%3Df%23g%3Ah%25i?v=2&n={N}"),
     (Hello("käse", NONCE), f"hello://k%C3%A4se?v=2&n={N}"),
@@ -425,6 +426,9 @@ NATIVE_SIGNALS: list[tuple[NativeSignal, str]] = [
     (Pong(1), "pong://1"),
     (Drain(), "drain://"),
     (Bye("stopped"), "bye://stopped"),
+    (Bye("z"), "bye://z"),
+    (Bye("a-z" + "m" * 29), "bye://a-z" + "m" * 29),
+    (Launch(Kind.TCP, 1, "x" * 1010), "tcp://1?from=" + "x" * 1010),  # MAX_LINE with its LF
 ]
 
 SEED_SIGNALS: list[tuple[SeedSignal, str]] = [
@@ -456,7 +460,7 @@ def test_parse_seed_signal(signal: SeedSignal, line: str) -> None:
     [
         Launch(Kind.TCP, -1),
         Launch(Kind.TCP, MAX_NUMBER),
-        Launch(Kind.TCP, 1, "x" * wire.MAX_LINE),
+        Launch(Kind.TCP, 1, "x" * 1011),
         Launch(Kind.TCP, 1, "a\nb"),
         Launch(Kind.TCP, 1, "käse"),
         Launch(Kind.TCP, 1, "a&from=b"),
@@ -499,6 +503,7 @@ def test_pack_signal_refuses_what_is_none() -> None:
         (b"//aaaa0001#1", Unknown(b"//aaaa0001#1")),  # seed, said to a native peer
         (b"", Unknown(b"")),
         (b"ping:/1", Unknown(b"ping:/1")),
+        (b"drain", Unknown(b"drain")),
         (b"\xff\x00", Unknown(b"\xff\x00")),
     ],
 )
@@ -575,6 +580,7 @@ def test_parse_seed_signal_is_tolerant(line: bytes, signal: Signal) -> None:
         b"remote://x",
         "remote://１".encode(),
         b"remote://111111",
+        b"remote://009102",
         b"//aaaa\xff001#1",
         b"\xff",
         b"\x00",

@@ -2,8 +2,8 @@
 # heads, and the intrusive lists that thread flows together. The only file that allocates.
 
 cdef enum:
-    BUFFER_BYTES = 262144       # one recv; see "Buffer size" in docs/engine.md for the figures
-    WARM_BUFFERS = 8            # per worker; free buffers that may stay resident (2 MiB)
+    BUFFER_BYTES = 524288       # one recv; see "Buffer size" in docs/engine.md for the figures
+    WARM_BUFFERS = 4            # per worker; free buffers that may stay resident (2 MiB)
 
 
 # -> the sizes of everything mapped for `threads` workers and `capacity` flows.

@@ -16,7 +16,8 @@
 
 cdef enum:
     TURN_BYTES = 1048576        # budget of one direction in one turn, then the tail of the list
-    PROMOTE_READS = 8           # full reads in a row that make a direction bulk
+    PROMOTE_BYTES = 131072      # a read of this size is a large one ...
+    PROMOTE_READS = 8           # ... and so many in a row make a direction bulk
     DEMOTE_BYTES = 65536        # a fill below this is a small one ...
     DEMOTE_FILLS = 16           # ... and so many in a row end bulk mode
 
@@ -83,14 +84,15 @@ cdef ssize_t way_copy(Worker* w, Flow* flow, uint32_t slot, int index) noexcept 
             return flow_reset(w, flow, slot, index, EIO)
     elif sent < got:
         way_park(w, way, sent, got)
-    if got < BUFFER_BYTES:
-        way.streak = 0
-        # A short read means "drained" (man epoll(7), Q9): whatever comes later is a new
-        # edge. Not so if a FIN is known to be queued, or recv may have stopped at an
-        # urgent mark, or peeked bytes are still there.
-        if not src.bits & (SEEN_RDHUP | SEEN_URGENT) and (not is_dry or sent == got):
+    # A short read means "drained" (man epoll(7), Q9): whatever comes later is a new edge. Not
+    # so if a FIN is known to be queued, or recv may have stopped at an urgent mark, or peeked
+    # bytes are still there.
+    if got < BUFFER_BYTES and not src.bits & (SEEN_RDHUP | SEEN_URGENT):
+        if not is_dry or sent == got:
             src.bits &= ~<uint32_t>MAY_READ
-    elif not way.bulk and w.core.use_splice and not way.no_splice:
+    if got < PROMOTE_BYTES:
+        way.streak = 0
+    elif w.core.use_splice and not way.no_splice and not way.bulk:
         way.streak += 1
         if way.streak >= PROMOTE_READS:
             way.bulk = 1

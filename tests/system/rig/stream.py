@@ -7,6 +7,7 @@ a close is seen at once by the other side.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import socket
 import struct
@@ -16,6 +17,9 @@ from typing import Final, Self
 
 CHUNK: Final = 256 * 1024
 """Bytes asked of the kernel at a time."""
+
+TCP_CLOSE: Final = 7
+"""State in TCP_INFO: include/net/tcp_states.h."""
 
 RESET: Final = struct.pack("ii", 1, 0)
 """SO_LINGER on, 0 seconds: close() sends RST."""
@@ -30,13 +34,27 @@ class Stream:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock
         self._held = b""
+        self._is_finished = False
 
     async def read(self, size: int = CHUNK) -> bytes:
         """Return what has come, at most size bytes; b"" at the end."""
         if self._held:
             data, self._held = self._held[:size], self._held[size:]
             return data
-        return await asyncio.get_running_loop().sock_recv(self.sock, size)
+        data = await asyncio.get_running_loop().sock_recv(self.sock, size)
+        if not data and self._was_reset():
+            raise ConnectionResetError(errno.ECONNRESET, "reset, and a write has been told before")
+        return data
+
+    def _was_reset(self) -> bool:
+        """Tell whether an end that looks clean is a reset.
+
+        The kernel reports a reset once, perhaps to a write that waits beside us; the state of
+        the connection still tells: a clean end leaves CLOSE-WAIT, as long as we may write.
+        """
+        if self._is_finished or not hasattr(socket, "TCP_INFO"):
+            return False
+        return self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSE
 
     async def read_exactly(self, size: int) -> bytes:
         """Return exactly size bytes; EOFError when the stream ends before."""
@@ -79,6 +97,7 @@ class Stream:
 
     def finish(self) -> None:
         """Half-close: say that nothing more will be sent."""
+        self._is_finished = True
         self.sock.shutdown(socket.SHUT_WR)
 
     async def is_reset(self) -> bool:
@@ -125,17 +144,11 @@ async def connect(port: int, host: str = "127.0.0.1", *, source: str = "") -> St
 
 
 async def exchange(port: int, data: bytes, host: str = "127.0.0.1") -> bytes:
-    """Send data, half-close, and return the whole answer; a reset is always an error.
-
-    The kernel reports a reset once: to the write, and then the read sees a mere end.
-    """
+    """Send data, half-close, and return the whole answer."""
     async with await connect(port, host) as stream:
         writing = asyncio.create_task(_send(stream, data))
         try:
-            answer = await stream.read_all()
-            if writing.done():
-                writing.result()
-            return answer
+            return await stream.read_all()
         finally:
             writing.cancel()
             await asyncio.gather(writing, return_exceptions=True)

@@ -1,0 +1,783 @@
+"""client: pairing, links and launches, against hand-driven servers in the same loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+from tests.system.rig.peer import Listener, NativeServer, SeedServer
+from tests.system.rig.stream import Stream
+from tests.system.rig.timing import until, within
+
+from nodepass import net
+from nodepass.client import Client
+from nodepass.config import Config
+from nodepass.environment import Settings
+from nodepass.relay import Relay, Relays
+from nodepass.stats import TunnelStatistics
+
+both = pytest.mark.loops("asyncio", "uvloop")
+
+
+class Desk:
+    """A running client, and the target that it dials: connections wait until taken."""
+
+    def __init__(self, client: Client, target: Listener) -> None:
+        self.client = client
+        self.target = target
+        self.stack = contextlib.AsyncExitStack()
+
+    async def at_target(self) -> Stream:
+        async with within(5):
+            stream = await self.target.accept()
+        self.stack.callback(stream.close)
+        return stream
+
+    @property
+    def figures(self) -> TunnelStatistics:
+        return self.client.statistics()
+
+
+@contextlib.asynccontextmanager
+async def running(
+    port: int,
+    query: str = "",
+    *,
+    target: str = "",
+    relays: Relays | None = None,
+    **settings: object,
+) -> AsyncIterator[Desk]:
+    """Run a client of the server at this port; its pauses are short, its pool is two links."""
+    options: dict[str, object] = {
+        "threads": 1,
+        "min_pool_capacity": 2,
+        "service_cooldown": 0.05,
+        "shutdown_timeout": 0.2,
+        **settings,
+    }
+    listener = Listener()
+    where = target or f"127.0.0.1:{listener.port}"
+    url = f"client://127.0.0.1:{port}/{where}?name=me&{query or 'log=none'}"
+    config = Config.parse(url, {}, Settings(**options))  # type: ignore[arg-type]
+    try:
+        async with Client(config, relays=relays) as client:
+            desk = Desk(client, listener)
+            async with desk.stack, within(30):
+                yield desk
+    finally:
+        listener.close()
+
+
+@contextlib.asynccontextmanager
+async def paired(
+    query: str = "", *, idle: int = 2, **settings: object
+) -> AsyncIterator[tuple[NativeServer, Desk, dict[int, Stream]]]:
+    """Run a client that has its links ready at a native server."""
+    async with (
+        NativeServer() as server,
+        running(server.listener.port, query, **settings) as desk,  # type: ignore[arg-type]
+    ):
+        await server.welcome(idle)
+        yield server, desk, await take_links(server, max(idle, 2))
+
+
+async def take_links(server: NativeServer, count: int) -> dict[int, Stream]:
+    async with within(5):
+        return dict([await server.link() for _ in range(count)])
+
+
+@contextlib.asynccontextmanager
+async def seeded(
+    query: str = "", **settings: object
+) -> AsyncIterator[tuple[SeedServer, Desk]]:
+    """Run a client that is greeted by a seed server and whose first two links are named."""
+    async with (
+        SeedServer() as server,
+        running(server.listener.port, query, **settings) as desk,  # type: ignore[arg-type]
+    ):
+        await server.greet(beat=0.05)
+        for _ in range(2):
+            await server.take()
+        yield server, desk
+
+
+async def hello_again(server: NativeServer) -> tuple[Stream, str]:
+    """Take the next control connection, past links that were still under way; and its name."""
+    async with within(5):
+        while True:
+            stream, _, line = await server.accept()
+            if line.startswith("hello://"):
+                return stream, line.removeprefix("hello://").partition("?")[0]
+
+
+async def welcome_again(server: NativeServer, idle: int = 0) -> str:
+    server._control, name = await hello_again(server)
+    await server.say(f"welcome://{server.session}?k={server.key.hex()}&idle={idle}")
+    return name
+
+
+async def signal(server: NativeServer) -> str:
+    async with within(5):
+        return await server.signal()
+
+
+async def is_reset(stream: Stream) -> bool:
+    async with within(5):
+        return await stream.is_reset()
+
+
+async def accept(listener: Listener) -> Stream:
+    async with within(5):
+        return await listener.accept()
+
+
+# --- finding a server --------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (b"", "waits for us to speak"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "an HTTP server"),
+        (b"//9102#1\n", "uses tls=1, which is not in this build yet"),
+        (b"//0?v=2&n=" + b"00" * 16 + b"&a=0#2\n", "uses tls=2, which is not in this build yet"),
+        (b"//0?v=2&n=" + b"00" * 16 + b"&a=1#0\n", "wants a password"),
+        (b"//12", "no greeting within"),
+        (b"x" * 300, "longer than 256 bytes"),
+    ],
+)
+async def test_what_is_no_server_for_us_is_named_and_tried_again(
+    said: bytes, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "nodepass"):
+        listener = Listener()
+        async with running(listener.port, "log=warn", handshake_timeout=0.05):
+            for _ in range(3):
+                async with await accept(listener) as stream:
+                    await stream.write(said)
+                    with contextlib.suppress(ConnectionResetError):
+                        assert await stream.read() == b"", "not a byte of ours for a stranger"
+        listener.close()
+    assert told in caplog.text
+    assert caplog.text.count(told) == 1, "told once a minute"
+
+
+@both
+@pytest.mark.parametrize("how", ["end", "reset"])
+async def test_server_that_hangs_up_is_tried_again(
+    how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "nodepass"):
+        listener = Listener()
+        async with running(listener.port, "log=warn"):
+            for _ in range(3):
+                stream = await accept(listener)
+                if how == "reset":
+                    stream.reset()
+                else:
+                    stream.close()
+        listener.close()
+    assert "no tunnel; trying again" in caplog.text
+
+
+@both
+async def test_server_that_resets_before_we_have_looked_leaves_no_descriptor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    listener = Listener()
+    dials = 0
+    dial = net.dial
+
+    async def dial_and_lose(*address: object) -> socket.socket:
+        nonlocal dials
+        sock = await dial(*address)  # type: ignore[arg-type]
+        (await accept(listener)).reset()
+        await until(lambda: net.has_ended(sock), 5, "the reset")
+        dials += 1
+        return sock
+
+    monkeypatch.setattr(net, "dial", dial_and_lose)
+    async with running(listener.port):
+        await until(lambda: dials > 2, 5, "three tries")
+    listener.close()
+
+
+@both
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (b"refuse://limit\n", "the server refused us: limit"),
+        (b"refuse://auth\n", "the server and we do not agree"),
+        (b"nonsense\n", "not an answer"),
+        (b"welcome://" + b"ab" * 8 + b"?idle=2\n", "no session key"),
+    ],
+)
+async def test_server_that_refuses_is_tried_again(
+    answer: bytes, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "nodepass"):
+        async with NativeServer() as server, running(server.listener.port, "log=warn") as desk:
+            for _ in range(2):
+                stream, _, hello = await server.accept()
+                assert hello.startswith("hello://me?")
+                await stream.write(answer)
+                with contextlib.suppress(ConnectionResetError):
+                    assert await stream.read() == b""
+            assert desk.figures.sessions == 0
+    assert told in caplog.text
+
+
+@both
+async def test_seed_server_without_compat_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "nodepass"):
+        async with SeedServer() as server, running(server.listener.port, "log=warn&compat=0"):
+            await server.greet()
+            await server.control.read()
+    assert "compat=0" in caplog.text
+
+
+@both
+async def test_greeting_and_welcome_may_come_in_pieces() -> None:
+    async with NativeServer() as server, running(server.listener.port) as desk:
+        stream = server.keep(await accept(server.listener))
+        for piece in (b"//0?v=2&n=" + b"00" * 8, b"00" * 8 + b"&a=0", b"#0\n"):
+            await stream.write(piece)
+            await asyncio.sleep(0.01)
+        assert (await stream.read_line()).startswith(b"hello://me?")
+        for piece in (f"welcome://{server.session}?k=", server.key.hex(), "&idle=2\nping:", "//7\n"):
+            await stream.write(piece.encode())
+            await asyncio.sleep(0.01)
+        async with within(5):
+            while (line := await stream.read_line()) != b"pong://7\n":
+                assert line
+        assert desk.figures.sessions_open == 1
+
+
+@both
+async def test_fault_of_ours_is_told_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("oops")
+
+    with caplog.at_level(logging.ERROR, "nodepass"):
+        async with NativeServer() as server, running(server.listener.port, "log=error") as desk:
+            with monkeypatch.context() as patch:
+                patch.setattr("nodepass.client.Pairing", fail)
+                await server.welcome()
+                with contextlib.suppress(ConnectionResetError):
+                    await server.control.read_all()
+            async with within(5):
+                while not desk.figures.sessions_open:
+                    await server.welcome()
+                    await asyncio.sleep(0.01)
+    assert "a fault of ours in the client" in caplog.text
+
+
+@both
+async def test_control_that_cannot_be_opened_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no such option")
+
+    async with NativeServer() as server, running(server.listener.port) as desk:
+        with monkeypatch.context() as patch:
+            patch.setattr("nodepass.control.limit_silence", fail)
+            await server.welcome()
+            with contextlib.suppress(ConnectionResetError):
+                await server.control.read_all()
+            assert desk.figures.sessions_open == 0
+        await server.welcome()
+        await take_links(server, 2)
+
+
+# --- a session ---------------------------------------------------------------------------------
+
+
+@both
+async def test_keeps_as_many_links_as_the_server_wants_within_our_bounds() -> None:
+    async with paired(idle=5, max_pool_capacity=8) as (server, desk, links):
+        assert sorted(links) == [1, 2, 3, 4, 5]
+        await until(lambda: desk.figures.links_idle == 5, 5, "five links")
+        for wanted, expected in ((7, 7), (99, 8), (0, 2)):
+            await server.say(f"idle://{wanted}")
+            await until(lambda expected=expected: desk.figures.links_wanted == expected, 5, "it")  # type: ignore[misc]
+            if wanted:
+                links |= await take_links(server, expected - len(links))
+        assert desk.figures.links_idle == 8, "too many are not thrown away"
+        assert desk.figures.links == 8
+
+
+@both
+async def test_dead_idle_link_is_replaced_at_once() -> None:
+    async with paired() as (server, desk, links):
+        links.pop(1).reset()
+        number, _ = await server.link()
+        assert number == 3
+        links.pop(2).close()
+        number, _ = await server.link()
+        assert number == 4
+        assert desk.figures.links_lost == 2
+
+
+@both
+async def test_replaced_client_goes_on_under_another_name(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, "nodepass"):
+        async with NativeServer() as server, running(server.listener.port, "log=warn") as desk:
+            assert await welcome_again(server) == "me"
+            names = []
+            for _ in range(2):
+                await server.say("bye://replaced")
+                names.append(await welcome_again(server))
+            assert all(re.fullmatch("me-[0-9a-f]{4}", name) for name in names)
+            assert names[0] != names[1]
+            assert desk.client.name == names[1]
+    assert "another client of our name" in caplog.text
+
+
+@both
+@pytest.mark.parametrize("how", ["end", "reset", "bye", "silence"])
+async def test_lost_session_costs_idle_links_and_no_relay(how: str) -> None:
+    interval = 0.05 if how == "silence" else 5.0
+    async with paired(report_interval=interval) as (server, desk, links):
+        await server.say("tcp://1?from=10.0.0.1:1")
+        visitor = await desk.at_target()
+        if how == "end":
+            server.control.close()
+        elif how == "reset":
+            server.control.reset()
+        elif how == "bye":
+            await server.say("bye://stopped")
+        assert await is_reset(links[2])
+        assert await welcome_again(server) == "me", "back by itself, under its own name"
+        await links[1].write(b"still")
+        assert await visitor.read_exactly(5) == b"still"
+
+
+@both
+async def test_round_trip_is_known_after_a_pong() -> None:
+    async with paired(report_interval=0.1) as (server, desk, _):
+        assert desk.figures.rtt is None
+        async with within(5):
+            while not (line := await server.control.read_line()).startswith(b"ping://"):
+                pass
+        await server.say(line.decode().strip().replace("ping", "pong"))
+        await until(lambda: desk.figures.rtt is not None, 5, "the round trip")
+
+
+@both
+async def test_links_that_cannot_be_made_are_tried_again_with_pauses() -> None:
+    async with NativeServer() as server, running(server.listener.port) as desk:
+        await server.welcome(2)
+        for said in (b"//9102#0\n", b"HTTP/1.1 400\r\n\r\n", b""):
+            for _ in range(2):
+                async with await accept(server.listener) as stream:
+                    if said:
+                        await stream.write(said)
+                        with contextlib.suppress(ConnectionResetError):
+                            assert await stream.read() == b""
+        links = await take_links(server, 2)
+        assert sorted(links) == [1, 2]
+        assert desk.figures.sessions == 1, "the session was not harmed"
+
+
+# --- launches ----------------------------------------------------------------------------------
+
+
+@both
+async def test_launch_joins_the_link_with_the_target(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "nodepass"):
+        async with paired("log=debug") as (server, desk, links):
+            await links[1].write(b"early")
+            await asyncio.sleep(0.01)
+            await server.say("tcp://1?from=10.0.0.1:1")
+            target = await desk.at_target()
+            assert await target.read_exactly(5) == b"early"
+            figures = desk.figures
+            assert (figures.visitors, figures.visitors_open, figures.relays_open) == (1, 1, 1)
+            await target.write(b"answer")
+            target.finish()
+            assert await links[1].read_all() == b"answer"
+            links[1].finish()
+            await until(lambda: not desk.figures.visitors_open, 5, "the end")
+            figures = desk.figures
+            assert (figures.bytes_up, figures.bytes_down, figures.relays_reset) == (5, 6, 0)
+            assert (await server.link())[0] == 3, "and another lies ready"
+    assert "relay ended" in caplog.text
+
+
+@both
+@pytest.mark.parametrize("question", [b"", b"question"])
+async def test_visitors_end_may_overtake_its_launch(question: bytes) -> None:
+    async with paired() as (server, desk, links):
+        await links[1].write(question)
+        links[1].finish()
+        await asyncio.sleep(0.03)
+        await server.say("tcp://1?from=10.0.0.1:1")
+        target = await desk.at_target()
+        assert await target.read_all() == question
+        await target.write(b"answer")
+        target.finish()
+        assert await links[1].read_all() == b"answer"
+
+
+@both
+async def test_link_that_was_reset_before_its_launch() -> None:
+    async with paired() as (server, desk, links):
+        links[1].reset()
+        await until(lambda: desk.figures.links_lost == 1, 5, "the loss")
+        await server.say("tcp://1?from=10.0.0.1:1")
+        assert await signal(server) == "fail://1?why=unknown"
+        figures = desk.figures
+        assert (figures.launches_failed, figures.visitors_open) == (1, 0)
+
+
+@both
+async def test_launch_of_a_link_that_never_was_or_is_taken() -> None:
+    async with paired() as (server, desk, links):
+        await server.say("tcp://77?from=10.0.0.1:1")
+        assert await signal(server) == "fail://77?why=unknown"
+        await server.say("tcp://1?from=10.0.0.1:1\ntcp://1?from=10.0.0.1:1")
+        assert await signal(server) == "fail://1?why=unknown"
+        target = await desk.at_target()
+        await links[1].write(b"x")
+        assert await target.read_exactly(1) == b"x", "the first launch is not harmed"
+        assert desk.figures.launches_failed == 2
+
+
+@both
+async def test_refused_target_is_answered_and_the_link_reset() -> None:
+    async with paired() as (server, desk, links):
+        desk.target.close()
+        await server.say("tcp://1?from=10.0.0.1:1")
+        assert await signal(server) == "fail://1?why=refused"
+        assert await is_reset(links[1])
+        figures = desk.figures
+        assert (figures.launches_failed, figures.visitors_refused) == (1, 1)
+        assert figures.visitors_open == 0
+
+
+@both
+@pytest.mark.parametrize(
+    ("target", "code", "why"),
+    [
+        ("127.0.0.1:1", 110, "timeout"),
+        ("127.0.0.1:1", 24, "limit"),
+        ("127.0.0.1:1", 113, "unreachable"),
+    ],
+)
+async def test_failure_of_the_target_has_a_name(
+    target: str, code: int, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with paired(target=target) as (server, _, links):
+
+        async def fail(sock: socket.socket, address: object) -> None:
+            raise OSError(code, "as it happens")
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "sock_connect", fail)
+        await server.say("tcp://1?from=10.0.0.1:1")
+        assert await signal(server) == f"fail://1?why={why}"
+        assert await is_reset(links[1])
+
+
+@both
+async def test_engine_that_refuses_is_answered() -> None:
+    relays = Relays(Settings(threads=1))
+    async with paired(relays=relays) as (server, desk, links):
+        await relays.close()
+        await server.say("tcp://1?from=10.0.0.1:1")
+        assert await signal(server) == "fail://1?why=limit"
+        assert await is_reset(links[1])
+        assert await is_reset(await desk.at_target())
+
+
+@both
+async def test_relay_without_a_result_is_no_longer_counted() -> None:
+    class Keeping(Relays):
+        made: list[Relay]
+
+        def join(self, *socks: socket.socket, **heads: bytes) -> Relay:  # type: ignore[override]
+            relay = super().join(*socks, **heads)
+            self.made = [relay]
+            return relay
+
+    relays = Keeping(Settings(threads=1))
+    async with paired(relays=relays) as (server, desk, _):
+        await server.say("tcp://1?from=10.0.0.1:1")
+        await desk.at_target()
+        await until(lambda: desk.figures.relays_open == 1, 5, "the relay")
+        relays.made[0].result.cancel()
+        await until(lambda: not desk.figures.visitors_open, 5, "the end")
+        assert desk.figures.relays_open == 0
+    await relays.close()
+
+
+@both
+async def test_udp_is_answered_with_unknown() -> None:
+    async with paired() as (server, desk, links):
+        await server.say("udp://1?from=10.0.0.1:1")
+        assert await signal(server) == "fail://1?why=unknown"
+        assert await is_reset(links[1])
+        assert (await server.link())[0] == 3, "and another takes its place"
+
+
+@both
+async def test_launches_beyond_the_limit_wait_their_turn(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, "nodepass"):
+        async with paired("log=warn", semaphore_limit=1) as (server, desk, links):
+            await server.say("tcp://1?from=10.0.0.1:1\ntcp://2?from=10.0.0.1:2")
+            first = await desk.at_target()
+            await until(lambda: desk.figures.visitors_waiting == 1, 5, "the second")
+            await links[2].write(b"x")
+            first.reset()
+            second = await desk.at_target()
+            assert await second.read_exactly(1) == b"x"
+    assert "SEMAPHORE_LIMIT" in caplog.text
+
+
+# --- stopping ----------------------------------------------------------------------------------
+
+
+@both
+async def test_stop_drains() -> None:
+    async with paired(shutdown_timeout=10.0) as (server, desk, links):
+        await server.say("tcp://1?from=10.0.0.1:1")
+        target = await desk.at_target()
+        (await server.link())[1].close()
+        stopping = asyncio.create_task(desk.client.stop())
+        assert await signal(server) == "drain://"
+        links[2].reset()  # what a server does that has heard of it
+        await links[1].write(b"late")
+        assert await target.read_exactly(4) == b"late"
+        assert not stopping.done()
+        links[1].close()
+        target.close()
+        assert await signal(server) == "bye://stopped"
+        async with within(5):
+            await stopping
+        assert desk.figures.bytes_up == 4
+
+
+@both
+async def test_stop_waits_for_a_launch_on_its_way() -> None:
+    """The server has launched before it hears the drain."""
+    async with paired(shutdown_timeout=10.0) as (server, desk, links):
+        stopping = asyncio.create_task(desk.client.stop())
+        assert await signal(server) == "drain://"
+        await server.say("tcp://1?from=10.0.0.1:1")
+        target = await desk.at_target()
+        links[2].reset()
+        await links[1].write(b"x")
+        assert await target.read_exactly(1) == b"x"
+        await asyncio.sleep(0.02)
+        assert not stopping.done()
+        links[1].close()
+        target.close()
+        async with within(5):
+            await stopping
+
+
+@both
+async def test_stop_cuts_what_does_not_end(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "nodepass"):
+        async with paired("log=info", shutdown_timeout=0.05) as (server, desk, _):
+            await server.say("tcp://1?from=10.0.0.1:1")
+            target = await desk.at_target()
+            async with within(5):
+                await desk.client.stop()
+            assert await is_reset(target)
+    assert "SHUTDOWN_TIMEOUT is over" in caplog.text
+    assert "relays_cut=1" in caplog.text
+
+
+@both
+@pytest.mark.parametrize("stage", ["dialling", "greeting", "welcome", "pause"])
+async def test_stop_while_still_looking_for_the_server(stage: str) -> None:
+    async with NativeServer() as server, running(server.listener.port) as desk:
+        if stage == "dialling":
+            await asyncio.sleep(0)
+        if stage == "pause":
+            (await accept(server.listener)).close()
+            await asyncio.sleep(0.01)
+        elif stage == "greeting":
+            server.keep(await accept(server.listener))
+        elif stage == "welcome":
+            await server.accept()
+        async with within(5):
+            await desk.client.stop()
+
+
+@both
+async def test_stop_with_a_relay_of_a_lost_session_opens_no_new_one() -> None:
+    async with paired(shutdown_timeout=10.0) as (server, desk, links):
+        await server.say("tcp://1?from=10.0.0.1:1")
+        target = await desk.at_target()
+        server.control.close()
+        stream, _ = await hello_again(server)
+        stopping = asyncio.create_task(desk.client.stop())
+        await asyncio.sleep(0.01)
+        await stream.write(
+            f"welcome://{server.session}?k={server.key.hex()}&idle=2\n".encode()
+        )
+        with contextlib.suppress(ConnectionResetError):
+            async with within(5):
+                assert await stream.read_all() == b""
+        assert desk.figures.sessions_open == 0
+        await links[1].write(b"late")
+        assert await target.read_exactly(4) == b"late"
+        links[1].close()
+        target.close()
+        async with within(5):
+            await stopping
+
+
+@both
+async def test_stop_cancelled_while_a_visitor_is_served() -> None:
+    async with paired(shutdown_timeout=60.0, semaphore_limit=1) as (server, desk, links):
+        await server.say("tcp://1?from=10.0.0.1:1\ntcp://2?from=10.0.0.1:2")
+        target = await desk.at_target()
+        stopping = asyncio.create_task(desk.client.stop())
+        await asyncio.sleep(0.02)
+        stopping.cancel()
+        async with within(5):
+            await asyncio.wait({stopping})
+        assert stopping.cancelled()
+        assert await is_reset(target)
+        assert await is_reset(links[1])
+        assert await is_reset(links[2]), "the one that waited for its turn"
+        assert desk.figures.visitors_open == 0
+
+
+@both
+async def test_server_that_stops_gets_no_new_links() -> None:
+    async with paired() as (server, desk, links):
+        await server.say("drain://")
+        await asyncio.sleep(0.01)
+        links[1].reset()
+        await until(lambda: desk.figures.links_lost == 1, 5, "the loss")
+        await asyncio.sleep(0.05)
+        assert desk.figures.links_idle == 1
+        await server.say("bye://stopped")
+        assert await welcome_again(server) == "me"
+
+
+# --- the seed dialect --------------------------------------------------------------------------
+
+
+@both
+async def test_seed_launch_joins_the_link_with_the_target() -> None:
+    async with seeded() as (server, desk):
+        name = next(iter(server.links))
+        await until(lambda: desk.figures.links_idle == 2, 5, "both links")
+        link = await server.launch(name)
+        await link.write(b"question")
+        target = await desk.at_target()
+        assert await target.read_exactly(8) == b"question"
+        await target.write(b"answer")
+        target.finish()
+        assert await link.read_all() == b"answer"
+        async with within(5):
+            await server.take()
+
+
+@both
+async def test_seed_launch_may_overtake_its_id() -> None:
+    async with SeedServer() as server, running(server.listener.port) as desk:
+        await server.greet()
+        link = server.keep(await accept(server.data))
+        await server.say("//aaaa0001#1")
+        await asyncio.sleep(0.03)
+        await link.write(b"aaaa")
+        await asyncio.sleep(0.01)
+        await link.write(b"0001question")
+        target = await desk.at_target()
+        assert await target.read_exactly(8) == b"question", "not a byte more than the id was taken"
+
+
+@both
+async def test_seed_launch_of_what_never_comes() -> None:
+    async with seeded(handshake_timeout=0.1) as (server, desk):
+        await server.say("//ffffffff#1")
+        await until(lambda: desk.figures.launches_failed == 1, 5, "the end of the wait")
+        assert desk.figures.visitors_open == 0
+
+
+@both
+async def test_seed_udp_launch_resets_its_link() -> None:
+    async with seeded() as (server, desk):
+        name, link = next(iter(server.links.items()))
+        await until(lambda: desk.figures.links_idle == 2, 5, "both links")
+        await server.say(f"//{name}#2")
+        assert await is_reset(link)
+        async with within(5):
+            await server.take()
+
+
+@both
+@pytest.mark.parametrize("said", [b"NOTHEX!!", b"\xff" * 8, b"abc", b""])
+async def test_seed_data_port_that_gives_no_id(said: bytes) -> None:
+    async with (
+        SeedServer() as server,
+        running(server.listener.port, handshake_timeout=0.05) as desk,
+    ):
+        await server.greet(beat=0.05)
+        for attempt in range(4):
+            async with await accept(server.data) as link:
+                await link.write(said)
+                if attempt >= 2 or len(said) == 8:
+                    with contextlib.suppress(ConnectionResetError):
+                        assert await link.read() == b""
+        async with within(5):
+            await server.take()
+        await until(lambda: desk.figures.links_idle >= 1, 5, "a link after all")
+        assert desk.figures.sessions == 1
+
+
+@both
+async def test_seed_demand_is_ours_to_guess() -> None:
+    """A seed server says nothing of how many links it wants: we count its launches."""
+    async with seeded() as (server, desk):
+        for _ in range(6):
+            await until(lambda: desk.figures.links_idle, 5, "a link")
+            await until(lambda: server.links, 5, "its name")
+            await server.launch(next(iter(server.links)))
+            async with within(5):
+                await server.take()
+        await until(lambda: desk.figures.links_wanted > 4, 5, "a wish for more")
+
+
+@both
+async def test_seed_stop_lets_relays_finish() -> None:
+    async with seeded(shutdown_timeout=10.0) as (server, desk):
+        await until(lambda: desk.figures.links_idle == 2, 5, "both links")
+        link = await server.launch(next(iter(server.links)))
+        target = await desk.at_target()
+        stopping = asyncio.create_task(desk.client.stop())
+        await asyncio.sleep(0.02)
+        await link.write(b"late")
+        assert await target.read_exactly(4) == b"late"
+        link.close()
+        target.close()
+        async with within(5):
+            await stopping
+
+
+@both
+async def test_seed_server_that_falls_silent_is_lost() -> None:
+    async with seeded(report_interval=0.05) as (server, desk):
+        await until(lambda: server.beats >= 3, 5, "heartbeats")
+        server.fall_silent()
+        await until(lambda: not desk.figures.sessions_open, 5, "the loss")
+
+
