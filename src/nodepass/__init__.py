@@ -1,4 +1,4 @@
-"""A TCP/UDP tunnel: a service on one machine, used from another, through firewalls and NAT.
+"""A tunnel: a service on one machine, used from another, through firewalls and NAT.
 
 async with Server("server://:10101/:8080") as server:
     print(server.statistics())

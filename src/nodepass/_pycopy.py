@@ -34,7 +34,7 @@ REASON_RESET: Final = 1
 REASON_ABORTED: Final = 2
 REASON_IDLE: Final = 3
 
-BUFFER_BYTES: Final = 262144  # one recv; the native engine's size, and its bound per direction
+BUFFER_BYTES: Final = 524288  # one recv; the native size, and the bound per direction
 WATCH_SECONDS: Final = 0.1  # step of the idle limit, as the native engine's wheel
 MAX_THREADS: Final = 256  # the native engine's limits, checked alike
 MAX_FLOWS: Final = 1 << 24

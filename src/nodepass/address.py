@@ -87,7 +87,8 @@ def _host(option: str, text: str) -> str:
         try:
             return str(IPv4Address(text))
         except ValueError:
-            raise ConfigError(option, f"{text!r} is not an IPv4 address") from None
+            hint = f"; a port alone is written :{text}" if text.isdigit() else ""
+            raise ConfigError(option, f"{text!r} is not an IPv4 address{hint}") from None
     try:
         name = text if text.isascii() else text.encode("idna").decode()
     except UnicodeError:

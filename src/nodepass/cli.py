@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .demo import main as run_demo
 
         return run_demo(words[1:])
-    if "--help" in words or "-h" in words:
+    if "--help" in words or "-h" in words or words == ["help"]:
         from .help import text
 
         print(text(), end="")

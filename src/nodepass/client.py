@@ -247,7 +247,8 @@ class Client(Tunnel):
         return Pairing(self, Dialect.NATIVE, host, port, welcome.session, key, welcome.idle)
 
     def _tell_lost(self, lost: Lost) -> None:
-        self.log.warn("tunnel lost", reason=lost.reason, relays_open=len(self._open_relays))
+        tell = self.log.info if lost.is_orderly else self.log.warn
+        tell("tunnel lost", reason=lost.reason, relays_open=len(self._open_relays))
         if lost.is_replaced:
             self.name = f"{self.config.name}-{secrets.token_hex(SUFFIX_SIZE)}"
             self.log.warn(

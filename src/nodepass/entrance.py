@@ -106,7 +106,7 @@ class Entrance:
         nonce = secrets.token_bytes(NONCE_SIZE)
         handshake = ServerHandshake(Greeting(self.data_port, 0, nonce, False, VERSION))
         try:
-            # A fresh socket's send buffer takes 62 bytes at once, or the peer is gone already.
+            # A fresh socket's send buffer takes 53 bytes at once, or the peer is gone already.
             sock.send(handshake.greeting_line)
         except OSError:
             self._turn_away(sock, host, "it left before the greeting", f"left {host}")

@@ -126,7 +126,7 @@ class Filler:
 
     def _give(self, link: Link) -> None:
         if self._is_closed:
-            link.sock.close()
+            net.reset(link.sock)  # a visitor may be on it already: no clean end for him
             return
         self.made += 1
         place = self._claims.pop(link.name, None)

@@ -41,7 +41,7 @@ examples:
 
 TAIL = """\
 exit code: 0 ended by a signal, 1 could not start, 2 wrong option
-signals:   SIGINT, SIGTERM end after the open relays, a second one at once; SIGHUP re-reads files
+signals:   SIGINT, SIGTERM end after the open relays, a second one at once; SIGHUP nothing yet
 """
 
 LATER = {

@@ -171,7 +171,8 @@ async def listen(host: str, port: int) -> list[socket.socket]:
         if isinstance(exc, socket.gaierror):
             text = f"the name does not resolve ({exc.strerror})"
             raise ListenError(shown, errno.EADDRNOTAVAIL, text) from exc
-        raise ListenError(shown, exc.errno or errno.EIO) from exc
+        hint = "this machine has no such address" if exc.errno == errno.EADDRNOTAVAIL else ""
+        raise ListenError(shown, exc.errno or errno.EIO, hint) from exc
     return opened
 
 

@@ -268,6 +268,20 @@ class Pool:
             PoolTimeout: none came within `timeout` seconds.
             PoolClosed: the tunnel is being stopped.
         """
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    member, link = await self._next()
+                    if member.can_launch:
+                        return member, link
+                    net.reset(link.sock)  # its session ended in the turn that gave it to us
+        except TimeoutError as exc:
+            found = self.take_nowait()  # one may have come in the turn in which the time ran out
+            if found is not None:
+                return found
+            raise PoolTimeout(f"no idle link within {timeout:g} s") from exc
+
+    async def _next(self) -> tuple[Member, Link]:
         if self._is_closed:
             raise PoolClosed("the tunnel is stopping")
         found = self.take_nowait()
@@ -277,16 +291,10 @@ class Pool:
         self._waiting.append(place)
         self._tell_waiting()
         try:
-            async with asyncio.timeout(timeout):
-                return await place
-        except TimeoutError as exc:
-            # The link may have come in the very turn in which the time ran out.
-            if has_result(place):
-                return place.result()
-            raise PoolTimeout(f"no idle link within {timeout:g} s") from exc
+            return await place
         except asyncio.CancelledError:
             if has_result(place):
-                net.reset(place.result()[1].sock)
+                self.give(*place.result())  # it came in the turn in which we gave up
             raise
         finally:
             if place in self._waiting:

@@ -44,7 +44,7 @@ def length_prefixed(*parts: bytes) -> bytes:
 def stretch_password(password: str) -> bytes:
     """Turn a password into the key `K`; slow on purpose, so call it once per process."""
     return hashlib.scrypt(
-        password.encode(),
+        password.encode("utf-8", "surrogateescape"),  # argv may hold bytes that are no UTF-8
         salt=SCRYPT_SALT,
         n=SCRYPT_COST,
         r=SCRYPT_BLOCK,

@@ -248,7 +248,8 @@ class Roster:
             client.shelf.clear()
         elif isinstance(event, Lost):
             self._unseat(client)
-            self._log.warn(
+            tell = self._log.info if event.is_orderly else self._log.warn
+            tell(
                 "tunnel lost",
                 client=client.name,
                 host=client.host,

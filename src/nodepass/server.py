@@ -101,7 +101,7 @@ class Server(Tunnel):
             **data,
             engine=self.relays.kind,
         )
-        self.log.info(
+        self.log.warn(
             "no password and no TLS: whoever reaches the tunnel port can become a client, and "
             "whoever sees the wire can read it"
         )

@@ -79,6 +79,8 @@ class Lost:
 
     reason: str
     """One clause for the log."""
+    is_orderly: bool = False
+    """The other side said bye first: a stop or a restart, no fault."""
     is_replaced: bool = False
     """The server ended it because another client came with the same name."""
 
@@ -223,7 +225,9 @@ class Session:
                 events.append(signal)
             case Bye(reason):
                 self._move(State.CLOSED)
-                events.append(Lost(f"the other side said bye: {reason}", reason == "replaced"))
+                events.append(
+                    Lost(f"the other side said bye: {reason}", True, reason == "replaced")
+                )
             case Heartbeat():
                 self._take_heartbeat(now)
             case _:

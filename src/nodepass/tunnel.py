@@ -229,9 +229,12 @@ class Tunnel(ABC):
             for relay in list(self._open_relays):
                 relay.abort()
             await self.wait_relays(ABORT_GRACE)
-            await self._close_relays()
         finally:
-            self._closed.set()
+            # Whoever cancels us here still gets the engine's threads back.
+            try:
+                await self._close_relays()
+            finally:
+                self._closed.set()
 
     async def _close_relays(self) -> None:
         if self._relays is not None and self._shared_relays is None:

@@ -46,7 +46,7 @@ from .message import (
 )
 
 MAX_GREETING: Final = 256
-"""Bytes, LF included. The longest greeting is 62; the rest is room for later fields."""
+"""Bytes, LF included. The longest greeting is 53; the rest is room for later fields."""
 MAX_LINE: Final = 1024
 """Bytes, LF included, of every other line: what a stranger may make us keep."""
 
@@ -349,7 +349,10 @@ def is_seed_id(text: str) -> bool:
 def identify(start: bytes) -> str:
     """Name what wrote these first bytes, for a log line a user can act on."""
     if not start:
-        return "a program that waits for us to speak (NodePass 1.0.0-1.0.2, or 1.4 and later)"
+        return (
+            "a program that says nothing (is this the tunnel port? NodePass 1.0.0-1.0.2 and 1.4 "
+            "or later wait for us to speak)"
+        )
     if start[:1] == b"\x16" or start[:2] == b"\x15\x03":
         return "a TLS program (NodePass 1.0.0-1.0.2 speaks TLS from the first byte)"
     if start.startswith(b"HTTP/"):

@@ -113,7 +113,7 @@ class Model:
                 self.out.append(f"pong://{number}")
             case Bye(reason):
                 self.is_open = False
-                return [Lost(f"the other side said bye: {reason}", reason == "replaced")]
+                return [Lost(f"the other side said bye: {reason}", True, reason == "replaced")]
             case Drain():
                 return [signal]
             case Launch() | Idle() if self.role is Role.CLIENT:
@@ -303,7 +303,7 @@ class Pair(RuleBasedStateMachine):
         self.heard[Role.CLIENT].clear()
         self.deliver(Role.SERVER, 1 << 20)
         if self.dialect is Dialect.NATIVE:
-            assert self.heard[Role.CLIENT] == [Lost("the other side said bye: stopped")]
+            assert self.heard[Role.CLIENT] == [Lost("the other side said bye: stopped", True)]
         else:
             assert self.ends[Role.CLIENT].is_open, "the seed dialect has no word for it"
 

@@ -28,8 +28,8 @@ SIZES: Final = (0, 1, 1000, 65_536, 300_000, 2_000_000)
 SLOW: Final = 100
 """Visitors that never read: faults.md, F27."""
 
-PARKED: Final = 512 * 1024
-"""Bytes of memory one stuck flow may cost one process: a buffer of 256 KiB per direction."""
+PARKED: Final = 1024 * 1024
+"""Bytes of memory one stuck flow may cost one process: a buffer of 512 KiB per direction."""
 
 STEADY = {"MIN_POOL_CAPACITY": "8", "MAX_POOL_CAPACITY": "8"}
 """A pool of constant size, so that descriptors can be compared."""

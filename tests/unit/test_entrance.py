@@ -95,7 +95,7 @@ async def test_greets_at_once_and_never_the_same_twice() -> None:
 @both
 @pytest.mark.parametrize(("line", "kind"), [(HELLO, Hello), (CLAIM, LinkClaim)])
 async def test_hands_over_who_has_said_what_it_is(
-    line: bytes, kind: type[Hello] | type[LinkClaim]
+    line: bytes, kind: type[Hello | LinkClaim]
 ) -> None:
     async with Street() as street:
         far = street.come("::1", 5)

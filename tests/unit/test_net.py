@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from tests.engine.rig import tcp_pair
-from tests.system.rig.timing import until, within
+from tests.system.rig.timing import free_port, until, within
 
 import nodepass
 from nodepass import net
@@ -54,7 +54,7 @@ def black_hole(host: str, port: int = 0) -> Iterator[int]:
     """Open a port that neither accepts nor refuses: its backlog is full. Yields the number."""
     with contextlib.ExitStack() as stack:
         full = stack.enter_context(socket.socket())
-        full.bind((host, port))
+        full.bind((host, port or free_port(host)))
         full.listen(0)
         for _ in range(4):
             caller = stack.enter_context(socket.socket())
@@ -68,14 +68,9 @@ def listening(host: str = "127.0.0.1", port: int = 0) -> Iterator[socket.socket]
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
+        sock.bind((host, port or free_port("0.0.0.0" if ":" not in host else host)))
         sock.listen(100)
         yield sock
-
-
-def refused_port() -> int:
-    with listening() as sock:
-        return int(sock.getsockname()[1])
 
 
 @contextlib.contextmanager
@@ -306,10 +301,9 @@ async def test_listen_on_every_address_without_ipv6(monkeypatch: pytest.MonkeyPa
 
 @needs_ipv6
 async def test_listen_on_one_ipv6_wildcard_leaves_ipv4_alone() -> None:
-    with closing(await net.listen("::", 0)) as socks:
-        port = socks[0].getsockname()[1]
-        with closing(await net.listen("0.0.0.0", port)):
-            pass
+    port = free_port("0.0.0.0")
+    with closing(await net.listen("::", port)), closing(await net.listen("0.0.0.0", port)):
+        pass
 
 
 @both
@@ -373,9 +367,7 @@ async def test_what_is_accepted_is_tuned() -> None:
 @both
 async def test_listener_leaves_callers_in_the_queue_while_paused() -> None:
     with Hearer() as hearer, contextlib.ExitStack() as stack:
-        listener = net.Listener(
-            await net.listen("127.0.0.1", 0), hearer.accept, hearer.complain
-        )
+        listener = net.Listener(await net.listen("127.0.0.1", 0), hearer.accept, hearer.complain)
         stack.callback(listener.close)
         assert listener.is_paused
         stack.enter_context(await net.dial(*listener.address, 5))
@@ -690,7 +682,7 @@ async def test_dial_a_name_that_does_not_resolve(monkeypatch: pytest.MonkeyPatch
 @both
 async def test_dial_refused() -> None:
     with pytest.raises(DialError) as caught:
-        await net.dial("127.0.0.1", refused_port(), 5)
+        await net.dial("127.0.0.1", free_port(), 5)
     assert (caught.value.errno, caught.value.attempts) == (errno.ECONNREFUSED, 1)
 
 
@@ -744,7 +736,7 @@ async def test_dial_never_talks_to_itself(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(loop, "sock_connect", connect_from_there)
     with pytest.raises(DialError) as caught:
-        await net.dial("127.0.0.1", refused_port(), 5)
+        await net.dial("127.0.0.1", free_port(), 5)
     assert caught.value.errno == errno.ECONNREFUSED
 
 

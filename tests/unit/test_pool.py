@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import select
 import socket
+import time
 
 import pytest
 from hypothesis import given
@@ -469,32 +470,43 @@ async def test_pool_wait_has_an_end() -> None:
 
 @both
 async def test_pool_link_that_comes_in_the_turn_of_the_time_out_is_not_lost() -> None:
-    """Both orders within one turn: first the link, then the end of the wait; and reverse."""
-    loop = asyncio.get_running_loop()
-    for is_link_first in (True, False):
-        with House() as house:
-            pool, member = Pool(), house.member()
-            pool.add(member)
-            link = house.link(1)
-            taking = asyncio.create_task(pool.take(0.05))
-            await asyncio.sleep(0)
+    with House() as house:
+        pool, member = Pool(), house.member()
+        pool.add(member)
+        taking = asyncio.create_task(pool.take(0.05))
+        await asyncio.sleep(0)
+        link = house.link(1)
 
-            def give() -> None:
-                pool.give(member, link)
+        async def give() -> None:
+            await turn.wait()
+            pool.give(member, link)
 
-            # Blocking past the deadline makes both due in one turn; timers run in order of time.
-            loop.call_later(0.04 if is_link_first else 0.06, give)
-            await asyncio.sleep(0.01)
-            select.select([], [], [], 0.1)
-            if is_link_first:
-                assert await taking == (member, link)
-                assert len(member.shelf) == 0
-            else:
-                with pytest.raises(PoolTimeout):
-                    await taking
-                await until(lambda: len(member.shelf) == 1, 5, "the link on its shelf")
-            assert house.is_open(1)
-            assert pool.waiting == 0
+        def hold_the_loop() -> None:
+            turn.set()
+            time.sleep(0.05)  # the next step of `give` and the end of the wait are due together
+
+        turn = asyncio.Event()
+        giving = asyncio.create_task(give())
+        asyncio.get_running_loop().call_later(0.03, hold_the_loop)
+        try:
+            assert await taking == (member, link)
+        except PoolTimeout:
+            await until(lambda: len(member.shelf) == 1, 5, "the link on its shelf")
+        await giving
+        assert house.is_open(1)
+        assert pool.waiting == 0
+
+
+@both
+async def test_pool_link_that_comes_after_the_time_out_is_kept() -> None:
+    with House() as house:
+        pool, member = Pool(), house.member()
+        pool.add(member)
+        with pytest.raises(PoolTimeout):
+            await pool.take(0.01)
+        pool.give(member, house.link(1))
+        assert len(member.shelf) == 1
+        assert house.is_open(1)
 
 
 @both
@@ -504,12 +516,48 @@ async def test_pool_waiter_cancelled_with_a_link_in_hand() -> None:
         pool.add(member)
         taking = asyncio.create_task(pool.take(5.0))
         await asyncio.sleep(0)
-        pool.give(member, house.link(1))
+        pool.give(member, link := house.link(1))
         taking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await taking
-        assert house.is_reset(1), "nobody else may get it"
-        assert len(member.shelf) == 0
+        assert await pool.take(1.0) == (member, link), "it is somebody else's now"
+        assert house.is_open(1)
+
+
+@both
+async def test_pool_waiter_cancelled_with_a_link_in_hand_passes_it_on() -> None:
+    with House() as house:
+        pool, member = Pool(), house.member()
+        pool.add(member)
+        first, second = (asyncio.create_task(pool.take(5.0)) for _ in range(2))
+        await asyncio.sleep(0)
+        pool.give(member, link := house.link(1))
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert await second == (member, link)
+
+
+@both
+@pytest.mark.parametrize("state", [State.DRAINING, State.CLOSED])
+async def test_pool_session_that_ends_in_the_turn_of_its_link(state: State) -> None:
+    """The link is in hand, but nothing can be launched on it any more: on with the next one."""
+    with House() as house:
+        pool, gone, stays = Pool(), house.member(), house.member()
+        for member in (gone, stays):
+            pool.add(member)
+        taking = asyncio.create_task(pool.take(5.0))
+        await asyncio.sleep(0)
+        pool.give(gone, house.link(1))
+        if state is State.DRAINING:
+            gone.session.drain()
+        else:
+            gone.session.bye("stopped")
+        await asyncio.sleep(0.01)
+        assert house.is_reset(1)
+        assert not taking.done()
+        pool.give(stays, link := house.link(2))
+        assert await taking == (stays, link)
 
 
 @both

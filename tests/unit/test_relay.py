@@ -130,7 +130,7 @@ async def test_abort_resets_both(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 async def test_join_moves_ownership_on_success_only(kind: str) -> None:
     async with House(kind) as house:
-        visitor, a, b, target = house.legs()
+        _, a, b, _ = house.legs()
         house.relays.join(a, b)
         assert (a.fileno(), b.fileno()) == (-1, -1)
         _, a, b, _ = house.legs()

@@ -7,9 +7,11 @@ import contextlib
 import logging
 import os
 import resource
+import secrets
 import socket
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from tests.system.rig.peer import NativeClient, SeedClient
@@ -21,8 +23,9 @@ from nodepass import server as server_module
 from nodepass.config import Config
 from nodepass.environment import Settings
 from nodepass.errors import ListenError, TunnelError
-from nodepass.relay import Relays
+from nodepass.relay import Relay, Relays
 from nodepass.server import Server
+from nodepass.stats import TunnelStatistics
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -82,7 +85,7 @@ class Desk:
         return self.knock(port, source)
 
     @property
-    def figures(self) -> server_module.TunnelStatistics:
+    def figures(self) -> TunnelStatistics:
         return self.server.statistics()
 
     async def idle(self, count: int) -> None:
@@ -281,6 +284,30 @@ async def test_engine_that_refuses_costs_a_visitor_and_a_link() -> None:
 
 
 @both
+async def test_relay_without_a_result_is_no_longer_counted() -> None:
+    class Keeping(Relays):
+        made: list[Relay]
+
+        def join(
+            self, a: socket.socket, b: socket.socket, *, head_a: bytes = b"", head_b: bytes = b""
+        ) -> Relay:
+            relay = super().join(a, b, head_a=head_a, head_b=head_b)
+            self.made = [relay]
+            return relay
+
+    relays = Keeping(Settings(threads=1))
+    async with serving(relays=relays) as desk:
+        client = await desk.client()
+        await desk.links(client, 1)
+        await desk.visit()
+        await until(lambda: desk.figures.relays_open == 1, 5, "the relay")
+        relays.made[0].result.cancel()
+        await until(lambda: not desk.figures.visitors_open, 5, "the end")
+        assert desk.figures.relays_open == 0
+    await relays.close()
+
+
+@both
 async def test_relay_cut_by_its_engine_is_no_longer_counted() -> None:
     relays = Relays(Settings(threads=1))
     async with serving("log=debug", relays=relays) as desk:
@@ -369,10 +396,8 @@ async def test_two_of_one_name_in_one_turn() -> None:
         callers = [await desk.call() for _ in range(2)]
         for caller in callers:
             caller.sock.send(f"hello://twin?v=2&n={NONCE}\n".encode())
-        answers = []
         async with within(5):
-            for caller in callers:
-                answers.append(await caller.read_line())
+            answers = [await caller.read_line() for caller in callers]
         assert all(answer.startswith(b"welcome://") for answer in answers)
         assert desk.figures.sessions_open == 1
         async with within(2):
@@ -537,6 +562,21 @@ async def test_demand_is_announced_and_shrinks_in_quiet() -> None:
         await asyncio.wait({listening})
 
 
+@both
+async def test_crowd_at_the_tunnel_port_does_not_push_a_client_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The handshakes of an address that has a client are spared when room has to be made."""
+    monkeypatch.setattr("nodepass.entrance.MAX_CALLERS", 4)
+    async with serving() as desk:
+        await desk.client()
+        ours = [await desk.call() for _ in range(3)]
+        stranger = await desk.call("127.0.0.2")
+        await desk.call()
+        assert await is_reset(stranger)
+        assert not any(net.has_ended(stream.sock) for stream in ours)
+
+
 # --- the seed dialect --------------------------------------------------------------------------
 
 
@@ -636,16 +676,18 @@ async def test_seed_ids_do_not_collide(monkeypatch: pytest.MonkeyPatch) -> None:
         client = await desk.seed()
         name = await client.dial()
         ids = [name, name, "0123abcd"]
-        monkeypatch.setattr(roster.secrets, "token_hex", lambda _: ids.pop(0))
+        monkeypatch.setattr(secrets, "token_hex", lambda _: ids.pop(0))
         assert await client.dial() == "0123abcd"
 
 
 @both
 async def test_without_compat_there_is_no_data_port() -> None:
-    async with serving("compat=0&log=none", handshake_timeout=0.05) as desk:
-        async with await connect(desk.tunnel) as caller:
-            assert (await caller.read_line()).startswith(b"//0?")
-            assert await is_reset(caller), "silence is no way in"
+    async with (
+        serving("compat=0&log=none", handshake_timeout=0.05) as desk,
+        await connect(desk.tunnel) as caller,
+    ):
+        assert (await caller.read_line()).startswith(b"//0?")
+        assert await is_reset(caller), "silence is no way in"
 
 
 # --- life --------------------------------------------------------------------------------------
@@ -786,7 +828,7 @@ async def test_out_of_descriptors_is_told_with_advice(caplog: pytest.LogCaptureF
     with caplog.at_level(logging.ERROR, "nodepass"):
         async with serving("log=error") as desk:
             with socket.socket() as visitor:
-                top = max(int(name) for name in os.listdir("/proc/self/fd"))
+                top = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
                 fillers = []
                 try:
                     resource.setrlimit(resource.RLIMIT_NOFILE, (top + 1, hard))

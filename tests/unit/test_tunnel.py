@@ -67,9 +67,7 @@ class Toy(Tunnel):
     def _look(self) -> TunnelStatistics:
         self.looks += 1
         up, down = self.live_bytes()
-        return TunnelStatistics(
-            "server", 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, up, down, None
-        )
+        return TunnelStatistics("server", 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, up, down, None)
 
     def carry(self) -> tuple[socket.socket, Relay, socket.socket]:
         """Open a relay; return its outer ends."""

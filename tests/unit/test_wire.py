@@ -178,7 +178,7 @@ def test_parse_greeting_is_tolerant(line: bytes, greeting: Greeting) -> None:
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        (b"", "waits for us to speak"),
+        (b"", "is this the tunnel port"),
         (b"HTTP/1.1 400 Bad Request\r", "an HTTP server"),
         (b"//", "no release we know"),
         (b"//#0", "NodePass 1.1.1 to 1.2.1"),
@@ -311,7 +311,7 @@ def test_parse_opening_is_tolerant(line: str, opening: Hello | LinkClaim) -> Non
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        ("", "waits for us to speak"),
+        ("", "is this the tunnel port"),
         ("GET / HTTP/1.1\r", "an HTTP client"),
         ("SSH-2.0-OpenSSH_9.6\r", "an SSH server"),
         ("bonjour://web?v=2", "not an opening"),
@@ -392,7 +392,7 @@ def test_pack_answer_refuses(answer: Welcome | Refuse) -> None:
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        ("", "waits for us to speak"),
+        ("", "is this the tunnel port"),
         ("\x16\x03\x01", "a TLS program"),
         ("HTTP/1.1 404 Not Found\r", "an HTTP server"),
         (f"hello://web?v=2&n={N}", "not an answer"),
@@ -602,7 +602,7 @@ def test_is_no_seed_id(text: str) -> None:
 @pytest.mark.parametrize(
     ("start", "name"),
     [
-        (b"", "waits for us to speak"),
+        (b"", "is this the tunnel port"),
         (b"\x16\x03\x01\x02", "a TLS program"),
         (b"\x15\x03\x03", "a TLS program"),
         (b"HTTP/1.1 200 OK", "an HTTP server"),
