@@ -12,7 +12,7 @@ import sys
 from setuptools import Extension, setup
 
 SOURCE = "src/nodepass"
-INCLUDED = ("sys", "atomic", "slab", "ring", "pipe", "loop", "flow", "tcp")
+INCLUDED = ("sys", "atomic", "slab", "ring", "pipe", "loop", "flow", "tcp", "order")
 
 DIRECTIVES = {
     "language_level": 3,

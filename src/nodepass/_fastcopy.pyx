@@ -46,6 +46,7 @@ include "fastcopy/pipe.pxi"
 include "fastcopy/loop.pxi"
 include "fastcopy/flow.pxi"
 include "fastcopy/tcp.pxi"
+include "fastcopy/order.pxi"
 
 ABI = 1
 REASON_FINISHED = R_FINISHED
@@ -236,6 +237,10 @@ cdef class Engine:
         cdef int a = fd_a
         cdef int b = fd_b
         cdef double seconds = idle
+        cdef bytes first_up = head_a
+        cdef bytes first_down = head_b
+        cdef const char* up = first_up
+        cdef const char* down = first_down
         cdef int rc
         cdef uint32_t slot
         cdef uint32_t i
@@ -262,14 +267,14 @@ cdef class Engine:
         for i in range(1, self.core.threads):
             if self.core.workers[i].load < w.load:
                 w = &self.core.workers[i]
-        try:
-            flow_prepare(flow, a, b, w.index, <uint32_t>(seconds * 1000 + 0.999))
-            flow_park_head(&flow.ways[0], head_a)
-            flow_park_head(&flow.ways[1], head_b)
-        except BaseException:
+        flow_prepare(flow, a, b, w.index, <uint32_t>(seconds * 1000 + 0.999))
+        rc = flow_park_head(&flow.ways[0], up, len(first_up))
+        if rc == 0:
+            rc = flow_park_head(&flow.ways[1], down, len(first_down))
+        if rc < 0:
             flow_undo(flow)
             slot_give(self.core, slot)
-            raise
+            raise EngineError("relay", -rc)
         w.load += 1
         self.core.total += 1
         order_put(w, flow, slot, ORDER_ADMIT)
@@ -418,82 +423,3 @@ cdef class Engine:
             with nogil:
                 sys_wait_readable(self.core.done, wait_ms)
                 sys_unring(self.core.done)
-
-
-# The helpers of the control plane; they hold the GIL but touch plain structs only.
-
-cdef object token_of(Flow* flow, uint32_t slot):
-    return (<uint64_t>load_relaxed32(&flow.generation) << 32) | slot
-
-
-cdef void flow_prepare(Flow* flow, int a, int b, uint32_t worker, uint32_t idle_ms) noexcept:
-    cdef uint32_t generation = load_relaxed32(&flow.generation)
-    cdef int i
-    memset(flow, 0, sizeof(Flow))
-    store_relaxed32(&flow.generation, generation)
-    flow.state = FLOW_QUEUED
-    flow.worker = worker
-    flow.idle_ms = idle_ms
-    flow.legs[0].fd = a
-    flow.legs[1].fd = b
-    for i in range(2):
-        flow.ways[i].buffer = -1
-        flow.ways[i].pipe_read = -1
-        flow.ways[i].pipe_write = -1
-
-
-cdef int flow_park_head(Way* way, bytes head) except -1:
-    cdef const char* data = head
-    cdef size_t size = len(head)
-    if size:
-        way.parked = head_take(data, size)
-        if way.parked == NULL:
-            raise EngineError("relay", ENOMEM)
-        way.parked_to = size
-    return 0
-
-
-cdef void flow_undo(Flow* flow) noexcept:
-    cdef int i
-    for i in range(2):
-        if flow.ways[i].parked != NULL:
-            head_give(flow.ways[i].parked)
-            flow.ways[i].parked = NULL
-    flow.state = FLOW_FREE
-
-
-cdef void order_put(Worker* w, Flow* flow, uint32_t slot, int kind) noexcept:
-    cdef uint64_t order = (<uint64_t>load_relaxed32(&flow.generation) << 32) | (slot << 1) | kind
-    NP_BUG(not ring_put(&w.inbox, order), &w.counters.bugs, b"inbox full")
-    NP_BUG(ring_bell(&w.wake_rung, w.wake) < 0, &w.counters.bugs, b"wake bell failed")
-
-
-cdef void worker_stop(Worker* w) noexcept:
-    if w.is_started and not w.is_joined:
-        publish_release32(&w.stop, 1)
-        sys_ring(w.wake)
-
-
-# -> how many threads are still running. A worker that has said goodbye is only a return
-# away from its end, so the join does not block.
-cdef uint32_t workers_join(Core* core) noexcept:
-    cdef uint32_t i
-    cdef uint32_t left = 0
-    cdef Worker* w
-    for i in range(core.threads):
-        w = &core.workers[i]
-        if w.is_started and not w.is_joined:
-            if load_acquire32(&w.exited):
-                pthread_join(w.thread, NULL)
-                w.is_joined = 1
-            else:
-                left += 1
-    return left
-
-
-cdef void counters_add(Counters* total, Counters* part) noexcept:
-    cdef uint64_t* into = <uint64_t*>total
-    cdef uint64_t* source = <uint64_t*>part
-    cdef size_t i
-    for i in range(sizeof(Counters) // sizeof(uint64_t)):
-        into[i] += load_relaxed64(&source[i])

@@ -221,15 +221,8 @@ class _Flow:
 class Engine:
     """Callbacks in the running event loop that join pairs of sockets.
 
-    Args:
-        threads: checked, otherwise unused: everything runs in the loop's thread.
-        flows: how many pairs may be open at once.
-        splice: unused.
-
-    Raises:
-        ValueError: an argument is out of range.
-        EngineError: no descriptors.
-        RuntimeError: no event loop is running.
+    Arguments and methods are those of the native Engine, documented in _fastcopy.pyi; `threads`
+    is checked and otherwise unused, `splice` is unused. Needs a running event loop.
     """
 
     _is_closed = True  # until everything is open; __del__ also runs after a refused argument
@@ -277,11 +270,7 @@ class Engine:
             raise EngineClosed(operation, errno.ESHUTDOWN)
 
     def fileno(self) -> int:
-        """Return the descriptor that is readable while completions wait.
-
-        Raises:
-            EngineClosed: after close(), or in a forked child.
-        """
+        """Return the descriptor that is readable while completions wait."""
         self._check("fileno")
         return self._ear.fileno()
 
@@ -296,27 +285,7 @@ class Engine:
         head_b: bytes = b"",
         idle: float = 0.0,
     ) -> int:
-        """Join two connected non-blocking stream sockets.
-
-        Args:
-            fd_a: descriptor of one side.
-            fd_b: descriptor of the other side.
-            tls_a: must be None.
-            tls_b: must be None.
-            head_a: bytes already read from a; they reach b before anything else.
-            head_b: bytes already read from b; they reach a before anything else.
-            idle: seconds without a byte in either direction that end the flow; 0 = never.
-
-        Returns:
-            A token, > 0. Both descriptors are the engine's from now on.
-
-        Raises:
-            EngineError: refused; the caller still owns both descriptors.
-            EngineClosed: after close(), or in a forked child.
-            ValueError: the idle limit is out of range.
-
-        After: one Completion with this token comes out of poll().
-        """
+        """Join two connected non-blocking stream sockets; own both on success."""
         self._check("relay")
         if tls_a is not None or tls_b is not None:
             raise EngineError("relay", errno.EOPNOTSUPP)
@@ -385,12 +354,7 @@ class Engine:
             self._bell.send(b"!")
 
     def live(self, token: int) -> tuple[int, int] | None:
-        """Return the running byte counts of a flow.
-
-        Returns:
-            (up, down): bytes delivered a to b and b to a; None once its completion was
-            polled.
-        """
+        """Return (up, down) of a flow; None once its completion was polled."""
         flow = self._flows.get(token)
         if flow is not None:
             return flow.ways[0].delivered, flow.ways[1].delivered
@@ -400,25 +364,14 @@ class Engine:
         return None
 
     def abort(self, token: int) -> None:
-        """Reset both sides of a flow; unknown and finished flows are left alone.
-
-        After: its completion follows, with REASON_ABORTED unless the flow ended first.
-        """
+        """Reset both sides of a flow; unknown and finished flows are left alone."""
         self._check("abort")
         flow = self._flows.get(token)
         if flow is not None:
             flow.bury(REASON_ABORTED)
 
     def poll(self) -> list[Completion]:
-        """Collect the flows that have ended.
-
-        Returns:
-            Every waiting Completion, possibly none; never blocks. Also works after
-            close(), for the flows that close() aborted.
-
-        Raises:
-            EngineClosed: in a forked child.
-        """
+        """Collect the flows that have ended; also after close()."""
         if self._pid != os.getpid():
             raise EngineClosed("poll", errno.ECHILD)
         ended, self._ended = self._ended, []
@@ -427,11 +380,7 @@ class Engine:
         return ended
 
     def statistics(self) -> EngineStatistics:
-        """Return a snapshot of all counters; also after close().
-
-        Raises:
-            EngineClosed: in a forked child.
-        """
+        """Return a snapshot of all counters; also after close()."""
         if self._pid != os.getpid():
             raise EngineClosed("statistics", errno.ECHILD)
         ways = [way for flow in self._flows.values() for way in flow.ways]
@@ -455,14 +404,7 @@ class Engine:
         )
 
     def close(self, deadline: float = 5.0) -> bool:
-        """Reset every flow and leave the event loop; never waits.
-
-        Returns:
-            True.
-
-        After: poll() once more for the completions of the flows that were open. Stop
-            watching fileno() before; its number is free afterwards.
-        """
+        """Reset every flow and leave the event loop; never waits, hence always True."""
         del deadline
         if self._is_closed or self._pid != os.getpid():
             return True

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    _fill_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["demo"]:
         from .demo import main as run_demo
@@ -53,6 +54,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and words[0] in LATER:
         return _refuse(f"{words[0]}: is not in this build yet")
     return _run(words)
+
+
+def _fill_standard_streams() -> None:
+    """Open what an init script may have closed.
+
+    Otherwise the first sockets would become descriptors 0 to 2, and whatever writes to
+    "standard error" would write to a visitor.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 def _refuse(message: str) -> int:

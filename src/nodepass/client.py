@@ -56,7 +56,8 @@ class Client(Tunnel):
         self.watch = net.HangupWatch()
         self.resources.callback(self.watch.close)
         self.resources.callback(self._close_pairing)
-        self._slots = asyncio.Semaphore(self.settings.semaphore_limit)
+        self._limit, self.most_idle = self.share_descriptors()
+        self._slots = asyncio.Semaphore(self._limit)
         self._serving = 0
         self._is_idle = asyncio.Event()
         self._is_idle.set()
@@ -137,7 +138,7 @@ class Client(Tunnel):
                 "warn",
                 "limit",
                 "as many visitors as SEMAPHORE_LIMIT allows; more wait",
-                limit=self.settings.semaphore_limit,
+                limit=self._limit,
             )
         await self._slots.acquire()
 

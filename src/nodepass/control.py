@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable
 from typing import cast
 
-from .net import limit_silence
+from .net import is_stalled, limit_silence
 from .session import SILENT_PERIODS, Event, Lost, Session
 
 
@@ -68,6 +68,12 @@ class Control(asyncio.Protocol):
             self._session.bye(reason)
         self._has_told_loss = True
         self._end()
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the peer has left our bytes unanswered through several resends."""
+        sock = None if self._transport is None else self._transport.get_extra_info("socket")
+        return sock is not None and is_stalled(sock)
 
     # ------------------------------------------------------------- asyncio.Protocol
 

@@ -23,7 +23,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Final, NamedTuple, NoReturn
+from typing import IO, TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -31,30 +31,22 @@ if TYPE_CHECKING:
 
 MEGABYTE: Final = 1_000_000
 """Bytes; sizes and rates of the demo are decimal, as network speeds are."""
-
 BLOCK: Final = 32 * 1024 * 1024
 """Bytes that the target holds; the body repeats them, so that the target stays small."""
-
 CHUNK: Final = 1024 * 1024
 """Bytes asked of the kernel at a time: few calls, and the Python side is no bottleneck."""
-
 AT_ONCE: Final = 16
-"""Short connections under way at a time: docs/engine.md measures the same."""
-
+"""Short connections under way at a time, as wrk -c16 would have them."""
 ONE_BY_ONE: Final = 100
 """Short connections whose latency is taken: enough for a mean, a fraction of a second."""
-
 START_LIMIT: Final = 10.0
 """Seconds until server and client have found each other; interpreters start in 0.3 s."""
-
 STOP_LIMIT: Final = 8.0
 """Seconds a child may take to stop; SHUTDOWN_TIMEOUT is 5 s."""
-
 STALL_LIMIT: Final = 10.0
 """Seconds without a byte before a transfer counts as failed."""
-
 ANSWER: Final = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close\r\n\r\nok\n"
-
+STOPPERS: Final = (signal.SIGINT, signal.SIGTERM)
 REPLACED: Final = ("NODEPASS_PASSWORD", "NODEPASS_PASSWORD_FILE")
 """Variables that would change what the two commands do."""
 
@@ -93,38 +85,34 @@ def serve(size: int) -> None:
     with tempfile.TemporaryFile() as file:
         file.write(block)
         file.flush()
+        work = (listener, file, block, size)
         for _ in range(AT_ONCE * 2):
-            threading.Thread(target=_answer_all, args=(listener, file, size), daemon=True).start()
+            threading.Thread(target=_answer_all, args=work, daemon=True).start()
         print(listener.getsockname()[1], sha.hexdigest(), flush=True)
         sys.stdin.buffer.read()
 
 
-def _answer_all(listener: socket.socket, file: IO[bytes], size: int) -> None:
+def _answer_all(listener: socket.socket, file: IO[bytes], block: bytes, size: int) -> None:
     while True:
         connection, _ = listener.accept()
         with connection, contextlib.suppress(OSError):
             request = connection.recv(4096)
             if request.startswith(b"GET /body "):
-                _send_body(connection, file, size)
+                head = f"HTTP/1.1 200 OK\r\nContent-Length: {size}\r\nConnection: close\r\n\r\n"
+                connection.sendall(head.encode())
+                for offset in range(0, size, BLOCK):
+                    _send_block(connection, file, memoryview(block)[: size - offset])
             elif request:
                 connection.sendall(ANSWER)
 
 
-def _send_body(connection: socket.socket, file: IO[bytes], size: int) -> None:
-    head = f"HTTP/1.1 200 OK\r\nContent-Length: {size}\r\nConnection: close\r\n\r\n"
-    connection.sendall(head.encode())
-    for offset in range(0, size, BLOCK):
-        _send_block(connection, file, min(BLOCK, size - offset))
-
-
-def _send_block(connection: socket.socket, file: IO[bytes], size: int) -> None:
-    if hasattr(os, "sendfile"):
-        sent = 0
-        while sent < size:  # several threads share the file: os.sendfile moves no file offset
-            sent += os.sendfile(connection.fileno(), file.fileno(), sent, size - sent)
-    else:
-        with Path(file.name).open("rb") as own:
-            connection.sendfile(own, 0, size)
+def _send_block(connection: socket.socket, file: IO[bytes], block: memoryview) -> None:
+    if not hasattr(os, "sendfile"):
+        connection.sendall(block)
+        return
+    sent = 0
+    while sent < len(block):  # by offset: several threads share the file
+        sent += os.sendfile(connection.fileno(), file.fileno(), sent, len(block) - sent)
 
 
 # --- the visitor -----------------------------------------------------------------------------
@@ -236,24 +224,51 @@ def _cpu_of(pid: int) -> float:
 # --- the stage -------------------------------------------------------------------------------
 
 
+class Interrupts:
+    """SIGINT and SIGTERM as KeyboardInterrupt, except while they are held back."""
+
+    def __init__(self) -> None:
+        self.is_held = False
+        self.has_come = False
+
+    def __call__(self, _number: int, _frame: FrameType | None) -> None:
+        self.has_come = True
+        self.check()
+
+    def check(self) -> None:
+        """Raise what was held back."""
+        if self.has_come and not self.is_held:
+            raise KeyboardInterrupt
+
+
+interrupts: Final = Interrupts()
+
+
 @contextlib.contextmanager
 def running(command: list[str], *, errors: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run a child for the length of a block; it is gone afterwards, whatever happens."""
     environment = {name: value for name, value in os.environ.items() if name not in REPLACED}
-    with errors.open("wb") as stderr:
-        child = subprocess.Popen(  # noqa: S603 - our own interpreter, our own arguments
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            env=environment,
-        )
+    interrupts.is_held = True  # raised inside Popen it would leave the child to nobody
+    try:
+        with errors.open("wb") as stderr:
+            child = subprocess.Popen(  # noqa: S603 - our own interpreter, our own arguments
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env=environment,
+            )
+    except BaseException:
+        interrupts.is_held = False
+        raise
     with child:  # closes the pipes and waits
         try:
+            interrupts.is_held = False
+            interrupts.check()
             yield child
         finally:
-            child.terminate()
             try:
+                child.terminate()
                 child.wait(STOP_LIMIT)
             except subprocess.TimeoutExpired:
                 child.kill()
@@ -363,7 +378,8 @@ def main(argv: Sequence[str]) -> int:
         "--connections", type=_count, default=500, metavar="N", help="default: 500"
     )
     options = parser.parse_args(argv)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    interrupts.has_come = False
+    previous = {number: signal.signal(number, interrupts) for number in STOPPERS}
     try:
         run(options.size * MEGABYTE, options.connections)
     except KeyboardInterrupt:
@@ -373,12 +389,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"nodepass demo: {error}", file=sys.stderr)
         return 1
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     return 0
-
-
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
-    raise KeyboardInterrupt
 
 
 def _count(text: str) -> int:

@@ -88,6 +88,8 @@ class Entrance:
         self._callers: dict[int, Caller] = {}
         self._per_host: dict[str, int] = {}
         self._has_swept = False
+        # Strangers must not be able to take all the files that this process may open.
+        self._most = max(8, min(MAX_CALLERS, net.descriptor_limit() // 8))
         self.data_port = 0
         """What the greeting offers to seed clients; 0 = they are not admitted."""
 
@@ -99,10 +101,9 @@ class Entrance:
         if self._is_full(host):
             self._sweep()
             if self._per_host.get(host, 0) >= MAX_CALLERS_PER_HOST:
-                self._turn_away(sock, host, "too many unfinished handshakes", f"limit {host}")
-                return
-            if self._is_full(host):
-                self._make_room()
+                self._evict(host)
+            elif self._is_full(host):
+                self.make_room()
         nonce = secrets.token_bytes(NONCE_SIZE)
         handshake = ServerHandshake(Greeting(self.data_port, 0, nonce, False, VERSION))
         try:
@@ -141,19 +142,21 @@ class Entrance:
     def _is_full(self, host: str) -> bool:
         if self._per_host.get(host, 0) >= MAX_CALLERS_PER_HOST:
             return True
-        return len(self._callers) >= MAX_CALLERS
+        return len(self._callers) >= self._most
 
-    def _make_room(self) -> None:
-        """Drop the oldest caller of the address that holds most, sparing those of clients.
+    def make_room(self) -> None:
+        """Drop the oldest caller of the address that holds most, sparing those of clients."""
+        if self._per_host:
+            strange = [host for host in self._per_host if not self._is_known(host)]
+            self._evict(max(strange or self._per_host, key=self._per_host.__getitem__))
 
-        A client needs a round trip, a stranger may stay for HANDSHAKE_TIMEOUT: whoever has
-        stood here longest among the many is the one least likely to be wanted.
-        """
-        strange = [host for host in self._per_host if not self._is_known(host)]
-        crowd = max(strange or self._per_host, key=self._per_host.__getitem__)
-        oldest = next(caller for caller in self._callers.values() if caller.host == crowd)
+    def _evict(self, host: str) -> None:
+        # A client needs a round trip, a stranger may stay for HANDSHAKE_TIMEOUT: whoever has
+        # stood here longest is the one least likely to be wanted. Turning the newcomer away
+        # instead would let a silent crowd shut out every client behind its address.
+        oldest = next(caller for caller in self._callers.values() if caller.host == host)
         self._release(oldest)
-        self._turn_away(oldest.sock, crowd, "too many unfinished handshakes", f"limit {crowd}")
+        self._turn_away(oldest.sock, host, "too many unfinished handshakes", f"limit {host}")
 
     def _sweep(self) -> None:
         """Hear those whose line has come but not had its turn of the loop yet.

@@ -15,9 +15,10 @@ import socket
 import struct
 from collections.abc import Callable
 from itertools import chain, zip_longest
-from typing import Final, cast
+from typing import Final
 
 from .errors import DialError, ListenError
+from .resolver import Candidate, SocketAddress, resolve
 
 KEEPALIVE_IDLE: Final = 30
 """Seconds: below the shortest NAT time-out for TCP seen in the wild (60 s)."""
@@ -34,6 +35,12 @@ ACCEPT_PAUSE: Final = 0.1
 HAPPY_DELAY: Final = 0.25
 """Seconds before the next address is tried beside the last: RFC 8305, section 8."""
 
+STALLED_RESENDS: Final = 2
+"""Resends in a row without an answer."""
+RESERVED_DESCRIPTORS: Final = 96
+"""Files kept back for listeners, engine, control channels and a few pipes."""
+DESCRIPTORS_PER_VISITOR: Final = 2
+"""Its connection and the link."""
 UNLIMITED_DESCRIPTORS: Final = 1 << 20
 """Stands for "no limit": Linux' own ceiling for a process (fs.nr_open)."""
 
@@ -52,8 +59,6 @@ _PASSING: Final = frozenset(
 """What accept(2) reports of one connection that died in the queue; the next may be fine."""
 _LINGER_RESET: Final = struct.pack("ii", 1, 0)
 
-SocketAddress = tuple[str, int] | tuple[str, int, int, int]
-Candidate = tuple[int, SocketAddress]
 OnAccept = Callable[[socket.socket, str, int], None]
 
 
@@ -132,6 +137,23 @@ def descriptor_limit() -> int:
     return UNLIMITED_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
 
 
+def share_descriptors(visitors: int, idle: int) -> tuple[int, int]:
+    """Cut most visitors and most idle links so that both fit the limit of open files."""
+    room = descriptor_limit() - RESERVED_DESCRIPTORS
+    idle = max(1, min(idle, room // 4))
+    return max(1, min(visitors, (room - idle) // DESCRIPTORS_PER_VISITOR)), idle
+
+
+def is_stalled(sock: socket.socket) -> bool:
+    """Tell whether a connection's bytes have gone unanswered through several resends."""
+    if not hasattr(socket, "TCP_INFO"):
+        return False
+    # struct tcp_info: state, ca_state, retransmits, each one byte. Two resends without an
+    # answer take at least 0.6 s: no healthy path looks like this.
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)
+    return info[2] >= STALLED_RESENDS
+
+
 def has_ended(sock: socket.socket) -> bool:
     """Tell whether the peer of an idle connection has gone, without taking a byte from it."""
     try:
@@ -178,7 +200,7 @@ async def listen(host: str, port: int) -> list[socket.socket]:
 
 async def _listen_addresses(host: str, port: int) -> list[Candidate]:
     if host:
-        return await _resolve(host, port, is_passive=True)
+        return await resolve(host, port, socket.AI_PASSIVE)
     if socket.has_dualstack_ipv6():
         return [(socket.AF_INET6, ("::", port))]
     return [(socket.AF_INET, ("0.0.0.0", port))]  # noqa: S104 - the user asked for every address
@@ -315,7 +337,7 @@ async def dial(host: str, port: int, timeout: float) -> socket.socket:  # noqa: 
             if family is not None:
                 attempts = 1
                 return await _connect((family, (host, port)))
-            candidates = await _resolve(host, port)
+            candidates = _take_turns(await resolve(host, port))
             attempts = len(candidates)
             return await _race(candidates)
     except TimeoutError as exc:
@@ -327,15 +349,8 @@ async def dial(host: str, port: int, timeout: float) -> socket.socket:  # noqa: 
         raise DialError(shown, exc.errno or errno.EIO, attempts) from exc
 
 
-async def _resolve(host: str, port: int, *, is_passive: bool = False) -> list[Candidate]:
-    loop = asyncio.get_running_loop()
-    flags = socket.AI_PASSIVE if is_passive else 0
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
-    # dict: a hosts file may list one address twice; cast: typeshed knows builds without IPv6
-    candidates = list(dict.fromkeys((int(f), cast(SocketAddress, a)) for f, _, _, _, a in found))
-    if is_passive:
-        return candidates
-    # RFC 8305, section 4: take turns between the families, the resolver's first one first.
+def _take_turns(candidates: list[Candidate]) -> list[Candidate]:
+    """Alternate between the families, the resolver's first one first: RFC 8305, section 4."""
     first = [c for c in candidates if c[0] == candidates[0][0]]
     other = [c for c in candidates if c[0] != candidates[0][0]]
     turns = chain.from_iterable(zip_longest(first, other))

@@ -84,9 +84,9 @@ class Pairing:
             settings.service_cooldown,
             client.log,
         )
-        self._demand = Demand(
-            settings.min_pool_capacity, settings.max_pool_capacity, self._loop.time()
-        )
+        self._most_idle = client.most_idle
+        self._least_idle = min(settings.min_pool_capacity, self._most_idle)
+        self._demand = Demand(self._least_idle, self._most_idle, self._loop.time())
         self._want(idle)
 
     def drain(self) -> None:
@@ -156,8 +156,7 @@ class Pairing:
 
     def _want(self, idle: int) -> None:
         # The server knows the rate of visitors; what the user set here still bounds its wish.
-        least, most = self._settings.min_pool_capacity, self._settings.max_pool_capacity
-        self.filler.wanted = min(most, max(least, idle))
+        self.filler.wanted = min(self._most_idle, max(self._least_idle, idle))
 
     def _on_link_lost(self) -> None:
         self._client.counters.links_lost += 1

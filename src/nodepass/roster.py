@@ -60,8 +60,8 @@ class Client(Member):
     host: str = ""
     key: bytes = b""
     control: Control | None = None
-    launched: dict[int | str, Relay] = field(default_factory=dict)
-    """Open relays by link, so that a `fail` finds the one it speaks of."""
+    launched: dict[int | str, tuple[Relay, float]] = field(default_factory=dict)
+    """Open relays by link, each with the time of its launch in seconds of the loop."""
 
 
 class Roster:
@@ -256,11 +256,26 @@ class Roster:
                 reason=event.reason,
                 relays_open=client.relays,
             )
+            if event.silent_since is not None:
+                self._abort_unheard(client, event.silent_since)
+
+    def _abort_unheard(self, client: Client, since: float) -> None:
+        """Reset the visitors of whom a silent client may never have been told.
+
+        Control loss does not touch relays; but a launch that went into the silence and has
+        brought no byte back would keep its visitor waiting for as long as TCP tries, and
+        nobody would say a word.
+        """
+        for name in list(client.launched):
+            relay, launched_at = client.launched[name]
+            if launched_at >= since and relay.live()[1] == 0:
+                relay.abort()
 
     def _fail(self, client: Client, event: Fail) -> None:
-        relay = client.launched.get(event.number)
-        if relay is None:
+        launch = client.launched.get(event.number)
+        if launch is None:
             return  # the reset of the link was here first
+        relay, _ = launch
         self._counters.launches_failed += 1
         self._counters.visitors_refused += 1
         relay.abort()
@@ -284,11 +299,14 @@ class Roster:
             (c for c in self._clients.values() if c.session.dialect is Dialect.SEED), None
         )
         if caller is not None and current is not None:
-            if current.host != host:
+            is_dead = current.control is not None and current.control.is_stalled
+            if current.host == host and is_dead:
+                self._replace(current)
+            else:
+                # A probe from the same address, or a second client: whoever answers keeps
+                # the place, or any port check could take it.
                 self._turn_away_second_seed(caller, current)
                 caller = None
-            else:
-                self._replace(current)
         if caller is not None:
             name = f"seed-{host}"
             current = self._seat(

@@ -11,6 +11,7 @@ import asyncio
 import errno
 import functools
 import socket
+from collections.abc import Callable
 from typing import Final
 
 from . import net
@@ -28,11 +29,6 @@ NATIVE_PATIENCE: Final = 1.0
 """Seconds that a caller must have been silent to pass for a seed client where its address has
 native clients too: their links are silent for a round trip, a second at the very worst."""
 
-RESERVED_DESCRIPTORS: Final = 160
-"""Files kept back for listeners, engine, control channels, handshakes and a few pipes."""
-DESCRIPTORS_PER_VISITOR: Final = 2
-"""Its own connection and the link."""
-
 
 class Server(Tunnel):
     """The side that listens; see `Tunnel` for its arguments and life."""
@@ -42,7 +38,7 @@ class Server(Tunnel):
     async def _open(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._visitors = 0
-        self._limit, most_idle = self._share_descriptors()
+        self._limit, most_idle = self.share_descriptors()
         self._watch = net.HangupWatch()
         self.resources.callback(self._watch.close)
         self._pool = Pool()
@@ -60,30 +56,29 @@ class Server(Tunnel):
         )
         self.resources.callback(self._entrance.close)
         tunnel, target = self.config.tunnel, self.config.target
-        self._tunnel = await self._listen(tunnel.host, tunnel.port, self._entrance.admit)
+        self._tunnel = await self._listen(
+            tunnel.host, tunnel.port, self._entrance.admit, self._entrance.make_room
+        )
         self._target = await self._listen(target.host, target.port, self._admit_visitor)
         self._data: net.Listener | None = None
         if self.config.compat:
             self._data = await self._listen(tunnel.host, self.config.data, self._admit_seed_link)
             self._entrance.data_port = self._data.address[1]
 
-    def _share_descriptors(self) -> tuple[int, int]:
-        """Return most visitors and most idle links, so that both fit the process's limit."""
-        wanted, most_idle = self.settings.semaphore_limit, self.settings.max_pool_capacity
-        room = net.descriptor_limit() - RESERVED_DESCRIPTORS
-        most_idle = max(1, min(most_idle, room // 4))
-        limit = max(1, min(wanted, (room - most_idle) // DESCRIPTORS_PER_VISITOR))
-        if limit < wanted:
-            self.log.warn(
-                "the limit of open files (ulimit -n) is too low for SEMAPHORE_LIMIT visitors",
-                files=net.descriptor_limit(),
-                visitors=limit,
-                wanted=wanted,
-            )
-        return limit, most_idle
+    async def _listen(
+        self,
+        host: str,
+        port: int,
+        on_accept: net.OnAccept,
+        relieve: Callable[[], None] = lambda: None,
+    ) -> net.Listener:
+        """Listen; `relieve` is called when there is trouble, to give something back."""
 
-    async def _listen(self, host: str, port: int, on_accept: net.OnAccept) -> net.Listener:
-        listener = net.Listener(await net.listen(host, port), on_accept, self._tell_trouble)
+        def on_trouble(exc: OSError) -> None:
+            relieve()
+            self._tell_trouble(exc)
+
+        listener = net.Listener(await net.listen(host, port), on_accept, on_trouble)
         self.resources.callback(listener.close)
         return listener
 
@@ -218,8 +213,9 @@ class Server(Tunnel):
             return
         member.session.launch(Kind.TCP, link.name, visitor)
         member.relays += 1
-        member.launched[link.name] = relay
-        if member.demand.take(self._loop.time()):
+        now = self._loop.time()
+        member.launched[link.name] = (relay, now)
+        if member.demand.take(now):
             announce(member)
         self.hold(relay)
         relay.result.add_done_callback(

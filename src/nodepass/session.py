@@ -83,6 +83,8 @@ class Lost:
     """The other side said bye first: a stop or a restart, no fault."""
     is_replaced: bool = False
     """The server ended it because another client came with the same name."""
+    silent_since: float | None = None
+    """When the last byte came, if it was silence that ended the session."""
 
 
 Event = Launch | SeedLaunch | Fail | Idle | Drain | Lost
@@ -159,7 +161,9 @@ class Session:
         self._ticked_at = now
         limit = self._silence_limit()
         if limit is not None and now - self._heard_at >= limit:
-            return [self._lose(f"nothing heard for {now - self._heard_at:.1f} s")]
+            self._move(State.CLOSED)
+            reason = f"nothing heard for {now - self._heard_at:.1f} s"
+            return [Lost(reason, silent_since=self._heard_at)]
         if now >= self._beat_at:
             self._beat_at = now + self._interval
             self._beat(now)

@@ -15,6 +15,7 @@ from collections.abc import Coroutine
 from types import TracebackType
 from typing import Final, Self
 
+from . import net
 from .config import Config, Mode
 from .errors import ConfigError, TunnelError
 from .log import Log
@@ -155,6 +156,19 @@ class Tunnel(ABC):
         """Gather the statistics."""
 
     # ------------------------------------------------------- for server and client to use
+
+    def share_descriptors(self) -> tuple[int, int]:
+        """Return most visitors and most idle links, cut to the limit of open files."""
+        wanted = self.settings.semaphore_limit
+        visitors, idle = net.share_descriptors(wanted, self.settings.max_pool_capacity)
+        if visitors < wanted:
+            self.log.warn(
+                "the limit of open files (ulimit -n) is too low for SEMAPHORE_LIMIT visitors",
+                files=net.descriptor_limit(),
+                visitors=visitors,
+                wanted=wanted,
+            )
+        return visitors, idle
 
     def require_running(self) -> None:
         """Raise TunnelError if the tunnel has never run."""

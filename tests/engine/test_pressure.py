@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.engine.rig import Joined, Kind, Rig
+from tests.engine.rig import Joined, Kind, Rig, tcp_pair
 
 Engine = Callable[..., Rig]
 every_kind = pytest.mark.parametrize(
@@ -171,3 +171,24 @@ def swallow(sock: socket.socket) -> None:
     while sock.recv_into(room):
         pass
     sock.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("kind", ["native", "native-copy"], indirect=True)
+async def test_flow_that_feeds_itself_does_not_own_the_worker(engine: Engine, kind: Kind) -> None:
+    """Both ends of one connection joined: bytes go round for ever, only the budget stops it."""
+    async with engine() as rig:
+        chat = rig.join()
+        one, other = tcp_pair()
+        token = rig.hand_over(one, other, head_a=bytes(1 << 20))
+        until = rig.loop.time() + 0.5
+        while rig.loop.time() < until:
+            await rig.send(chat.visitor, b"?")
+            assert await rig.receive(chat.target, 1) == b"?"
+        lap = rig.engine.live(token)
+        assert lap is not None
+        assert sum(lap) > 4 << 20
+        statistics = rig.engine.statistics()
+        # The budget, and the read that crossed it.
+        assert sum(lap) <= statistics.turns * 2 * (1 << 20)
+        rig.engine.abort(token)
+        assert (await rig.ended(token)).reason == kind.module.REASON_ABORTED

@@ -212,18 +212,25 @@ async def test_f24_refused_target_resets_the_visitor(tmp_path: Path, engine: str
     async with Arena(tmp_path, engine) as arena, within(20):
         tunnel = await arena.tunnel(free_port())
         for _ in range(5):
-            async with await connect(tunnel.port) as visitor:
-                start = time.monotonic()
-                assert await visitor.is_reset()
-                assert time.monotonic() - start < limit(1)
+            start = time.monotonic()
+            assert await _meets_reset(tunnel.port)
+            assert time.monotonic() - start < limit(1)
+
+
+async def _meets_reset(port: int) -> bool:
+    """Tell whether a visitor is reset; that may be so quick that connect() reports it."""
+    try:
+        async with await connect(port) as visitor:
+            return await visitor.is_reset()
+    except ConnectionResetError:
+        return True
 
 
 async def test_f24_target_that_comes_back_is_used(tmp_path: Path) -> None:
     async with Arena(tmp_path) as arena, within(20):
         port = free_port()
         tunnel = await arena.tunnel(port)
-        async with await connect(tunnel.port) as visitor:
-            assert await visitor.is_reset()
+        assert await _meets_reset(tunnel.port)
         arena.target(echo, port=port)
         assert await exchange(tunnel.port, b"hello") == b"hello"
 

@@ -104,26 +104,45 @@ async def test_server_visitor_waits_for_a_seed_link(tmp_path: Path) -> None:
             await client.dial()
             link = await client.launched()
             assert await link.read_all() == b"early"
-            await link.write(b"served")
+            await link.write(b"late")
             link.close()
-            assert await visitor == b"served"
+            assert await visitor == b"late"
 
 
-async def test_server_newest_seed_client_wins(tmp_path: Path) -> None:
-    """From the same address: the one before is a connection that has died unseen."""
-    async with Arena(tmp_path) as arena, within(20):
+async def test_server_live_seed_client_keeps_its_place(tmp_path: Path) -> None:
+    """A second one, or a port probe, from the same address must not push it out."""
+    async with Arena(tmp_path, REPORT_INTERVAL="100ms") as arena, within(20):
         server = await arena.server(port := free_port(), tunnel_port := free_port())
-        async with SeedClient(tunnel_port) as old:
-            await old.dial()
+        async with SeedClient(tunnel_port) as first:
+            await first.dial()
             await server.logged("client connected")
-            async with SeedClient(tunnel_port) as new:
-                await new.dial()
-                await server.logged("client connected", count=2)
-                visitor = asyncio.create_task(exchange(port, b"hello"))
-                link = await new.launched()
-                assert await link.read_all() == b"hello"
-                link.close()
-                await visitor
+            async with SeedClient(tunnel_port) as second:
+                await second.dial()
+                async with within(3):
+                    await second.control.is_reset()  # an end of some kind
+            assert "tunnel lost" not in server.log
+            assert server.count("client connected") == 1
+            await _served_by(first, port)
+
+
+async def test_server_takes_the_next_seed_client_once_the_first_is_gone(tmp_path: Path) -> None:
+    async with Arena(tmp_path, REPORT_INTERVAL="100ms") as arena, within(20):
+        server = await arena.server(port := free_port(), tunnel_port := free_port())
+        for number in (1, 2, 3):
+            async with SeedClient(tunnel_port) as client:
+                await client.dial()
+                await server.logged("client connected", count=number)
+                await _served_by(client, port)
+            await server.logged("tunnel lost", count=number)
+
+
+async def _served_by(client: SeedClient, port: int) -> None:
+    visitor = asyncio.create_task(exchange(port, b"hello"))
+    link = await client.launched()
+    assert await link.read_all() == b"hello"
+    await link.write(b"served")
+    link.close()
+    assert await visitor == b"served"
 
 
 async def test_server_seed_client_that_leaves_is_lost(tmp_path: Path) -> None:

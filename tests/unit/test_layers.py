@@ -37,14 +37,15 @@ ALLOWED: dict[str, set[str]] = {
     "handshake": {"errors", "message", "proof", "wire"},
     "session": {"errors", "message", "wire"},
     # sockets
-    "net": {"errors"},
+    "resolver": set(),
+    "net": {"errors", "resolver"},
     "relay": {"_pycopy", "environment", "errors", "log"},
     "control": {"errors", "log", "message", "net", "session"},
     "pool": {"errors", "log", "message", "net", "session"},
     "filler": {"errors", "log", "net", "pool", "session"},
     "entrance": {"errors", "handshake", "log", "message", "net", "stats", "wire"},
     # lifecycles
-    "tunnel": {"config", "errors", "log", "relay", "stats"},
+    "tunnel": {"config", "errors", "log", "net", "relay", "stats"},
     "roster": {
         "control", "entrance", "environment", "errors", "filler", "log", "message", "net", "pool",
         "relay", "session", "stats", "wire",

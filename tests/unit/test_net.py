@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -33,9 +34,9 @@ needs_ipv6 = pytest.mark.skipif(NO_IPV6, reason="this machine has no IPv6")
 
 
 def teach(monkeypatch: pytest.MonkeyPatch, **names: Sequence[str]) -> None:
-    """Make the running loop resolve these names, and no others; addresses stay what they are."""
+    """Make the system resolve these names, and no others; addresses stay what they are."""
 
-    async def getaddrinfo(host: str, port: int, *_: object, **__: object) -> list[object]:
+    def getaddrinfo(host: str, port: int, *_: object, **__: object) -> list[object]:
         if host not in names and not net.is_literal(host):
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         found: list[object] = []
@@ -46,7 +47,7 @@ def teach(monkeypatch: pytest.MonkeyPatch, **names: Sequence[str]) -> None:
                 found.append((socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)))
         return found
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
 
 
 @contextlib.contextmanager
@@ -699,12 +700,18 @@ async def test_dial_ends_in_time(monkeypatch: pytest.MonkeyPatch, host: str) -> 
 
 
 async def test_dial_ends_in_time_while_resolving(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def getaddrinfo(*_: object, **__: object) -> None:
-        await asyncio.Event().wait()
+    asked, answers = threading.Event(), threading.Event()
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    def getaddrinfo(*_: object, **__: object) -> list[object]:
+        asked.set()
+        answers.wait(10)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     with pytest.raises(DialError) as caught:
         await net.dial("slow", 80, 0.02)
+    assert asked.is_set()
+    answers.set()
     assert (caught.value.errno, caught.value.attempts) == (errno.ETIMEDOUT, 0)
 
 

@@ -253,20 +253,23 @@ async def test_link_that_died_a_moment_ago_is_passed_over() -> None:
 
 @both
 @pytest.mark.parametrize("how", ["end", "reset"])
-async def test_visitor_does_not_hang_on_a_link_whose_session_ends_in_the_same_turn(
+async def test_visitor_does_not_hang_on_a_link_whose_session_ends_at_that_moment(
     how: str,
 ) -> None:
-    """The waiting visitor gets its link, and before it is launched the control channel ends."""
+    """Whether the launch has left or not: a client resets its idle links with its session."""
     async with serving(dial_timeout=0.3) as desk:
         client = await desk.client()
         visitor = await desk.visit()
         await until(lambda: desk.figures.visitors_waiting == 1, 5, "the visitor")
-        await desk.link(client, 1)
+        link = await desk.link(client, 1)
         if how == "reset":
             client.control.reset()
         else:
             client.control.close()
+        await until(lambda: not desk.figures.sessions_open, 5, "the loss")
+        link.reset()
         assert await is_reset(visitor)
+        await until(lambda: not desk.figures.visitors_open, 5, "the end")
 
 
 @both

@@ -327,6 +327,27 @@ async def test_stop_cancelled_ends_at_once() -> None:
 
 
 @both
+@pytest.mark.parametrize("turns", range(4))
+async def test_stop_cancelled_twice_leaves_nothing(turns: int) -> None:
+    """The leak guard looks for the engine's threads and descriptors."""
+    toy = Toy(config(shutdown=60.0))
+    await toy.start()
+    toy.carry()
+    stopping = asyncio.create_task(toy.stop())
+    await asyncio.sleep(0.01)
+    stopping.cancel()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    stopping.cancel()
+    async with within(5):
+        await asyncio.wait({stopping})
+        assert stopping.cancelled()
+        await toy.wait_closed()
+        await toy.stop()
+    toy.close_ends()
+
+
+@both
 async def test_only_the_second_of_two_stops_is_cancelled() -> None:
     async with Toy() as toy:
         visitor, _, target = toy.carry()

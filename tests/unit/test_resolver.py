@@ -1,0 +1,121 @@
+"""resolver: names afresh, one thread a question, nobody has to wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from nodepass.resolver import resolve
+
+LOCAL = (int(socket.AF_INET), ("127.0.0.1", 80))
+
+
+class Names:
+    """A resolver that answers when it is told to, and counts who asks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: list[object] | OSError) -> None:
+        self.asked = 0
+        self.may_answer = threading.Event()
+        self._answer = answer
+        monkeypatch.setattr(socket, "getaddrinfo", self._ask)
+
+    def _ask(self, *_: object, **__: object) -> list[object]:
+        self.asked += 1
+        assert self.may_answer.wait(10)
+        if isinstance(self._answer, OSError):
+            raise self._answer
+        return self._answer
+
+
+def entry(address: str) -> tuple[object, ...]:
+    return (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80))
+
+
+async def test_address_needs_no_name_server() -> None:
+    assert await resolve("127.0.0.1", 80) == [LOCAL]
+
+
+async def test_doubles_are_left_out_and_order_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = Names(monkeypatch, [entry("127.0.0.2"), entry("127.0.0.1"), entry("127.0.0.2")])
+    names.may_answer.set()
+    assert [a[1][0] for a in await resolve("x", 80)] == ["127.0.0.2", "127.0.0.1"]
+
+
+async def test_one_question_under_way_serves_all_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = Names(monkeypatch, [entry("127.0.0.1")])
+    asking = [asyncio.create_task(resolve("x", 80)) for _ in range(50)]
+    await asyncio.sleep(0.01)
+    names.may_answer.set()
+    assert await asyncio.gather(*asking) == [[LOCAL]] * 50
+    assert names.asked == 1
+    await resolve("x", 80)
+    assert names.asked == 2, "every later question is asked afresh"
+
+
+async def test_who_gives_up_does_not_end_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = Names(monkeypatch, [entry("127.0.0.1")])
+    first, second = (asyncio.create_task(resolve("x", 80)) for _ in range(2))
+    await asyncio.sleep(0.01)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    names.may_answer.set()
+    assert await second == [LOCAL]
+    assert names.asked == 1
+
+
+@pytest.mark.parametrize(
+    "fault", [socket.gaierror(socket.EAI_NONAME, "unknown"), OSError(errno.EMFILE, "too many")]
+)
+async def test_failure_reaches_all_who_ask(
+    monkeypatch: pytest.MonkeyPatch, fault: OSError
+) -> None:
+    names = Names(monkeypatch, fault)
+    names.may_answer.set()
+    asking = [asyncio.create_task(resolve("x", 80)) for _ in range(3)]
+    assert await asyncio.gather(*asking, return_exceptions=True) == [fault] * 3
+
+
+async def test_what_is_no_name_is_no_crash() -> None:
+    with pytest.raises(socket.gaierror):
+        await resolve("a" * 300 + ".invalid", 80)
+
+
+SLOW = """
+import asyncio, socket, time
+from nodepass.resolver import resolve
+
+def getaddrinfo(*_, **__):
+    time.sleep(30)
+
+socket.getaddrinfo = getaddrinfo
+
+async def main():
+    try:
+        await asyncio.wait_for(resolve("x", 80), 0.05)
+    except TimeoutError:
+        print("gave up")
+
+LOOP
+"""
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_process_ends_while_a_lookup_hangs(loop: str) -> None:
+    if loop == "uvloop":
+        pytest.importorskip("uvloop")
+    line = f"import {loop}; asyncio.Runner(loop_factory={loop}.new_event_loop).run(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW.replace("LOOP", line)],
+        capture_output=True,
+        text=True,
+        timeout=15,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "gave up\n", "")
