@@ -187,7 +187,10 @@ async def test_loss_is_told_once_with_its_reason(how: str) -> None:
         wire.control.close("stopped")
         await asyncio.sleep(0.02)
         assert len(wire.losses()) == 1
-        assert wire.events[-1] == Lost(wire.losses()[0], how == "bye", how == "bye")
+        last = wire.events[-1]
+        assert isinstance(last, Lost)
+        assert (last.is_orderly, last.is_replaced) == (how == "bye", how == "bye")
+        assert (last.silent_since is not None) is (how == "silence")
         assert wire.session.state is State.CLOSED
         if how != "reset":
             await wire.read_all()  # has an end
@@ -224,6 +227,18 @@ async def test_close_before_the_opening_is_done() -> None:
         await opening
         assert (await wire.read_all()).endswith(b"bye://replaced\n")
         assert wire.events == []
+
+
+@both
+async def test_stalls_only_where_bytes_stay_unanswered(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Wire() as wire:
+        assert not wire.control.is_stalled, "nothing is open yet"
+        await wire.open()
+        assert not wire.control.is_stalled
+        monkeypatch.setattr("nodepass.control.is_stalled", lambda sock: True)
+        assert wire.control.is_stalled
+        wire.control.close("stopped")
+        assert not wire.control.is_stalled
 
 
 @both

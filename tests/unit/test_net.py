@@ -276,6 +276,34 @@ def test_descriptor_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert net.descriptor_limit() == net.UNLIMITED_DESCRIPTORS
 
 
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(20_000, (1000, 500)), (1024, (348, 232)), (10, (1, 1))]
+)
+def test_share_descriptors(
+    limit: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(net, "descriptor_limit", lambda: limit)
+    visitors, idle = net.share_descriptors(1000, 500)
+    assert (visitors, idle) == expected
+    assert limit < 100 or visitors * net.DESCRIPTORS_PER_VISITOR + idle < limit
+
+
+def test_is_stalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Deaf(socket.socket):
+        resends = 0
+
+        def getsockopt(self, *_: int) -> bytes:  # type: ignore[override]
+            return bytes((1, 0, self.resends, 0, 0, 0, 0, 0))
+
+    with ends() as (near, _), Deaf() as deaf:
+        assert not net.is_stalled(near)
+        assert not net.is_stalled(deaf)
+        deaf.resends = net.STALLED_RESENDS
+        assert net.is_stalled(deaf)
+        monkeypatch.delattr(socket, "TCP_INFO", raising=False)
+        assert not net.is_stalled(deaf)
+
+
 # --- listen ------------------------------------------------------------------------------------
 
 

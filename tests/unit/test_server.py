@@ -525,6 +525,22 @@ async def test_silent_client_is_lost() -> None:
 
 
 @both
+async def test_silent_client_costs_the_visitors_it_may_never_have_heard_of() -> None:
+    async with serving(report_interval=0.2) as desk:
+        client = await desk.client()
+        unheard_link, heard_link = await desk.links(client, 1, 2)
+        heard, unheard = await desk.visit(), await desk.visit()
+        assert {await launched(client), await launched(client)} == {1, 2}
+        await heard_link.write(b"answer")
+        assert await heard.read_exactly(6) == b"answer"
+        await until(lambda: not desk.figures.sessions_open, 5, "the loss")
+        assert await is_reset(unheard)
+        assert await is_reset(unheard_link)
+        await heard.write(b"x")
+        assert await heard_link.read_exactly(1) == b"x"
+
+
+@both
 async def test_round_trip_is_known_after_a_pong() -> None:
     async with serving(report_interval=0.1) as desk:
         client = await desk.client()
@@ -570,10 +586,10 @@ async def test_crowd_at_the_tunnel_port_does_not_push_a_client_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The handshakes of an address that has a client are spared when room has to be made."""
-    monkeypatch.setattr("nodepass.entrance.MAX_CALLERS", 4)
+    monkeypatch.setattr("nodepass.entrance.MAX_CALLERS", 8)
     async with serving() as desk:
         await desk.client()
-        ours = [await desk.call() for _ in range(3)]
+        ours = [await desk.call() for _ in range(7)]
         stranger = await desk.call("127.0.0.2")
         await desk.call()
         assert await is_reset(stranger)
@@ -628,10 +644,28 @@ async def test_second_seed_client_of_another_address_is_turned_away() -> None:
 
 
 @both
-async def test_newest_seed_client_of_an_address_wins() -> None:
+async def test_seed_client_that_answers_keeps_its_place() -> None:
+    """A port check from the same address must not be able to take it."""
+    async with serving() as desk:
+        old = await desk.seed()
+        await old.dial()
+        second = await desk.seed()
+        await second.dial()
+        assert await is_reset(second.control)
+        await old.dial()
+        assert not net.has_ended(old.control.sock) or old.control.sock.recv(10) == b"\n"
+        assert (desk.figures.sessions, desk.figures.sessions_open) == (1, 1)
+
+
+@both
+async def test_seed_client_that_does_not_answer_loses_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nodepass.control.is_stalled", lambda sock: True)
     async with serving() as desk:
         old = await desk.seed()
         name = await old.dial()
+        await asyncio.sleep(0.01)
         new = await desk.seed()
         await new.dial()
         async with within(5):
@@ -810,7 +844,7 @@ async def test_stop_resumes_no_paused_listener() -> None:
 async def test_few_descriptors_bound_visitors_and_links(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(net, "descriptor_limit", lambda: server_module.RESERVED_DESCRIPTORS + 8)
+    monkeypatch.setattr(net, "descriptor_limit", lambda: net.RESERVED_DESCRIPTORS + 8)
     with caplog.at_level(logging.WARNING, "nodepass"):
         async with serving("log=warn") as desk:
             client = await desk.client()

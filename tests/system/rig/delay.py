@@ -28,6 +28,11 @@ class Spaces(NamedTuple):
 
     server: tuple[str, ...]
     client: tuple[str, ...]
+    names: tuple[str, str]
+
+    def plug(self, state: str) -> None:
+        """Pull the cable on the client's side ("down"), or plug it in again ("up")."""
+        _run("ip", "-n", self.names[1], "link", "set", "np0", state)
 
 
 def _run(*command: str) -> None:
@@ -61,7 +66,7 @@ def delayed_link(milliseconds: int) -> Iterator[Spaces]:
                 _run("tc", "-n", name, "qdisc", "add", "dev", "np0", "root",
                      "netem", "delay", f"{milliseconds}ms", "limit", "100000")  # fmt: skip
         server, client = (("ip", "netns", "exec", name) for name in names)
-        yield Spaces(server, client)
+        yield Spaces(server, client, (names[0], names[1]))
     finally:
         for name in made:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
