@@ -44,6 +44,7 @@ cdef enum:                      # Leg.bits: the kernel's last word about one soc
     MAY_WRITE = 2
     SEEN_RDHUP = 4              # a FIN is queued: a short read does not mean "drained"
     SEEN_URGENT = 8             # recv stops at the urgent mark: neither does it here
+    SEEN_ERROR = 16             # an error waits behind what the socket has received
 
 cdef enum:                      # which of Flow.links a list uses
     LINK_ALL = 0

@@ -86,12 +86,12 @@ cdef enum:
     MAX_FLOWS = 1 << 24         # slots must fit into 31 bits of event data; 4 GiB of table
 
 cdef object _engines = weakref.WeakSet()
-cdef bint _is_child = False
+cdef int _forks = 0             # of our ancestors since the module was loaded
 
 
-def _mark_child():
-    global _is_child
-    _is_child = True
+def _count_fork():
+    global _forks
+    _forks += 1
 
 
 def _close_all():
@@ -99,7 +99,7 @@ def _close_all():
         engine.close()
 
 
-os.register_at_fork(after_in_child=_mark_child)
+os.register_at_fork(after_in_child=_count_fork)
 # A net only: whoever makes an engine closes it. Workers hold no Python state, so one that
 # is left over harms nobody, but its flows would be cut in mid-air instead of reset.
 atexit.register(_close_all)
@@ -130,12 +130,14 @@ cdef class Engine:
 
     cdef Core* core
     cdef int pid
+    cdef int forks
     cdef bint is_closed
     cdef object __weakref__
 
     def __cinit__(self):
         self.core = NULL
         self.pid = -1
+        self.forks = 0
         self.is_closed = True
 
     def __init__(self, threads=1, *, flows=65536, splice=True):
@@ -151,6 +153,7 @@ cdef class Engine:
         if rc < 0:
             raise EngineError("memory", -rc)
         self.pid = getpid()
+        self.forks = _forks
         self.core.use_splice = bool(splice)
         self.core.large_pipes = _large_pipe_budget(threads)
         self.core.notify = sys_eventfd()
@@ -174,7 +177,7 @@ cdef class Engine:
         cdef uint32_t i
         if self.core == NULL:
             return
-        if self.pid != getpid() or _is_child:
+        if self.is_inherited():
             core_unmap(self.core)       # the fds and the threads are the parent's
             return
         if not self.is_closed:
@@ -193,8 +196,13 @@ cdef class Engine:
             return "<Engine closed>"
         return f"<Engine threads={self.core.threads} flows={self.core.open_count}>"
 
+    # The pid alone may come again in a grandchild, and a fork by native code alone is not
+    # counted: either one tells that the threads and descriptors are an ancestor's.
+    cdef bint is_inherited(self):
+        return self.pid != getpid() or self.forks != _forks
+
     cdef int check(self, str operation) except -1:
-        if self.pid != getpid() or _is_child or self.core == NULL:
+        if self.is_inherited() or self.core == NULL:
             raise EngineClosed(operation, _errno.ECHILD)
         if self.is_closed:
             raise EngineClosed(operation, _errno.ESHUTDOWN)
@@ -315,7 +323,7 @@ cdef class Engine:
         cdef uint64_t value
         cdef uint32_t slot
         cdef Flow* flow
-        if self.core == NULL or self.pid != getpid() or _is_child or not 0 < token < 1 << 63:
+        if self.core == NULL or self.is_inherited() or not 0 < token < 1 << 63:
             return NULL
         value = token
         slot = <uint32_t>value
@@ -339,7 +347,7 @@ cdef class Engine:
         cdef uint32_t i
         cdef Worker* w
         cdef Flow* flow
-        if self.pid != getpid() or _is_child or self.core == NULL:
+        if self.is_inherited() or self.core == NULL:
             raise EngineClosed("poll", _errno.ECHILD)
         if self.core.notify >= 0:
             sys_unring(self.core.notify)
@@ -364,7 +372,7 @@ cdef class Engine:
         """
         cdef Counters total
         cdef uint32_t i
-        if self.pid != getpid() or _is_child or self.core == NULL:
+        if self.is_inherited() or self.core == NULL:
             raise EngineClosed("statistics", _errno.ECHILD)
         memset(&total, 0, sizeof(total))
         for i in range(self.core.threads):
@@ -405,7 +413,7 @@ cdef class Engine:
         cdef uint32_t i
         cdef uint32_t left = 0
         cdef int wait_ms
-        if self.core == NULL or self.pid != getpid() or _is_child:
+        if self.core == NULL or self.is_inherited():
             return True
         if not self.is_closed:
             self.is_closed = True

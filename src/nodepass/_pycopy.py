@@ -40,7 +40,7 @@ MAX_THREADS: Final = 256  # the native engine's limits, checked alike
 MAX_FLOWS: Final = 1 << 24
 MAX_IDLE: Final = 4e6  # seconds
 NO_SIGNAL: Final[int] = getattr(socket, "MSG_NOSIGNAL", 0)
-RESET_ON_CLOSE: Final = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
+LINGER_SHAPE: Final = "hh" if sys.platform == "win32" else "ii"
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -162,6 +162,13 @@ class _Way:
             flow.bury(REASON_FINISHED)
 
 
+def arm_reset(sock: socket.socket, is_armed: bool) -> None:
+    """Choose whether closing a socket, by us or by the death of the process, resets it."""
+    linger = struct.pack(LINGER_SHAPE, is_armed, 0)
+    with contextlib.suppress(OSError):  # macOS refuses options on a socket that was reset
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+
 class _Flow:
     """Two sockets and the two directions between them."""
 
@@ -207,10 +214,7 @@ class _Flow:
         if not self.engine.loop.is_closed():
             self.forget_events()
         for sock in self.sockets:
-            if reason != REASON_FINISHED:
-                # macOS refuses options on a socket that its peer has reset.
-                with contextlib.suppress(OSError):
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+            arm_reset(sock, reason != REASON_FINISHED)
             sock.close()
         for way in self.ways:
             way.parked = memoryview(b"")
@@ -307,6 +311,8 @@ class Engine:
             self._disown(sockets)
             code = exc.errno if isinstance(exc, OSError) else None
             raise EngineError("relay", code or errno.EOPNOTSUPP) from exc
+        for sock in sockets:
+            arm_reset(sock, True)
         self._next += 1
         self._flows[flow.token] = flow
         if self._watch is None:

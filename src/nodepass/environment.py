@@ -220,6 +220,7 @@ _ELSEWHERE = (
     "NODEPASS_DEBUG",
     "NODEPASS_PURE",
     "NODEPASS_SANITIZE",
+    "NODEPASS_WERROR",
 )
 # Test switches, and what Kubernetes and Docker set for a service called "nodepass".
 _FOREIGN = re.compile(r"NODEPASS_(TEST_.*|SERVICE_(HOST|PORT.*)|PORT(_.*)?|NAME|ENV_.*)")

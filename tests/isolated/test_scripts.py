@@ -22,9 +22,12 @@ SOURCE = Path(nodepass.__path__[0]).parent
 DEADLINE = 50
 """Seconds; a script that hangs at exit is the very thing looked for."""
 
-BOTH = ["close_twice", "exit_without_close", "fork", "leak", "signals", "stop_in_traffic"]
+BOTH = [
+    "close_twice", "engine_in_child", "exit_without_close", "fork", "killed", "leak", "signals",
+    "stop_in_traffic",
+]  # fmt: skip
 NATIVE = ["drop_while_open", "few_descriptors", "idle_is_quiet", "memory", "second_interpreter"]
-NEEDS_FORK = {"fork"}
+NEEDS_FORK = {"engine_in_child", "fork", "killed"}
 
 
 def run(name: str, module: str) -> None:

@@ -55,6 +55,7 @@ async def running(
     """Run a client of the server at this port; its pauses are short, its pool is two links."""
     options: dict[str, object] = {
         "threads": 1,
+        "semaphore_limit": 100,  # fits any machine's limit of open files
         "min_pool_capacity": 2,
         "service_cooldown": 0.05,
         "shutdown_timeout": 0.2,

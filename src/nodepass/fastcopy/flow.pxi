@@ -34,6 +34,9 @@ cdef void flow_admit(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
             add_own64(&w.counters.heads_open, 1)
             add_own64(&w.counters.parked_bytes, flow.ways[side].parked_to)
     for side in range(2):
+        # From here on only flow_bury() closes politely: if the process is killed in mid
+        # transfer, the kernel resets both sides, and nobody takes a cut stream for whole.
+        sys_arm_reset(flow.legs[side].fd, 1)
         rc = sys_epoll_add(w.epoll, flow.legs[side].fd, tag | <uint64_t>side)
         if rc < 0:
             flow_bury(w, flow, slot, R_RESET, side + 1, -rc)
@@ -50,10 +53,30 @@ cdef int flow_turn(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     down = way_pump(w, flow, slot, 1)
     if down < 0:
         return 0
+    if flow_check_error(w, flow, slot, 0, up) or flow_check_error(w, flow, slot, 1, down):
+        return 0
     if flow.ways[0].state == WAY_SHUT and flow.ways[1].state == WAY_SHUT:
         flow_bury(w, flow, slot, R_FINISHED, 0, 0)
         return 0
     return up | down
+
+
+# -> 1 if the flow is buried. A socket with an error first gives what it has received, then
+# the error, so a direction that reads meets it by itself. One that is stopped by
+# back-pressure or has seen EOF would never look: then the error ends the flow here.
+cdef inline int flow_check_error(
+    Worker* w, Flow* flow, uint32_t slot, int index, int has_more
+) noexcept nogil:
+    cdef Leg* leg = &flow.legs[index]
+    cdef int code
+    if has_more or not leg.bits & SEEN_ERROR:
+        return 0
+    leg.bits &= ~<uint32_t>SEEN_ERROR
+    code = sys_socket_error(leg.fd)
+    if code == 0:
+        return 0
+    flow_bury(w, flow, slot, R_RESET, index + 1, code)
+    return 1
 
 
 # The end of a flow, whatever the reason. R_FINISHED closes politely: both FINs are sent and
@@ -84,9 +107,8 @@ cdef void leg_close(Worker* w, Leg* leg, bint reset) noexcept nogil:
     cdef int fd = leg.fd
     cdef int rc = sys_epoll_delete(w.epoll, fd)
     NP_BUG(rc == -EBADF, &w.counters.bugs, b"a socket was closed by a stranger")
-    if reset:
-        rc = sys_arm_reset(fd)
-        NP_BUG(rc == -ENOTSOCK, &w.counters.bugs, b"a socket number was taken over")
+    rc = sys_arm_reset(fd, reset)
+    NP_BUG(rc == -ENOTSOCK, &w.counters.bugs, b"a socket number was taken over")
     leg.fd = -1
     leg.bits = 0
     fd_close(w, fd)

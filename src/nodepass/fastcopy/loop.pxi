@@ -86,8 +86,7 @@ cdef inline int worker_timeout(Worker* w) noexcept nogil:
     return <int>(due - w.now_ms) + 1 if due > w.now_ms else 0
 
 
-# One event: note the kernel's word and queue the flow. Errors end the flow here, because a
-# direction that is stopped by back-pressure would not look for them.
+# One event: note the kernel's word and queue the flow.
 cdef void worker_event(Worker* w, epoll_event* event) noexcept nogil:
     cdef uint64_t tag = event.data.u64
     cdef uint32_t what = event.events
@@ -95,7 +94,6 @@ cdef void worker_event(Worker* w, epoll_event* event) noexcept nogil:
     cdef int side = <int>(tag & 1)
     cdef Flow* flow
     cdef Leg* leg
-    cdef int code
     if tag == WAKE_TAG:
         worker_run_inbox(w)
         return
@@ -105,10 +103,7 @@ cdef void worker_event(Worker* w, epoll_event* event) noexcept nogil:
         return
     leg = &flow.legs[side]
     if what & EPOLLERR:
-        code = sys_socket_error(leg.fd)
-        if code:
-            flow_bury(w, flow, slot, R_RESET, side + 1, code)
-            return
+        leg.bits |= SEEN_ERROR
     if what & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
         leg.bits |= MAY_READ
     if what & (EPOLLOUT | EPOLLHUP | EPOLLERR):

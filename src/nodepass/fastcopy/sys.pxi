@@ -76,10 +76,11 @@ cdef inline int sys_close(int fd) noexcept nogil:
     return -errno
 
 
-# -> 0 or -errno. The coming close() sends RST instead of FIN (TCP; AF_UNIX ignores it).
-cdef inline int sys_arm_reset(int fd) noexcept nogil:
+# -> 0 or -errno. While armed, close() sends RST instead of FIN, and so does the kernel when
+# the process dies (TCP; AF_UNIX ignores it).
+cdef inline int sys_arm_reset(int fd, bint is_armed) noexcept nogil:
     cdef linger value
-    value.l_onoff = 1
+    value.l_onoff = is_armed
     value.l_linger = 0
     if setsockopt(fd, SOL_SOCKET, SO_LINGER, &value, sizeof(value)) != -1:
         return 0
