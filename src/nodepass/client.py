@@ -56,7 +56,8 @@ class Client(Tunnel):
         self.watch = net.HangupWatch()
         self.resources.callback(self.watch.close)
         self.resources.callback(self._close_pairing)
-        self._limit, self.most_idle = self.share_descriptors()
+        shares = self.share_descriptors()
+        self._limit, self.most_idle = shares.visitors, shares.idle
         self._slots = asyncio.Semaphore(self._limit)
         self._serving = 0
         self._is_idle = asyncio.Event()
@@ -212,24 +213,25 @@ class Client(Tunnel):
             TunnelError: none came in time, or it offers what we do not take.
         """
         handshake = ClientHandshake(tls_floor=self.config.tls, allows_seed=self.config.compat)
-        data = await self._read_some(sock, b"")
-        while (greeting := handshake.receive_greeting(data)) is None:
-            data = await self._read_some(sock, data)
+        timeout = self.settings.handshake_timeout
+        said, greeting = b"", None
+        try:
+            async with asyncio.timeout(timeout):
+                while greeting is None:
+                    data = await self._read_some(sock)
+                    said += data
+                    greeting = handshake.receive_greeting(data)
+        except TimeoutError as exc:
+            text = f"no greeting within {timeout:g} s: the other side is {wire.identify(said)}"
+            raise TunnelError(text) from exc
         if greeting.tls:
             raise TunnelError(
                 f"the server uses tls={greeting.tls}, which is not in this build yet"
             )
         return handshake, greeting
 
-    async def _read_some(self, sock: socket.socket, before: bytes) -> bytes:
-        loop = asyncio.get_running_loop()
-        timeout = self.settings.handshake_timeout
-        try:
-            async with asyncio.timeout(timeout):
-                data = await loop.sock_recv(sock, READ_SIZE)
-        except TimeoutError as exc:
-            text = f"no greeting within {timeout:g} s: the other side is {wire.identify(before)}"
-            raise TunnelError(text) from exc
+    async def _read_some(self, sock: socket.socket) -> bytes:
+        data = await asyncio.get_running_loop().sock_recv(sock, READ_SIZE)
         if not data:
             raise TunnelError("the other side closed the connection during the handshake")
         return data
@@ -238,11 +240,16 @@ class Client(Tunnel):
         self, sock: socket.socket, handshake: ClientHandshake, host: str
     ) -> Pairing:
         loop = asyncio.get_running_loop()
+        timeout = self.settings.handshake_timeout
         line = handshake.hello(self.name, secrets.token_bytes(NONCE_SIZE))
-        await loop.sock_sendall(sock, line)
         answer = None
-        while answer is None:
-            answer = handshake.receive_answer(await self._read_some(sock, b""))
+        try:
+            async with asyncio.timeout(timeout):
+                await loop.sock_sendall(sock, line)
+                while answer is None:
+                    answer = handshake.receive_answer(await self._read_some(sock))
+        except TimeoutError as exc:
+            raise TunnelError(f"the server has not answered our hello in {timeout:g} s") from exc
         welcome, key = answer
         port = self.config.tunnel.port
         return Pairing(self, Dialect.NATIVE, host, port, welcome.session, key, welcome.idle)

@@ -251,12 +251,9 @@ def running(command: list[str], *, errors: Path) -> Iterator[subprocess.Popen[by
     interrupts.is_held = True  # raised inside Popen it would leave the child to nobody
     try:
         with errors.open("wb") as stderr:
+            pipe = subprocess.PIPE
             child = subprocess.Popen(  # noqa: S603 - our own interpreter, our own arguments
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env=environment,
+                command, stdin=pipe, stdout=pipe, stderr=stderr, env=environment
             )
     except BaseException:
         interrupts.is_held = False

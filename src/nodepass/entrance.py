@@ -27,7 +27,7 @@ from .stats import Counters
 
 MAX_CALLERS: Final = 256
 """Unfinished handshakes at once: what 256 strangers cost is some 2 KiB each."""
-MAX_CALLERS_PER_HOST: Final = 64
+MAX_CALLERS_PER_SOURCE: Final = 64
 """Of one source address: twice what a client needs to refill in parallel."""
 READ_SIZE: Final = 2 * wire.MAX_LINE
 """Bytes per read: a whole first line and some."""
@@ -36,7 +36,7 @@ READ_SIZE: Final = 2 * wire.MAX_LINE
 class Caller:
     """One connection that has been greeted and not yet understood."""
 
-    __slots__ = ("deadline", "handshake", "host", "port", "said", "since", "sock")
+    __slots__ = ("deadline", "handshake", "host", "port", "said", "since", "sock", "source")
 
     def __init__(
         self,
@@ -48,6 +48,7 @@ class Caller:
     ) -> None:
         self.sock = sock
         self.host = host
+        self.source = net.source_of(host)
         self.port = port
         self.handshake = handshake
         self.since = since
@@ -67,7 +68,7 @@ class Entrance:
     Args:
         timeout: seconds from accept to a whole first line.
         on_opening: called with the caller, whose socket is then the hearer's, and its line.
-        is_known: tells whether a client is connected from an address.
+        is_known: tells whether a client is connected from a source (`net.source_of`).
         counters: `strangers` grows by each connection that is turned away.
     """
 
@@ -86,7 +87,7 @@ class Entrance:
         self._is_known = is_known
         self._counters = counters
         self._callers: dict[int, Caller] = {}
-        self._per_host: dict[str, int] = {}
+        self._per_source: dict[str, int] = {}
         self._has_swept = False
         # Strangers must not be able to take all the files that this process may open.
         self._most = max(8, min(MAX_CALLERS, net.descriptor_limit() // 8))
@@ -98,11 +99,12 @@ class Entrance:
 
     def admit(self, sock: socket.socket, host: str, port: int) -> None:
         """Greet a fresh connection; it is the entrance's from here on."""
-        if self._is_full(host):
+        source = net.source_of(host)
+        if self._is_full(source):
             self._sweep()
-            if self._per_host.get(host, 0) >= MAX_CALLERS_PER_HOST:
-                self._evict(host)
-            elif self._is_full(host):
+            if self._per_source.get(source, 0) >= MAX_CALLERS_PER_SOURCE:
+                self._evict(source)
+            elif self._is_full(source):
                 self.make_room()
         nonce = secrets.token_bytes(NONCE_SIZE)
         handshake = ServerHandshake(Greeting(self.data_port, 0, nonce, False, VERSION))
@@ -110,11 +112,11 @@ class Entrance:
             # A fresh socket's send buffer takes 53 bytes at once, or the peer is gone already.
             sock.send(handshake.greeting_line)
         except OSError:
-            self._turn_away(sock, host, "it left before the greeting", f"left {host}")
+            self._turn_away(sock, host, "it left before the greeting")
             return
         caller = Caller(sock, host, port, handshake, self._loop.time())
         self._callers[sock.fileno()] = caller
-        self._per_host[host] = self._per_host.get(host, 0) + 1
+        self._per_source[source] = self._per_source.get(source, 0) + 1
         self._loop.add_reader(sock.fileno(), self._read, caller)
         caller.deadline = self._loop.call_later(self._timeout, self._expire, caller)
 
@@ -139,24 +141,24 @@ class Entrance:
             self._release(caller)
             net.reset(caller.sock)
 
-    def _is_full(self, host: str) -> bool:
-        if self._per_host.get(host, 0) >= MAX_CALLERS_PER_HOST:
+    def _is_full(self, source: str) -> bool:
+        if self._per_source.get(source, 0) >= MAX_CALLERS_PER_SOURCE:
             return True
         return len(self._callers) >= self._most
 
     def make_room(self) -> None:
         """Drop the oldest caller of the address that holds most, sparing those of clients."""
-        if self._per_host:
-            strange = [host for host in self._per_host if not self._is_known(host)]
-            self._evict(max(strange or self._per_host, key=self._per_host.__getitem__))
+        if self._per_source:
+            strange = [source for source in self._per_source if not self._is_known(source)]
+            self._evict(max(strange or self._per_source, key=self._per_source.__getitem__))
 
-    def _evict(self, host: str) -> None:
+    def _evict(self, source: str) -> None:
         # A client needs a round trip, a stranger may stay for HANDSHAKE_TIMEOUT: whoever has
         # stood here longest is the one least likely to be wanted. Turning the newcomer away
         # instead would let a silent crowd shut out every client behind its address.
-        oldest = next(caller for caller in self._callers.values() if caller.host == host)
+        oldest = next(caller for caller in self._callers.values() if caller.source == source)
         self._release(oldest)
-        self._turn_away(oldest.sock, host, "too many unfinished handshakes", f"limit {host}")
+        self._turn_away(oldest.sock, oldest.host, "too many unfinished handshakes")
 
     def _sweep(self) -> None:
         """Hear those whose line has come but not had its turn of the loop yet.
@@ -209,12 +211,13 @@ class Entrance:
 
     def _drop(self, caller: Caller, why: str) -> None:
         self._release(caller)
-        self._turn_away(caller.sock, caller.host, why, caller.host)
+        self._turn_away(caller.sock, caller.host, why)
 
-    def _turn_away(self, sock: socket.socket, host: str, why: str, key: str) -> None:
+    def _turn_away(self, sock: socket.socket, host: str, why: str) -> None:
         net.reset(sock)
         self._counters.strangers += 1
-        self._log.repeated("warn", f"stranger {key}", "turned away", host=host, why=why)
+        key = f"stranger {net.source_of(host)}"
+        self._log.repeated("warn", key, "turned away", host=host, why=why)
 
     def _release(self, caller: Caller) -> None:
         fd = caller.sock.fileno()
@@ -222,8 +225,8 @@ class Entrance:
         del self._callers[fd]
         if caller.deadline is not None:
             caller.deadline.cancel()
-        left = self._per_host[caller.host] - 1
+        left = self._per_source[caller.source] - 1
         if left:
-            self._per_host[caller.host] = left
+            self._per_source[caller.source] = left
         else:
-            del self._per_host[caller.host]
+            del self._per_source[caller.source]

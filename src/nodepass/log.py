@@ -35,6 +35,9 @@ LEVELS: dict[str, int] = {
 REPEAT_PAUSE = 60.0
 """Seconds between two lines about one repeated fault."""
 
+LINES_A_MINUTE = 60
+"""Of one kind: enough to see what goes on, too few to fill a disk with (15 MB a day)."""
+
 REPEAT_KEYS = 1024
 """Most faults watched at once; keys may hold peer addresses, so strangers choose how many."""
 
@@ -113,7 +116,7 @@ class _Json(logging.Formatter):
 class Log:
     """Where one object writes its lines; carries a level and the fields they all share."""
 
-    __slots__ = ("_fields", "_level", "_logger", "_repeats", "is_debug", "level", "name")
+    __slots__ = ("_fields", "_kinds", "_level", "_logger", "_repeats", "is_debug", "level", "name")
 
     def __init__(self, name: str, level: str = "info", /, **fields: object) -> None:
         self.name = name
@@ -126,6 +129,7 @@ class Log:
         self._logger = logging.getLogger(f"nodepass.{name}")
         self._fields = fields
         self._repeats: dict[str, tuple[float, int]] = {}
+        self._kinds: dict[str, tuple[float, int, int]] = {}
 
     def __repr__(self) -> str:
         return f"<Log {self.name} {self.level} {_pairs(_values(self._fields))}>"
@@ -134,6 +138,7 @@ class Log:
         """Return a Log whose lines also carry these fields; repeats are counted together."""
         log = Log(self.name, self.level, **{**self._fields, **fields})
         log._repeats = self._repeats
+        log._kinds = self._kinds
         return log
 
     def debug(self, message: str, /, **fields: object) -> None:
@@ -161,7 +166,8 @@ class Log:
 
         Args:
             level: one of `LEVELS`.
-            key: names the fault; the lines of one key are counted together.
+            key: names the fault; the lines of one key are counted together. Its first word
+                names the kind: of one kind LINES_A_MINUTE leave, however many the keys.
             message: as for the other methods; a later line adds repeats=N, the
                 times it happened since the line before.
         """
@@ -175,6 +181,23 @@ class Log:
         self._repeats[key] = (now, 0)
         if count:
             fields = {**fields, "repeats": count + 1}
+        self.bounded(level, key.partition(" ")[0], message, **fields)
+
+    def bounded(self, level: str, kind: str, message: str, /, **fields: object) -> None:
+        """Report what strangers can cause at will: at most LINES_A_MINUTE of one kind.
+
+        The next line that leaves says how many did not: unprinted=N.
+        """
+        now = monotonic()
+        start, count, unprinted = self._kinds.get(kind, (now, 0, 0))
+        if now - start >= REPEAT_PAUSE:
+            start, count = now, 0
+        if count >= LINES_A_MINUTE:
+            self._kinds[kind] = (start, count, unprinted + 1)
+            return
+        self._kinds[kind] = (start, count + 1, 0)
+        if unprinted:
+            fields = {**fields, "unprinted": unprinted}
         self._write(LEVELS[level], message, fields)
 
     def _write(self, level: int, message: str, fields: dict[str, object]) -> None:

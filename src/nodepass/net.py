@@ -15,7 +15,7 @@ import socket
 import struct
 from collections.abc import Callable
 from itertools import chain, zip_longest
-from typing import Final
+from typing import Final, NamedTuple
 
 from .errors import DialError, ListenError
 from .resolver import Candidate, SocketAddress, resolve
@@ -41,6 +41,8 @@ RESERVED_DESCRIPTORS: Final = 96
 """Files kept back for listeners, engine, control channels and a few pipes."""
 DESCRIPTORS_PER_VISITOR: Final = 2
 """Its connection and the link."""
+IDLE_ROOM: Final = 2
+"""Idle links a client may bring per link that it is asked for; the wish may have shrunk since."""
 UNLIMITED_DESCRIPTORS: Final = 1 << 20
 """Stands for "no limit": Linux' own ceiling for a process (fs.nr_open)."""
 
@@ -70,6 +72,13 @@ def join_address(host: str, port: int) -> str:
 def plain_host(host: str) -> str:
     """Undo what a dual-stack socket makes of an IPv4 address."""
     return host.removeprefix("::ffff:") if "." in host else host
+
+
+def source_of(host: str) -> str:
+    """Return what counts as one source: an IPv4 address, or the /64 of an IPv6 address."""
+    if ":" not in host:
+        return host
+    return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8].hex(":", 2)
 
 
 def is_literal(host: str) -> bool:
@@ -137,11 +146,26 @@ def descriptor_limit() -> int:
     return UNLIMITED_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
 
 
-def share_descriptors(visitors: int, idle: int) -> tuple[int, int]:
-    """Cut most visitors and most idle links so that both fit the limit of open files."""
+class Shares(NamedTuple):
+    """How the limit of open files is divided."""
+
+    visitors: int
+    """Most visitors at once."""
+    idle: int
+    """Most idle links to ask for, of one client."""
+    stock: int
+    """Most idle links to keep, of all clients together."""
+
+
+def share_descriptors(visitors: int, idle: int) -> Shares:
+    """Cut what the user allows to what the limit of open files allows."""
     room = descriptor_limit() - RESERVED_DESCRIPTORS
-    idle = max(1, min(idle, room // 4))
-    return max(1, min(visitors, (room - idle) // DESCRIPTORS_PER_VISITOR)), idle
+    stock = max(1, room // 4)
+    return Shares(
+        visitors=max(1, min(visitors, (room - stock) // DESCRIPTORS_PER_VISITOR)),
+        idle=max(1, min(idle, stock // IDLE_ROOM)),
+        stock=stock,
+    )
 
 
 def is_stalled(sock: socket.socket) -> bool:
@@ -440,6 +464,9 @@ class HangupWatch:
         self._epoll = select.epoll() if hasattr(select, "epoll") else None
         if self._epoll is not None:
             self._loop.add_reader(self._epoll.fileno(), self._drain, self._epoll)
+
+    def __len__(self) -> int:
+        return len(self._callbacks)
 
     def add(self, sock: socket.socket, on_hangup: Callable[[], None]) -> None:
         """Watch a connection until `remove`; may call back more than once."""

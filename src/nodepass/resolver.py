@@ -42,7 +42,12 @@ async def resolve(host: str, port: int, flags: int = 0) -> list[Candidate]:
         answer = _under_way[key] = loop.create_future()
         answer.add_done_callback(lambda done: done.cancelled() or done.exception())
         name = "nodepass-resolver"
-        threading.Thread(target=_look_up, args=(key, answer), name=name, daemon=True).start()
+        thread = threading.Thread(target=_look_up, args=(key, answer), name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as exc:  # a limit on threads has been reached
+            del _under_way[key]
+            raise socket.gaierror(socket.EAI_AGAIN, str(exc)) from exc
     return await asyncio.shield(answer)
 
 

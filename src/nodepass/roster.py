@@ -14,6 +14,7 @@ import asyncio
 import functools
 import secrets
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -43,10 +44,6 @@ from .relay import Relay
 from .session import Event, Lost, Role, Session
 from .stats import Counters
 
-BURST_ROOM: Final = 2
-"""Idle links a session may bring per link wanted: more is a client out of bounds."""
-
-
 MAX_CLIENTS: Final = 1024
 """Sessions at once: bounds what somebody can make us keep where no password is asked."""
 
@@ -71,7 +68,7 @@ class Roster:
         pool: where their links go.
         watch: tells of idle links that die.
         spawn: runs a task.
-        most_idle: idle links to ask for at most, of one client.
+        shares: how many idle links may be asked for and kept.
     """
 
     def __init__(
@@ -82,7 +79,7 @@ class Roster:
         pool: Pool,
         watch: HangupWatch,
         spawn: Spawn,
-        most_idle: int,
+        shares: net.Shares,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._settings = settings
@@ -91,8 +88,10 @@ class Roster:
         self._pool = pool
         self._watch = watch
         self._spawn = spawn
-        self._most_idle = most_idle
+        self._most_idle = shares.idle
+        self._stock = shares.stock
         self._clients: dict[str, Client] = {}
+        self._sources: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._clients)
@@ -100,9 +99,9 @@ class Roster:
     def __iter__(self) -> Iterator[Client]:
         return iter(list(self._clients.values()))
 
-    def has_host(self, host: str) -> bool:
-        """Tell whether any client is connected from an address."""
-        return any(c.host == host for c in self._clients.values())
+    def has_source(self, source: str) -> bool:
+        """Tell whether any client is connected from a source, as `net.source_of` names it."""
+        return self._sources[source] > 0
 
     def has_native(self, host: str) -> bool:
         """Tell whether a native client is connected from an address."""
@@ -149,12 +148,19 @@ class Roster:
                 )
             return
         is_taken = claim.number in client.shelf or claim.number in client.launched
-        if is_taken or len(client.shelf) >= BURST_ROOM * self._most_idle:
-            net.reset(caller.sock)
-            self._log.repeated("warn", "surplus", "a link too many", client=client.name)
+        if is_taken or self._is_stocked(client):
+            self._refuse_link(caller.sock, client)
             return
         self._counters.links += 1
         self._pool.give(client, Link(caller.sock, claim.number, caller.handshake.rest()))
+
+    def _is_stocked(self, client: Client) -> bool:
+        is_own_full = len(client.shelf) >= net.IDLE_ROOM * self._most_idle
+        return is_own_full or len(self._watch) >= self._stock
+
+    def _refuse_link(self, sock: socket.socket, client: Client) -> None:
+        net.reset(sock)
+        self._log.repeated("warn", "surplus", "a link too many", client=client.name)
 
     def _take_hello(self, caller: Caller, hello: Hello) -> None:
         session_id = secrets.token_hex(SESSION_SIZE)
@@ -193,8 +199,12 @@ class Roster:
         )
 
     def _replace(self, old: Client) -> None:
-        self._log.info(
-            "client replaced by a newer one of its name", client=old.name, host=old.host
+        self._log.bounded(
+            "info",
+            "replaced",
+            "client replaced by a newer one of its name",
+            client=old.name,
+            host=old.host,
         )
         if old.control is not None:
             old.control.close("replaced")
@@ -218,6 +228,7 @@ class Roster:
         )
         client.control = Control(session, functools.partial(self._on_event, client))
         self._clients[session_id] = client
+        self._sources[net.source_of(client.host)] += 1
         self._counters.sessions += 1
         self._pool.add(client)
         self._spawn(self._run_control(client, caller), "a control channel")
@@ -238,18 +249,23 @@ class Roster:
     def _unseat(self, client: Client) -> None:
         if self._clients.get(client.id) is client:
             del self._clients[client.id]
+            source = net.source_of(client.host)
+            self._sources[source] -= 1
+            if not self._sources[source]:
+                del self._sources[source]
         self._pool.remove(client)
 
     def _on_event(self, client: Client, event: Event) -> None:
         if isinstance(event, Fail):
             self._fail(client, event)
         elif isinstance(event, Drain):
-            self._log.info("client is stopping", client=client.name)
+            self._log.bounded("info", "stopping", "client is stopping", client=client.name)
             client.shelf.clear()
         elif isinstance(event, Lost):
             self._unseat(client)
-            tell = self._log.info if event.is_orderly else self._log.warn
-            tell(
+            self._log.bounded(
+                "info" if event.is_orderly else "warn",
+                "lost",
                 "tunnel lost",
                 client=client.name,
                 host=client.host,
@@ -316,6 +332,9 @@ class Roster:
             net.reset(sock)
             self._counters.strangers += 1
             self._log.repeated("warn", f"data {host}", "turned away at the data port", host=host)
+            return
+        if self._is_stocked(current):
+            self._refuse_link(sock, current)
             return
         link_id = self._fresh_seed_id(current)
         try:

@@ -38,12 +38,15 @@ class Server(Tunnel):
     async def _open(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._visitors = 0
-        self._limit, most_idle = self.share_descriptors()
-        self._watch = net.HangupWatch()
-        self.resources.callback(self._watch.close)
+        shares = self.share_descriptors()
+        self._limit = shares.visitors
+        self._waiting = net.HangupWatch()
+        self.resources.callback(self._waiting.close)
+        idle = net.HangupWatch()
+        self.resources.callback(idle.close)
         self._pool = Pool()
         self._clients = Roster(
-            self.settings, self.log, self.counters, self._pool, self._watch, self.spawn, most_idle
+            self.settings, self.log, self.counters, self._pool, idle, self.spawn, shares
         )
         self.resources.callback(self._clients.close, "stopped")
         self.resources.callback(self._pool.close)
@@ -51,7 +54,7 @@ class Server(Tunnel):
             self.log,
             self.settings.handshake_timeout,
             self._clients.take_opening,
-            self._clients.has_host,
+            self._clients.has_source,
             self.counters,
         )
         self.resources.callback(self._entrance.close)
@@ -179,22 +182,22 @@ class Server(Tunnel):
                 assert waiting is not None
                 waiting.cancel()
 
-        self._watch.add(sock, leave)
+        self._waiting.add(sock, leave)
         try:
             member, link = await self._pool.take(self.settings.dial_timeout)
         except (PoolTimeout, PoolClosed) as exc:
-            self._watch.remove(sock)
+            self._waiting.remove(sock)
             hint = "no client is connected" if not len(self._clients) else str(exc)
             self._turn_away(sock, "warn", "no link", hint)
             return
         except BaseException:
-            self._watch.remove(sock)
+            self._waiting.remove(sock)
             net.reset(sock)
             self._free_slot()
             if is_gone and waiting is not None and not waiting.uncancel():
                 return  # the visitor has gone; that is all
             raise
-        self._watch.remove(sock)
+        self._waiting.remove(sock)
         self._join(sock, visitor, member, link)
 
     def _turn_away(self, sock: socket.socket, level: str, key: str, why: object) -> None:

@@ -157,18 +157,18 @@ class Tunnel(ABC):
 
     # ------------------------------------------------------- for server and client to use
 
-    def share_descriptors(self) -> tuple[int, int]:
-        """Return most visitors and most idle links, cut to the limit of open files."""
+    def share_descriptors(self) -> net.Shares:
+        """Return how many visitors and idle links fit the limit of open files; warn if few."""
         wanted = self.settings.semaphore_limit
-        visitors, idle = net.share_descriptors(wanted, self.settings.max_pool_capacity)
-        if visitors < wanted:
+        shares = net.share_descriptors(wanted, self.settings.max_pool_capacity)
+        if shares.visitors < wanted:
             self.log.warn(
                 "the limit of open files (ulimit -n) is too low for SEMAPHORE_LIMIT visitors",
                 files=net.descriptor_limit(),
-                visitors=visitors,
+                visitors=shares.visitors,
                 wanted=wanted,
             )
-        return visitors, idle
+        return shares
 
     def require_running(self) -> None:
         """Raise TunnelError if the tunnel has never run."""

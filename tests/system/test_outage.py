@@ -7,12 +7,16 @@ import re
 import signal
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from tests.system.rig.arena import Arena
 from tests.system.rig.stream import Stream, connect, exchange
 from tests.system.rig.target import body_of, digest_of, echo, serve_body
 from tests.system.rig.timing import free_port, limit, until, within
+
+if TYPE_CHECKING:
+    from tests.system.rig.process import Nodepass
 
 OUTAGE = 5.0
 """Seconds that the CPU time of a client without its server is watched."""
@@ -223,16 +227,27 @@ async def test_killed_client_returns_to_waiting_visitors(tmp_path: Path, engine:
         assert time.monotonic() - back < limit(1), "served within a second of its return"
 
 
-async def test_f06_killed_client_ends_its_relays(tmp_path: Path, engine: str) -> None:
+@pytest.mark.parametrize("side", ["server", "client"])
+async def test_f20_killed_process_resets_its_relays(
+    tmp_path: Path, engine: str, side: str
+) -> None:
+    """The kernel closes what a killed process held: no stream may look complete for that."""
+    ends: list[str] = []
+
+    async def half_a_body(stream: Stream) -> None:
+        await stream.write(b"half")
+        ends.append("reset" if await stream.is_reset() else "clean")
+
     async with Arena(tmp_path, engine) as arena, within(30):
-        tunnel = await arena.tunnel(arena.target(echo))
+        tunnel = await arena.tunnel(arena.target(half_a_body))
         async with await connect(tunnel.port) as visitor:
-            await visitor.write(b"x")
-            assert await visitor.read() == b"x"
-            await visitor.write(b"left unread" * 1000)
-            tunnel.client.kill()
+            assert await visitor.read_exactly(4) == b"half"
+            killed: Nodepass = getattr(tunnel, side)
+            killed.kill()
             async with within(3):
-                await visitor.is_reset()  # an end of some kind; no visitor hangs
+                assert await visitor.is_reset()
+        await until(lambda: ends, 3, "the target to see an end")
+        assert ends == ["reset"]
 
 
 async def test_killed_server_is_found_again(tmp_path: Path, engine: str) -> None:

@@ -11,7 +11,7 @@ from tests.engine.rig import tcp_pair
 from tests.system.rig.timing import until, within
 
 from nodepass import net, wire
-from nodepass.entrance import MAX_CALLERS, MAX_CALLERS_PER_HOST, Caller, Entrance
+from nodepass.entrance import MAX_CALLERS, MAX_CALLERS_PER_SOURCE, Caller, Entrance
 from nodepass.log import Log
 from nodepass.message import Hello, LinkClaim
 from nodepass.stats import Counters
@@ -219,12 +219,12 @@ async def test_a_silent_one_delays_nobody() -> None:
 @both
 async def test_limit_of_one_address_makes_room_at_the_cost_of_its_oldest() -> None:
     async with Street() as street:
-        inside = [street.come() for _ in range(MAX_CALLERS_PER_HOST)]
+        inside = [street.come() for _ in range(MAX_CALLERS_PER_SOURCE)]
         other = street.come("10.0.0.2")
         late = street.come()
         assert street.is_out(inside[0])
         assert not any(street.is_out(far) for far in [*inside[1:], other, late])
-        assert len(street.entrance) == MAX_CALLERS_PER_HOST + 1
+        assert len(street.entrance) == MAX_CALLERS_PER_SOURCE + 1
         late.send(HELLO)
         await until(lambda: street.openings, 5, "a client behind a crowd of its address")
         assert not street.is_out(street.come())
@@ -235,19 +235,19 @@ async def test_limit_of_one_address_makes_room_at_the_cost_of_its_oldest() -> No
 async def test_limit_counts_only_who_has_said_nothing_yet() -> None:
     """A burst of a client's links accepted in one turn: their lines are here, only unread."""
     async with Street() as street:
-        for _ in range(MAX_CALLERS_PER_HOST):
+        for _ in range(MAX_CALLERS_PER_SOURCE):
             street.come().send(CLAIM)
         late = street.come()
-        assert len(street.openings) == MAX_CALLERS_PER_HOST
+        assert len(street.openings) == MAX_CALLERS_PER_SOURCE
         assert not street.is_out(late)
         late.send(CLAIM)
-        await until(lambda: len(street.openings) == MAX_CALLERS_PER_HOST + 1, 5, "the last")
+        await until(lambda: len(street.openings) == MAX_CALLERS_PER_SOURCE + 1, 5, "the last")
         assert street.counters.strangers == 0
 
 
 async def test_crowd_is_swept_again_in_the_next_turn() -> None:
     async with Street() as street:
-        inside = [street.come() for _ in range(MAX_CALLERS_PER_HOST)]
+        inside = [street.come() for _ in range(MAX_CALLERS_PER_SOURCE)]
         street.come()
         assert street.is_out(inside[0])
         await asyncio.sleep(0)
@@ -293,7 +293,7 @@ async def test_limit_of_all_makes_room_at_the_cost_of_the_crowd() -> None:
 async def test_limit_of_all_spares_the_addresses_of_clients() -> None:
     async with Street() as street:
         street.known.add("10.1.1.1")
-        ours = [street.come("10.1.1.1") for _ in range(MAX_CALLERS_PER_HOST)]
+        ours = [street.come("10.1.1.1") for _ in range(MAX_CALLERS_PER_SOURCE)]
         strangers = [street.come(f"10.0.{n}.1") for n in range(most() - len(ours))]
         street.come("10.2.2.2")
         assert not any(street.is_out(far) for far in ours)
@@ -312,11 +312,11 @@ async def test_limit_of_all_where_everybody_is_known() -> None:
 @both
 async def test_limit_goes_down_with_those_who_leave() -> None:
     async with Street(timeout=0.05) as street:
-        for _ in range(MAX_CALLERS_PER_HOST):
+        for _ in range(MAX_CALLERS_PER_SOURCE):
             street.come()
         await until(lambda: not len(street.entrance), 5, "the deadline of all")
         assert not street.is_out(street.come())
-        assert street.counters.strangers == MAX_CALLERS_PER_HOST
+        assert street.counters.strangers == MAX_CALLERS_PER_SOURCE
 
 
 # --- seed clients ------------------------------------------------------------------------------

@@ -277,15 +277,17 @@ def test_descriptor_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "expected"), [(20_000, (1000, 500)), (1024, (348, 232)), (10, (1, 1))]
+    ("limit", "expected"),
+    [(20_000, (1000, 500, 4976)), (1024, (348, 116, 232)), (10, (1, 1, 1))],
 )
 def test_share_descriptors(
-    limit: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    limit: int, expected: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(net, "descriptor_limit", lambda: limit)
-    visitors, idle = net.share_descriptors(1000, 500)
-    assert (visitors, idle) == expected
-    assert limit < 100 or visitors * net.DESCRIPTORS_PER_VISITOR + idle < limit
+    shares = net.share_descriptors(1000, 500)
+    assert shares == expected
+    spent = shares.visitors * net.DESCRIPTORS_PER_VISITOR + shares.stock
+    assert limit < 100 or spent < limit
 
 
 def test_is_stalled(monkeypatch: pytest.MonkeyPatch) -> None:

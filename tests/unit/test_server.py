@@ -364,7 +364,7 @@ async def test_link_number_is_good_for_one_link() -> None:
 async def test_links_beyond_all_bounds_are_reset() -> None:
     async with serving(min_pool_capacity=1, max_pool_capacity=2) as desk:
         client = await desk.client()
-        room = roster.BURST_ROOM * 2
+        room = net.IDLE_ROOM * 2
         await desk.links(client, *range(room))
         assert await is_reset(await desk.link(client, 99))
         assert desk.figures.links_idle == room
@@ -849,7 +849,7 @@ async def test_few_descriptors_bound_visitors_and_links(
         async with serving("log=warn") as desk:
             client = await desk.client()
             assert client.idle <= 2
-            await desk.links(client, 1, 2, 3, 4)
+            await desk.links(client, 1, 2)
             for _ in range(4):
                 await desk.visit()
             await until(lambda: desk.figures.visitors == 3, 5, "three visitors")

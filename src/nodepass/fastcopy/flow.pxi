@@ -36,7 +36,8 @@ cdef void flow_admit(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     for side in range(2):
         # From here on only flow_bury() closes politely: if the process is killed in mid
         # transfer, the kernel resets both sides, and nobody takes a cut stream for whole.
-        sys_arm_reset(flow.legs[side].fd, 1)
+        rc = sys_arm_reset(flow.legs[side].fd, 1)
+        NP_BUG(rc == -ENOTSOCK, &w.counters.bugs, b"not a socket after all")
         rc = sys_epoll_add(w.epoll, flow.legs[side].fd, tag | <uint64_t>side)
         if rc < 0:
             flow_bury(w, flow, slot, R_RESET, side + 1, -rc)
