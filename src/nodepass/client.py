@@ -33,6 +33,7 @@ from .relay import Relays
 from .session import Backoff, Lost
 from .stats import TunnelStatistics
 from .tunnel import Tunnel
+from .watch import HangupWatch
 
 READ_SIZE: Final = wire.MAX_GREETING
 """Bytes per read of a greeting: what follows it belongs to others."""
@@ -53,7 +54,7 @@ class Client(Tunnel):
         """The live session, or None."""
 
     async def _open(self) -> None:
-        self.watch = net.HangupWatch()
+        self.watch = HangupWatch()
         self.resources.callback(self.watch.close)
         self.resources.callback(self._close_pairing)
         shares = self.share_descriptors()

@@ -23,6 +23,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import PIPE
 from typing import IO, TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ STOP_LIMIT: Final = 8.0
 STALL_LIMIT: Final = 10.0
 """Seconds without a byte before a transfer counts as failed."""
 ANSWER: Final = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close\r\n\r\nok\n"
-STOPPERS: Final = (signal.SIGINT, signal.SIGTERM)
+STOPPERS: Final = signal.SIGINT, signal.SIGTERM
 REPLACED: Final = ("NODEPASS_PASSWORD", "NODEPASS_PASSWORD_FILE")
 """Variables that would change what the two commands do."""
 
@@ -173,9 +174,9 @@ def _progress(label: str, percent: int) -> None:
     """Draw a bar on a terminal, nothing elsewhere."""
     if not sys.stdout.isatty():
         return
-    filled = percent * 30 // 100
+    bar = "#" * (percent * 30 // 100)
     end = "\r\033[K" if percent == 100 else ""
-    print(f"\r{label:22} [{'#' * filled}{'.' * (30 - filled)}] {percent:3} %", end=end, flush=True)
+    print(f"\r{label:22} [{bar:.<30}] {percent:3} %", end=end, flush=True)
 
 
 def visit(port: int) -> float:
@@ -209,8 +210,8 @@ def measure(
         for future in [pool.submit(visit, port) for _ in range(connections)]:
             future.result()
         rate = connections / (time.monotonic() - start)
-    has_cpu = bool(pids) and sys.platform == "linux"
-    return Figures(size / took, sum(spent) / (size / 1e9) if has_cpu else None, rate, latency)
+    cpu = sum(spent) / (size / 1e9) if pids and sys.platform == "linux" else None
+    return Figures(size / took, cpu, rate, latency)
 
 
 def _cpu_of(pid: int) -> float:
@@ -236,7 +237,6 @@ class Interrupts:
         self.check()
 
     def check(self) -> None:
-        """Raise what was held back."""
         if self.has_come and not self.is_held:
             raise KeyboardInterrupt
 
@@ -251,9 +251,8 @@ def running(command: list[str], *, errors: Path) -> Iterator[subprocess.Popen[by
     interrupts.is_held = True  # raised inside Popen it would leave the child to nobody
     try:
         with errors.open("wb") as stderr:
-            pipe = subprocess.PIPE
             child = subprocess.Popen(  # noqa: S603 - our own interpreter, our own arguments
-                command, stdin=pipe, stdout=pipe, stderr=stderr, env=environment
+                command, stdin=PIPE, stdout=PIPE, stderr=stderr, env=environment
             )
     except BaseException:
         interrupts.is_held = False

@@ -1,4 +1,4 @@
-"""Sockets: listen, dial, resolve, options, accept back-off, hang-up watch.
+"""Sockets: listen, dial, resolve, options, accept back-off.
 
 Owns: every rule about how a TCP socket of ours comes to be. Sockets are bare and
 non-blocking, never wrapped in a transport, because the engine takes them over: a transport
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import select
 import socket
 import struct
 from collections.abc import Callable
@@ -445,64 +444,3 @@ def _literal_family(host: str) -> socket.AddressFamily | None:
             continue
         return family
     return None
-
-
-# ------------------------------------------------------------------------ hang-up watch
-
-
-class HangupWatch:
-    """Tell when the peers of many idle connections close or reset them.
-
-    One epoll set stands behind one reader of the loop, so a connection costs two system
-    calls in and out instead of a handle. Bytes that arrive early are left where they are;
-    without epoll (not Linux) they also end the watch of that connection.
-    """
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._callbacks: dict[int, Callable[[], None]] = {}
-        self._epoll = select.epoll() if hasattr(select, "epoll") else None
-        if self._epoll is not None:
-            self._loop.add_reader(self._epoll.fileno(), self._drain, self._epoll)
-
-    def __len__(self) -> int:
-        return len(self._callbacks)
-
-    def add(self, sock: socket.socket, on_hangup: Callable[[], None]) -> None:
-        """Watch a connection until `remove`; may call back more than once."""
-        fd = sock.fileno()
-        self._callbacks[fd] = on_hangup
-        if self._epoll is not None:
-            self._epoll.register(fd, select.EPOLLRDHUP | select.EPOLLET)
-        else:
-            self._loop.add_reader(fd, self._readable, fd)
-
-    def remove(self, sock: socket.socket) -> None:
-        """Forget a connection; must happen before it is closed or handed over."""
-        fd = sock.fileno()
-        if self._callbacks.pop(fd, None) is None:
-            return
-        if self._epoll is not None:
-            self._epoll.unregister(fd)
-        else:
-            self._loop.remove_reader(fd)
-
-    def close(self) -> None:
-        """Forget all; idempotent."""
-        if self._epoll is not None and not self._epoll.closed:
-            self._loop.remove_reader(self._epoll.fileno())
-            self._epoll.close()
-        elif self._epoll is None:
-            for fd in self._callbacks:
-                self._loop.remove_reader(fd)
-        self._callbacks.clear()
-
-    def _drain(self, epoll: select.epoll) -> None:
-        for fd, _ in epoll.poll(0, 256):
-            callback = self._callbacks.get(fd)
-            if callback is not None:
-                callback()
-
-    def _readable(self, fd: int) -> None:
-        self._loop.remove_reader(fd)
-        self._callbacks[fd]()

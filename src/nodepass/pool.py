@@ -22,6 +22,7 @@ from . import net
 from .errors import PoolClosed, PoolTimeout
 from .message import Dialect, Idle
 from .session import Session, State
+from .watch import HangupWatch
 
 DEMAND_WINDOW: Final = 0.25
 """Seconds of launches that the idle links must cover: replacing one takes 2.5 round trips,
@@ -62,7 +63,7 @@ class Shelf:
     """
 
     def __init__(
-        self, watch: net.HangupWatch, on_lost: Callable[[], None], grace: float = 0.0
+        self, watch: HangupWatch, on_lost: Callable[[], None], grace: float = 0.0
     ) -> None:
         self._watch = watch
         self._on_lost = on_lost

@@ -38,11 +38,11 @@ from .message import (
     Refusal,
     Refuse,
 )
-from .net import HangupWatch
 from .pool import Demand, Link, Member, Pool, Shelf, announce
 from .relay import Relay
 from .session import Event, Lost, Role, Session
 from .stats import Counters
+from .watch import HangupWatch
 
 MAX_CLIENTS: Final = 1024
 """Sessions at once: bounds what somebody can make us keep where no password is asked."""

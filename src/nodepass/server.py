@@ -24,6 +24,7 @@ from .relay import Relay, RelayResult
 from .roster import Client, Roster
 from .stats import TunnelStatistics, least_rtt
 from .tunnel import Tunnel
+from .watch import HangupWatch
 
 NATIVE_PATIENCE: Final = 1.0
 """Seconds that a caller must have been silent to pass for a seed client where its address has
@@ -40,9 +41,9 @@ class Server(Tunnel):
         self._visitors = 0
         shares = self.share_descriptors()
         self._limit = shares.visitors
-        self._waiting = net.HangupWatch()
+        self._waiting = HangupWatch()
         self.resources.callback(self._waiting.close)
-        idle = net.HangupWatch()
+        idle = HangupWatch()
         self.resources.callback(idle.close)
         self._pool = Pool()
         self._clients = Roster(

@@ -18,6 +18,7 @@ from nodepass.errors import PeerWireError, PoolTimeout
 from nodepass.filler import MAX_CONNECTING, MAX_DIALS, QUIET_FAILURES, Filler
 from nodepass.log import Log
 from nodepass.pool import Link, Shelf
+from nodepass.watch import HangupWatch
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -26,7 +27,7 @@ class Yard:
     """A filler over a shelf; its dials are what the test makes of them."""
 
     def __init__(self, *, pause: float = 0.01, level: str = "none") -> None:
-        self.watch = net.HangupWatch()
+        self.watch = HangupWatch()
         self.shelf = Shelf(self.watch, self._on_lost)
         self.gate = asyncio.Event()
         """Dials wait until it is set."""

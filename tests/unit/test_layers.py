@@ -38,17 +38,18 @@ ALLOWED: dict[str, set[str]] = {
     "session": {"errors", "message", "wire"},
     # sockets
     "resolver": set(),
+    "watch": set(),
     "net": {"errors", "resolver"},
     "relay": {"_pycopy", "environment", "errors", "log"},
     "control": {"errors", "log", "message", "net", "session"},
-    "pool": {"errors", "log", "message", "net", "session"},
+    "pool": {"errors", "log", "message", "net", "session", "watch"},
     "filler": {"errors", "log", "net", "pool", "session"},
     "entrance": {"errors", "handshake", "log", "message", "net", "stats", "wire"},
     # lifecycles
     "tunnel": {"config", "errors", "log", "net", "relay", "stats"},
     "roster": {
         "control", "entrance", "environment", "errors", "filler", "log", "message", "net", "pool",
-        "relay", "session", "stats", "wire",
+        "relay", "session", "stats", "watch", "wire",
     },
     "pairing": {
         "config", "control", "environment", "errors", "filler", "log", "message", "net", "pool",
@@ -56,11 +57,11 @@ ALLOWED: dict[str, set[str]] = {
     },
     "server": {
         "config", "entrance", "environment", "errors", "log", "message", "net", "pool", "relay",
-        "roster", "session", "stats", "tunnel", "wire",
+        "roster", "session", "stats", "tunnel", "watch", "wire",
     },
     "client": {
         "config", "environment", "errors", "handshake", "log", "message", "net", "pairing",
-        "relay", "session", "stats", "tunnel", "wire",
+        "relay", "session", "stats", "tunnel", "watch", "wire",
     },
     # the program
     "demo": set(),

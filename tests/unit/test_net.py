@@ -23,6 +23,7 @@ from tests.system.rig.timing import free_port, until, within
 import nodepass
 from nodepass import net
 from nodepass.errors import DialError, ListenError
+from nodepass.watch import HangupWatch
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -825,8 +826,8 @@ async def test_dial_cancelled_with_a_connection_in_hand(
 
 
 @contextlib.contextmanager
-def watching() -> Iterator[net.HangupWatch]:
-    watch = net.HangupWatch()
+def watching() -> Iterator[HangupWatch]:
+    watch = HangupWatch()
     try:
         yield watch
     finally:
@@ -954,7 +955,7 @@ async def test_watch_hears_a_crowd_that_leaves_at_once() -> None:
 @both
 async def test_watch_close_forgets_all(watch_kind: str) -> None:
     with ends() as (near, far):
-        watch = net.HangupWatch()
+        watch = HangupWatch()
         heard: list[str] = []
         watch.add(near, lambda: heard.append("near"))
         watch.close()

@@ -27,6 +27,7 @@ from nodepass.pool import (
     announce,
 )
 from nodepass.session import Role, Session, State
+from nodepass.watch import HangupWatch
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -38,7 +39,7 @@ class House:
     """A watch, links with their far ends, and everything closed at the end."""
 
     def __init__(self) -> None:
-        self.watch = net.HangupWatch()
+        self.watch = HangupWatch()
         self.far: dict[int | str, socket.socket] = {}
         self.lost = 0
         self._socks: list[socket.socket] = []
@@ -282,7 +283,7 @@ async def test_shelf_told_again_of_a_link_that_has_gone() -> None:
 async def test_shelf_survives_a_needless_wake_up() -> None:
     """A watch may call back although the link is alive (a number used again)."""
 
-    class Nervous(net.HangupWatch):
+    class Nervous(HangupWatch):
         def add(self, sock: socket.socket, on_hangup: object) -> None:
             super().add(sock, on_hangup)  # type: ignore[arg-type]
             callbacks.append(on_hangup)
