@@ -82,6 +82,7 @@ cdef struct Flow:
     uint8_t abort_asked         # [c]
     uint8_t state
     uint8_t is_ready            # on the ready list
+    uint8_t is_breaking         # a leg is dead; its last words are being delivered
     uint8_t reason
     uint8_t side
     int32_t code

@@ -8,12 +8,16 @@ anything; the rules are in `session`. Called by `server` and `client`.
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from collections.abc import Callable
-from typing import cast
+from typing import Final, cast
 
 from .net import is_stalled, limit_silence
 from .session import SILENT_PERIODS, Event, Lost, Session
+
+_UNANSWERED: Final = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH})
+"""How a connection ends when nobody answers any more."""
 
 
 class Control(asyncio.Protocol):
@@ -93,7 +97,8 @@ class Control(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         reason = str(exc).lower() if exc is not None else "the connection was closed"
-        self._deliver(self._session.cut(reason))
+        is_silence = isinstance(exc, OSError) and exc.errno in _UNANSWERED
+        self._deliver(self._session.cut(reason, self._loop.time(), is_silence=is_silence))
         self._end()
 
     def pause_writing(self) -> None:

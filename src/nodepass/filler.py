@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Final
 
 from . import net
-from .errors import NodePassError, PoolTimeout
+from .errors import NodePassError, PoolError, PoolTimeout
 from .log import Log
 from .pool import Link, Shelf, has_result
 from .session import Backoff
@@ -22,6 +22,9 @@ MAX_DIALS: Final = 60
 """Dials under way at once, handshakes included: a server bears 64 from one address."""
 QUIET_FAILURES: Final = 3
 """Failed dials in a row that stay at debug level: a server that stops refuses a few."""
+
+YOUNG: Final = 1.0
+"""Seconds that a link must live idle to count as made: several round trips of any path."""
 
 Spawn = Callable[[Coroutine[object, object, None], str], None]
 
@@ -119,10 +122,25 @@ class Filler:
             return
         finally:
             self.dialling -= 1
-        self._failures = 0
-        self._backoff.reset()
         self._give(link)
         self.fill()
+
+    def settle(self) -> None:
+        """Take it that links work: one was launched, or lived long enough."""
+        self._failures = 0
+        self._backoff.reset()
+
+    def lose(self, link: Link) -> None:
+        """Replace a link that died idle; one that never lived counts as a failed dial.
+
+        Otherwise a far side that drops links as soon as they are made would have us dial
+        thousands a second.
+        """
+        if self._loop.time() - link.since < YOUNG:
+            self._fail(PoolError("links die as soon as they are made"))
+        else:
+            self.settle()
+            self.fill()
 
     def _give(self, link: Link) -> None:
         if self._is_closed:

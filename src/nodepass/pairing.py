@@ -158,9 +158,9 @@ class Pairing:
         # The server knows the rate of visitors; what the user set here still bounds its wish.
         self.filler.wanted = min(self._most_idle, max(self._least_idle, idle))
 
-    def _on_link_lost(self) -> None:
+    def _on_link_lost(self, link: Link) -> None:
         self._client.counters.links_lost += 1
-        self.filler.fill()
+        self.filler.lose(link)
         self._check_drained()
 
     def _check_drained(self) -> None:
@@ -236,6 +236,7 @@ class Pairing:
     def _claim_nowait(self, name: int | str) -> Link | None:
         link = self.shelf.claim(name)
         if link is not None:
+            self.filler.settle()
             if self.session.dialect is Dialect.SEED:
                 self._demand.take(self._loop.time())
                 self._want(self._demand.wanted)

@@ -35,6 +35,10 @@ DECAY: Final = 0.75
 """What is kept of a surplus each quiet period: a lull of seconds must not undo the stock."""
 
 
+MAX_ENDING: Final = 64
+"""Ended links of one session that wait for a launch: those whose visitor left within a round
+trip, a handful; more are a far side that drops what we dial."""
+
 T = TypeVar("T")
 
 
@@ -47,6 +51,8 @@ class Link:
     """Number in the native dialect, id of 8 hex characters in the seed dialect."""
     head: bytes = b""
     """Bytes that came behind its opening line; owed to whom it is joined with."""
+    since: float = 0.0
+    """Seconds of the loop's clock at which it was shelved."""
     ending: asyncio.TimerHandle | None = field(default=None, repr=False)
     """Runs while a link that the far side has ended waits for a launch."""
 
@@ -63,7 +69,7 @@ class Shelf:
     """
 
     def __init__(
-        self, watch: HangupWatch, on_lost: Callable[[], None], grace: float = 0.0
+        self, watch: HangupWatch, on_lost: Callable[[Link], None], grace: float = 0.0
     ) -> None:
         self._watch = watch
         self._on_lost = on_lost
@@ -82,6 +88,7 @@ class Shelf:
     def put(self, link: Link) -> None:
         """Keep a link; its name must not be here already."""
         self._idle[link.name] = link
+        link.since = asyncio.get_running_loop().time()
         self._watch.add(link.sock, lambda: self._check(link))
 
     def take(self) -> Link | None:
@@ -136,21 +143,25 @@ class Shelf:
         del self._idle[link.name]
         self._watch.remove(link.sock)
         if ended_clean and self._grace:
+            if len(self._ending) >= MAX_ENDING:
+                self._forget(next(iter(self._ending.values())))
             self._ending[link.name] = link
             loop = asyncio.get_running_loop()
             link.ending = loop.call_later(self._grace, self._forget, link)
-            self._on_lost()
+            self._on_lost(link)
             return
         self._bury(link)
 
     def _forget(self, link: Link) -> None:
         if self._ending.pop(link.name, None) is not None:
+            if link.ending is not None:
+                link.ending.cancel()
             net.reset(link.sock)
 
     def _bury(self, link: Link) -> None:
         link.sock.close()
         self.lost += 1
-        self._on_lost()
+        self._on_lost(link)
 
 
 class Demand:

@@ -155,8 +155,16 @@ class Roster:
         self._pool.give(client, Link(caller.sock, claim.number, caller.handshake.rest()))
 
     def _is_stocked(self, client: Client) -> bool:
-        is_own_full = len(client.shelf) >= net.IDLE_ROOM * self._most_idle
-        return is_own_full or len(self._watch) >= self._stock
+        if len(client.shelf) >= net.IDLE_ROOM * self._most_idle:
+            return True
+        if len(self._watch) < self._stock:
+            return False
+        # Full: who has most gives way, so that one client cannot starve the others.
+        fattest = max(self._pool, key=lambda member: len(member.shelf))
+        if len(fattest.shelf) <= len(client.shelf) + 1:
+            return True
+        fattest.shelf.retire(1)
+        return False
 
     def _refuse_link(self, sock: socket.socket, client: Client) -> None:
         net.reset(sock)
@@ -232,8 +240,9 @@ class Roster:
         self._counters.sessions += 1
         self._pool.add(client)
         self._spawn(self._run_control(client, caller), "a control channel")
-        self._log.info(
-            "client connected", client=name, dialect=dialect, **{"from": caller.address}
+        origin = {"from": caller.address}
+        self._log.bounded(
+            "info", "connected", "client connected", client=name, dialect=dialect, **origin
         )
         return client
 
@@ -243,7 +252,7 @@ class Roster:
         try:
             await client.control.open(caller.sock, interval, caller.handshake.rest())
         except OSError as exc:
-            for event in client.session.cut(str(exc)):
+            for event in client.session.cut(str(exc), self._loop.time()):
                 self._on_event(client, event)
 
     def _unseat(self, client: Client) -> None:
@@ -282,8 +291,9 @@ class Roster:
         brought no byte back would keep its visitor waiting for as long as TCP tries, and
         nobody would say a word.
         """
-        for name in list(client.launched):
-            relay, launched_at = client.launched[name]
+        # What was launched within the round trip before the last byte may be unheard, too.
+        since -= client.session.rtt or self._settings.report_interval
+        for relay, launched_at in list(client.launched.values()):
             if launched_at >= since and relay.live()[1] == 0:
                 relay.abort()
 
@@ -366,5 +376,5 @@ class Roster:
         least = min(self._settings.min_pool_capacity, self._most_idle)
         return Demand(least, self._most_idle, self._loop.time())
 
-    def _count_lost_link(self) -> None:
+    def _count_lost_link(self, _link: Link) -> None:
         self._counters.links_lost += 1

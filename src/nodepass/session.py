@@ -144,9 +144,18 @@ class Session:
             events.append(self._lose(f"the other side broke the protocol: {exc}"))
         return self._bound(events)
 
-    def cut(self, reason: str) -> list[Event]:
-        """Take it that the connection is gone, for a reason that the socket gave."""
-        return [self._lose(reason)] if self.is_open else []
+    def cut(self, reason: str, now: float, *, is_silence: bool = False) -> list[Event]:
+        """Take it that the connection is gone, for a reason that the socket gave.
+
+        Args:
+            is_silence: the peer did not end it; our bytes went unanswered.
+        """
+        if not self.is_open:
+            return []
+        self._move(State.CLOSED)
+        # TCP is told to give up after the same time; a seed client is never heard at all.
+        latest = now - SILENT_PERIODS * self._interval
+        return [Lost(reason, silent_since=max(latest, self._heard_at) if is_silence else None)]
 
     def tick(self, now: float) -> list[Event]:
         """Send what is due and notice silence; call it at `next_tick`, or later."""

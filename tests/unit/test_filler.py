@@ -61,7 +61,7 @@ class Yard:
         for task in self._tasks:
             task.cancel()
 
-    def _on_lost(self) -> None:
+    def _on_lost(self, _link: Link) -> None:
         self.filler.fill()
 
     def _spawn(self, work: Coroutine[object, object, None], what: str) -> None:

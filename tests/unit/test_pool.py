@@ -73,7 +73,7 @@ class House:
     def is_open(self, name: int | str) -> bool:
         return not net.has_ended(self.far[name])
 
-    def _count(self) -> None:
+    def _count(self, _link: Link) -> None:
         self.lost += 1
 
     def __enter__(self) -> House:
@@ -266,7 +266,7 @@ async def test_shelf_told_again_of_a_link_that_has_gone() -> None:
         shelf = house.shelf()
         taken: list[Link | None] = []
 
-        def take_other() -> None:
+        def take_other(_link: Link) -> None:
             taken.append(shelf.take())
 
         other = Shelf(house.watch, take_other)

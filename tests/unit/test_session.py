@@ -154,8 +154,8 @@ def test_nothing_is_heard_behind_the_end(end: bytes) -> None:
 
 def test_cut_takes_the_reason_of_the_socket() -> None:
     session = seed()
-    assert session.cut("connection reset by peer") == [Lost("connection reset by peer")]
-    assert session.cut("again") == []
+    assert session.cut("connection reset by peer", 1.0) == [Lost("connection reset by peer")]
+    assert session.cut("again", 1.0) == []
 
 
 @pytest.mark.parametrize("make", [closed_by_bye, closed_by_peer])
@@ -172,7 +172,7 @@ def test_closed_absorbs(make: Make) -> None:
     assert session.receive_data(b"", START) == []
     for seconds in (1e9, 1e9 + 9, 1e9 + 18):
         assert session.tick(START + seconds) == []
-    assert session.cut("late") == []
+    assert session.cut("late", 1.0) == []
     session.send(Ping(1))
     session.launch(Kind.TCP, 1, "x")
     session.drain()
@@ -307,7 +307,7 @@ def test_a_late_tick_beats_once() -> None:
 def test_silence_of_a_native_peer_is_a_loss(role: Role) -> None:
     session = native(role)
     assert run(session, START + 1000) == START + 3 * INTERVAL
-    assert session.cut("late") == []
+    assert session.cut("late", 1.0) == []
 
 
 def test_silence_is_named() -> None:

@@ -47,19 +47,23 @@ cdef void flow_admit(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
 # -> 1 if the flow wants another turn in this round's successor, 0 otherwise.
 # Runs on: the worker.
 cdef int flow_turn(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
-    cdef int up = way_pump(w, flow, slot, 0)
-    cdef int down
-    if up < 0:
+    # A leg with an error is read before it is written to: the write would take the error.
+    cdef int first = 1 if flow.legs[1].bits & SEEN_ERROR else 0
+    cdef int more = way_pump(w, flow, slot, first)
+    cdef int also
+    if more < 0:
         return 0
-    down = way_pump(w, flow, slot, 1)
-    if down < 0:
+    also = way_pump(w, flow, slot, 1 - first)
+    if also < 0:
         return 0
-    if flow_check_error(w, flow, slot, 0, up) or flow_check_error(w, flow, slot, 1, down):
+    if flow_check_error(w, flow, slot, first, more):
+        return 0
+    if flow_check_error(w, flow, slot, 1 - first, also):
         return 0
     if flow.ways[0].state == WAY_SHUT and flow.ways[1].state == WAY_SHUT:
         flow_bury(w, flow, slot, R_FINISHED, 0, 0)
         return 0
-    return up | down
+    return more | also
 
 
 # -> 1 if the flow is buried. A socket with an error first gives what it has received, then

@@ -77,7 +77,7 @@ cdef ssize_t way_copy(Worker* w, Flow* flow, uint32_t slot, int index) noexcept 
     sent = sys_send(dst.fd, w.scratch, got)
     if sent < 0:
         if sent != -EAGAIN:
-            return flow_reset(w, flow, slot, 1 - index, <int>-sent)
+            return flow_break(w, flow, slot, 1 - index, <int>-sent)
         sent = 0
     way_account(w, flow, index, sent)
     if sent < got:
@@ -108,14 +108,18 @@ cdef ssize_t way_copy(Worker* w, Flow* flow, uint32_t slot, int index) noexcept 
 # EOF of src, with everything delivered: pass it on, once.
 cdef ssize_t way_end(Worker* w, Flow* flow, uint32_t slot, int index) noexcept nogil:
     cdef Leg* dst = &flow.legs[1 - index]
-    cdef int rc = sys_shutdown_write(dst.fd)
+    cdef int rc
     cdef int code
+    if flow.is_breaking:
+        flow.legs[index].bits &= ~<uint32_t>MAY_READ
+        return 0                # its error has been taken; what looks like EOF is no FIN
+    rc = sys_shutdown_write(dst.fd)
     if rc < 0:
         # ENOTCONN: the connection died and its event is still on the way.
         code = sys_socket_error(dst.fd)
         if code == 0:
             code = ECONNRESET if rc == -ENOTCONN else -rc
-        return flow_reset(w, flow, slot, 1 - index, code)
+        return flow_break(w, flow, slot, 1 - index, code)
     flow.ways[index].state = WAY_SHUT
     flow.legs[index].bits &= ~<uint32_t>MAY_READ
     return 1
@@ -129,7 +133,7 @@ cdef ssize_t way_send_parked(Worker* w, Flow* flow, uint32_t slot, int index) no
     cdef ssize_t sent = sys_send(dst.fd, way.parked + way.parked_from, size)
     if sent < 0:
         if sent != -EAGAIN:
-            return flow_reset(w, flow, slot, 1 - index, <int>-sent)
+            return flow_break(w, flow, slot, 1 - index, <int>-sent)
         sent = 0
     way_account(w, flow, index, sent)
     way.parked_from += sent
@@ -210,7 +214,7 @@ cdef ssize_t way_drain_pipe(Worker* w, Flow* flow, uint32_t slot, int index) noe
         dst.bits &= ~<uint32_t>MAY_WRITE
         return 0
     if sent < 0:
-        return flow_reset(w, flow, slot, 1 - index, <int>-sent)
+        return flow_break(w, flow, slot, 1 - index, <int>-sent)
     way.pipe_bytes -= <uint32_t>sent
     take_own64(&w.counters.parked_bytes, sent)
     way_account(w, flow, index, sent)
@@ -225,6 +229,23 @@ cdef inline void way_account(Worker* w, Flow* flow, int index, size_t size) noex
         add_own64(&w.counters.bytes_up, size)
     else:
         add_own64(&w.counters.bytes_down, size)
+
+
+# A send to leg `index` failed: the leg is dead, but what it said before may still wait in
+# its socket (a server that answers 413 and closes while the upload goes on). Deliver that,
+# then apply the reset law. -> always -1.
+cdef ssize_t flow_break(
+    Worker* w, Flow* flow, uint32_t slot, int index, int code
+) noexcept nogil:
+    cdef int rc = 1
+    if not flow.is_breaking:
+        flow.is_breaking = 1
+        flow.legs[index].bits |= MAY_READ
+        while rc == 1:          # bounded: nothing is added to a dead socket
+            rc = way_pump(w, flow, slot, index)
+        if rc < 0:
+            return -1
+    return flow_reset(w, flow, slot, index, code)
 
 
 # The reset law; `index` is the leg at fault. -> always -1.

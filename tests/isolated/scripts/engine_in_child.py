@@ -12,6 +12,7 @@ warnings.filterwarnings("ignore", ".*multi-threaded.*", DeprecationWarning)
 
 
 async def carry() -> None:
+    asyncio.get_running_loop().slow_callback_duration = 60
     async with Rig(KIND) as rig:
         flow = rig.join()
         await rig.send(flow.visitor, b"hello")
