@@ -194,14 +194,27 @@ class _Flow:
         for side, sock in enumerate(self.sockets, 1):
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if code:
-                self.bury(REASON_RESET, side, code)
+                self.reset(side - 1, OSError(code, ""))
                 return
         if self.idle and time.monotonic() - self.active >= self.idle:
             self.bury(REASON_IDLE)
 
     def reset(self, index: int, exc: OSError) -> None:
-        """Apply the reset law; `index` is the socket at fault."""
+        """Apply the reset law; `index` is the socket at fault, whose last words come first."""
+        self.pass_last_words(index)
         self.bury(REASON_RESET, index + 1, exc.errno or errno.EIO)
+
+    def pass_last_words(self, index: int) -> None:
+        """Deliver what a dead socket has received; what is parked is older and stays so."""
+        way, buffer = self.ways[index], self.engine.buffer
+        if way.parked or way.is_shut:
+            return
+        with contextlib.suppress(OSError):
+            while size := self.sockets[index].recv_into(buffer):
+                sent = self.sockets[1 - index].send(buffer[:size], NO_SIGNAL)
+                way.delivered += sent
+                if sent < size:
+                    return
 
     def forget_events(self) -> None:
         """Leave the event loop; before close, so that a reused number meets no old watcher."""

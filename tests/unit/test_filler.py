@@ -61,8 +61,8 @@ class Yard:
         for task in self._tasks:
             task.cancel()
 
-    def _on_lost(self, _link: Link) -> None:
-        self.filler.fill()
+    def _on_lost(self, link: Link) -> None:
+        self.filler.lose(link)
 
     def _spawn(self, work: Coroutine[object, object, None], what: str) -> None:
         assert "link" in what
@@ -177,6 +177,7 @@ async def test_failures_are_told_once_they_are_no_accident(
             await until(lambda: yard.dials > QUIET_FAILURES + 3, 5, "failures")
             yard.fault = None
             await until(lambda: len(yard.shelf) == 1, 5, "a link")
+            yard.filler.settle()  # it was launched
             yard.fault = OSError("refused")
             yard.shelf.retire(1)
             yard.filler.fill()
@@ -373,3 +374,32 @@ async def test_a_cancelled_dial_is_no_longer_under_way() -> None:
 def _block(seconds: float) -> None:
     """Hold the loop, so that everything due meanwhile falls into one turn."""
     time.sleep(seconds)
+
+
+# --- links that die ----------------------------------------------------------------------------
+
+
+@both
+async def test_f05_links_that_die_young_do_not_make_us_spin() -> None:
+    """A far side that drops every link at once is a failing dial, however well it connects."""
+    async with Yard(pause=0.05) as yard:
+        yard.open_gate()
+        yard.want(4)
+        for _ in range(50):
+            await asyncio.sleep(0.01)
+            for name in list(yard.far):
+                yard.far.pop(name).close()
+        # Half a second of pauses up to 0.05 s, four dials after each, is about 60; a spinning
+        # filler makes thousands.
+        assert yard.dials < 150
+
+
+@both
+async def test_link_that_dies_old_is_replaced_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nodepass.filler.YOUNG", 0.0)
+    async with Yard(pause=30.0) as yard:
+        yard.open_gate()
+        yard.want(1)
+        await until(lambda: len(yard.shelf) == 1, 5, "a link")
+        yard.far[1].close()
+        await until(lambda: yard.dials == 2, 5, "another dial, without the pause of 30 s")

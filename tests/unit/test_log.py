@@ -261,3 +261,23 @@ def test_lines_reach_a_host_program(caplog: pytest.LogCaptureFixture) -> None:
     assert record.getMessage() == "tunnel up  a=1"
     assert record.name == "nodepass.test"
     assert record.funcName == "test_lines_reach_a_host_program"
+
+
+def test_lines_of_one_kind_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many keys or strangers there are; other kinds are not held back by them."""
+    now = 1000.0
+    monkeypatch.setattr(module, "monotonic", lambda: now)
+    stream = io.StringIO()
+    setup("text", stream)
+    log = Log("test")
+    for number in range(500):
+        log.repeated("warn", f"stranger {number}", "turned away", n=number)
+        log.bounded("info", "connected", "client connected", n=number)
+    log.repeated("error", "accept", "cannot accept")
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2 * module.LINES_A_MINUTE + 1
+    assert lines[-1].endswith("ERROR  cannot accept")
+    now += module.REPEAT_PAUSE
+    log.bounded("info", "connected", "client connected", n=500)
+    last = stream.getvalue().splitlines()[-1]
+    assert last.endswith(f"n=500  unprinted={500 - module.LINES_A_MINUTE}")

@@ -19,6 +19,7 @@ from nodepass.message import Dialect, Idle
 from nodepass.pool import (
     DEMAND_MARGIN,
     DEMAND_WINDOW,
+    MAX_ENDING,
     Demand,
     Link,
     Member,
@@ -710,3 +711,16 @@ async def test_pool_serves_a_crowd_from_two_sessions() -> None:
         async with within(5):
             found = await asyncio.gather(*takers)
         assert sorted(int(link.name) for _, link in found) == list(range(50))
+
+
+@both
+async def test_ended_links_that_wait_for_a_launch_are_few() -> None:
+    with House() as house:
+        shelf = house.shelf(grace=30.0)
+        for number in range(MAX_ENDING + 5):
+            shelf.put(house.link(number))
+            house.far[number].shutdown(socket.SHUT_WR)
+            await until(lambda n=number: house.lost == n + 1, 5, "the loss")  # type: ignore[misc]
+        assert all(house.is_reset(number) for number in range(5)), "the oldest give way"
+        assert all(number in shelf for number in range(5, MAX_ENDING + 5))
+        shelf.clear()

@@ -119,3 +119,14 @@ def test_process_ends_while_a_lookup_hangs(loop: str) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "gave up\n", "")
+
+
+async def test_limit_on_threads_is_an_answer_and_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(socket.gaierror, match="can't start"):
+            await resolve("127.0.0.1", 80)
+    assert await resolve("127.0.0.1", 80) == [LOCAL]

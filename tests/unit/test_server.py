@@ -897,3 +897,47 @@ async def test_trouble_of_another_kind_is_told_without_advice(
             pass
     assert "Cannot allocate memory" in caplog.text
     assert "ulimit" not in caplog.text
+
+
+# --- silence and crowds ------------------------------------------------------------------------
+
+
+@both
+async def test_f06_visitors_launched_into_a_silence_are_reset() -> None:
+    """The client stands still: whom it may never have heard of is not left waiting."""
+    async with serving(report_interval=0.1) as desk:
+        client = await desk.client()
+        (link,) = await desk.links(client, 1)
+        visitor = await desk.visit()
+        await launched(client)
+        assert await is_reset(visitor), "nothing was heard from the client after the launch"
+        assert await is_reset(link)
+        assert desk.figures.sessions_open == 0
+
+
+@both
+async def test_f18_visitors_that_were_served_survive_the_silence() -> None:
+    async with serving(report_interval=0.1) as desk:
+        client = await desk.client()
+        (link,) = await desk.links(client, 1)
+        visitor = await desk.visit()
+        await launched(client)
+        await link.write(b"an answer")
+        assert await visitor.read() == b"an answer"
+        await until(lambda: desk.figures.sessions_open == 0, 5, "the loss")
+        await visitor.write(b"more")
+        assert await link.read() == b"more"
+
+
+@both
+async def test_who_has_most_links_gives_way_when_the_stock_is_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(net, "descriptor_limit", lambda: net.RESERVED_DESCRIPTORS + 24)
+    async with serving() as desk:  # a stock of 6
+        hog, honest = await desk.client("hog"), await desk.client("honest")
+        links = await desk.links(hog, *range(6))
+        await desk.links(honest, 1, 2)
+        assert desk.figures.links_idle == 6
+        assert await is_reset(links[0])
+        assert await is_reset(links[1])
