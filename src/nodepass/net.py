@@ -80,11 +80,6 @@ def source_of(host: str) -> str:
     return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8].hex(":", 2)
 
 
-def is_literal(host: str) -> bool:
-    """Tell whether a host is an IP address, so that nothing needs to be resolved."""
-    return _literal_family(host) is not None
-
-
 def tune(sock: socket.socket) -> None:
     """Set what every TCP leg of ours has; a listener passes it on to what it accepts.
 
