@@ -13,7 +13,9 @@ import sys
 from setuptools import Extension, setup
 
 SOURCE = "src/nodepass"
-INCLUDED = ("sys", "atomic", "slab", "ring", "pipe", "loop", "flow", "tcp", "order")
+INCLUDED = (
+    "sys", "atomic", "slab", "ring", "pipe", "loop", "flow", "tcp", "tls", "handshake", "order",
+)  # fmt: skip
 
 DIRECTIVES = {
     "language_level": 3,
@@ -68,6 +70,7 @@ def engine() -> Extension:
         depends=[
             f"{SOURCE}/_fastcopy.pxd",
             f"{SOURCE}/_linux.pxd",
+            f"{SOURCE}/_openssl.pxd",
             *(f"{SOURCE}/fastcopy/{name}.pxi" for name in INCLUDED),
         ],
         define_macros=[("_GNU_SOURCE", "1"), *macros],

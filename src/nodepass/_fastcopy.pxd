@@ -45,6 +45,12 @@ cdef enum:                      # Leg.bits: the kernel's last word about one soc
     SEEN_RDHUP = 4              # a FIN is queued: a short read does not mean "drained"
     SEEN_URGENT = 8             # recv stops at the urgent mark: neither does it here
     SEEN_ERROR = 16             # an error waits behind what the socket has received
+    # Of TLS flows only:
+    HAS_ENDED = 32              # EOF was read: close_notify, or a FIN on a plain leg
+    TLS_HOLDS = 64              # its SSL may hold bytes from before: read it, not the socket
+    TLS_OWES = 128              # its SSL may hold output that nobody asked for
+    TLS_NOTIFIED = 256          # our close_notify is made: nothing may follow it
+    TLS_STALLED = 512           # it writes nothing before it has read on
 
 cdef enum:                      # which of Flow.links a list uses
     LINK_ALL = 0
@@ -55,22 +61,36 @@ cdef enum:                      # which of Flow.links a list uses
 cdef struct Leg:
     int fd                      # owned; -1 once closed
     uint32_t bits
-    void* tls                   # TLS side of this leg; NULL: plain bytes
+    void* tls                   # SSL of this leg, lent by [c]; NULL: plain bytes
+    void* tls_in                # its BIO from the network
+    void* tls_out               # its BIO to the network
 
 cdef struct Way:
     uint64_t delivered          # atomic: [w] writes, live() reads
     char* parked                # bytes that dst did not take; NULL: none
     size_t parked_from
     size_t parked_to
-    int32_t buffer              # pool index of `parked`; -1: a head from head_take()
+    int32_t buffer              # pool index of `parked`; -1: from head_take()
     int pipe_read               # -1: this way holds no pipe
     int pipe_write
     uint32_t pipe_bytes         # bytes inside the pipe
     uint32_t pipe_size
-    uint32_t streak             # large reads in a row (copying), small fills in a row (bulk)
+    # Large reads in a row (copying), small fills in a row (bulk), doublings of a read (TLS).
+    uint32_t streak
     uint8_t state
     uint8_t bulk                # splice is the mode of choice
     uint8_t no_splice           # the kernel refused splice for these sockets
+    # Of TLS flows only:
+    uint8_t is_tls              # src or dst is a TLS leg
+    uint32_t fruitless          # bytes of ciphertext in a row that held no plaintext
+    char* head                  # plaintext that is to be sealed before anything is read
+    size_t head_from
+    size_t head_to
+    size_t parked_room          # bytes that `parked` can hold
+    size_t owed                 # plaintext in the records that are being sent, ...
+    size_t paid                 # ... how much of it is counted as delivered, ...
+    size_t shipped              # ... and how many bytes of the records are out
+    size_t record               # bytes on the wire of a full record; 0: none since tls_slim()
 
 cdef struct Link:
     uint32_t next
@@ -78,14 +98,17 @@ cdef struct Link:
 
 cdef struct Flow:
     uint32_t generation         # atomic: [c] writes while FREE
+    uint32_t state              # atomic: a stale ABORT looks at it, see worker_run_inbox()
     uint32_t worker             # [c]
     uint8_t abort_asked         # [c]
-    uint8_t state
     uint8_t is_ready            # on the ready list
     uint8_t is_breaking         # a leg is dead; its last words are being delivered
+    uint8_t is_handshake        # one leg, lent by [c]: never closed here
+    uint8_t is_shaken           # its handshake is done
     uint8_t reason
     uint8_t side
     int32_t code
+    uint64_t detail             # OpenSSL's packed error code behind EBADMSG
     uint32_t idle_ms            # 0: no limit
     uint32_t bucket             # of the wheel, while idle_ms > 0
     uint64_t active_ms          # last byte in either direction
@@ -121,6 +144,7 @@ cdef struct Counters:           # atomic: [w] writes, statistics() reads
     uint64_t bugs
     uint64_t fds_open
     uint64_t heads_open
+    uint64_t handshakes_failed
 
 cdef enum:
     MAX_EVENTS = 256            # per epoll_wait; 3 KiB, and one call empties 128 busy flows
@@ -142,6 +166,7 @@ cdef struct Worker:
     int wake                    # eventfd, rung by [c]
     uint32_t index
     uint32_t load               # [c]: flows given out and not yet polled
+    uint32_t round_turns        # turns between two looks at events and orders
     uint8_t is_started          # [c]
     uint8_t is_joined           # [c]
     char pad0[CACHE_LINE]
@@ -175,7 +200,8 @@ cdef struct Worker:
 
 cdef struct Core:               # everything that must outlive the Python object
     uint32_t references         # atomic: the Engine and every worker thread
-    uint32_t threads
+    uint32_t threads            # that relays are given to
+    uint32_t crew               # threads + 1: the last worker, started on demand, has handshakes
     uint32_t capacity           # flows
     uint32_t use_splice
     uint32_t large_pipes        # per worker
@@ -189,7 +215,18 @@ cdef struct Core:               # everything that must outlive the Python object
     uint32_t open_count         # [c]
     uint64_t total              # [c]
     uint64_t refused            # [c]
+    uint64_t handshakes         # [c]
     Worker* workers
+
+cdef struct Handles:            # of a Connection; see handles() in _openssl.py
+    void* ssl
+    void* bio_in
+    void* bio_out
+
+cdef struct Batch:              # what one round of SSL_read gave
+    size_t size
+    int code                    # 0, or the errno that ends the flow
+    uint64_t detail
 
 cdef struct Size:
     size_t flows

@@ -4,9 +4,12 @@
 from dataclasses import dataclass
 from typing import Final, NamedTuple, final
 
+from OpenSSL.SSL import Connection
+
 ABI: Final[int]
 REASON_FINISHED: Final[int]
-"""Both directions saw EOF and every byte was handed to the other side's kernel."""
+"""Both directions saw EOF and every byte was handed to the other side's kernel. Of a handshake:
+it is done and every byte of it was handed to the kernel."""
 REASON_RESET: Final[int]
 """An error or a reset on `side`; the other side was reset, too."""
 REASON_ABORTED: Final[int]
@@ -18,9 +21,9 @@ class Completion(NamedTuple):
     """How a flow ended."""
 
     token: int
-    """What relay() returned."""
+    """What relay() or handshake() returned."""
     up: int
-    """Bytes delivered from a to b."""
+    """Bytes delivered from a to b; plaintext, also where a side speaks TLS."""
     down: int
     """Bytes delivered from b to a."""
     reason: int
@@ -28,7 +31,10 @@ class Completion(NamedTuple):
     side: int
     """Who caused it: 0 nobody, 1 a, 2 b."""
     code: int
-    """The errno behind a reset; 0 otherwise."""
+    """The errno behind a reset; 0 otherwise. EBADMSG: TLS failed. ENODATA: the stream was cut, a
+    FIN came without the close_notify that must precede it."""
+    detail: int
+    """OpenSSL's packed error code behind EBADMSG, 0 if there is none."""
 
 @dataclass(frozen=True, slots=True)
 class EngineStatistics:
@@ -59,7 +65,29 @@ class EngineStatistics:
     bugs: int
     """Broken invariants; a debug build aborts instead."""
     fds_open: int
-    """Sockets and pipe ends the workers hold; their own event descriptors not counted."""
+    """Sockets and pipe ends the workers hold; their own event descriptors and
+    sockets lent for a handshake not counted."""
+    tls_in_use: int
+    """Connections held by flows and handshakes; until the completion is polled."""
+    handshakes: int
+    """Handshakes begun."""
+    handshakes_failed: int
+    """Those that ended with REASON_RESET."""
+
+def tls_trouble() -> str | None:
+    """Say what is missing for TLS here; the first call loads OpenSSL.
+
+    Returns:
+        None: TLS flows and handshakes work. Otherwise one clause.
+    """
+
+def alpn_selector() -> int | None:
+    """Return the address of a C function that chooses a server's ALPN protocol.
+
+    Returns:
+        What SSL_CTX_set_alpn_select_cb(3) wants; it chooses b"nodepass/2", and a client that
+        does not offer it gets an alert. None in the twin.
+    """
 
 @final
 class Engine:
@@ -91,8 +119,8 @@ class Engine:
         fd_a: int,
         fd_b: int,
         *,
-        tls_a: object | None = None,
-        tls_b: object | None = None,
+        tls_a: Connection | None = None,
+        tls_b: Connection | None = None,
         head_a: bytes = b"",
         head_b: bytes = b"",
         idle: float = 0.0,
@@ -102,45 +130,70 @@ class Engine:
         Args:
             fd_a: descriptor of one side.
             fd_b: descriptor of the other side.
-            tls_a: must be None.
-            tls_b: must be None.
-            head_a: bytes already read from a; they reach b before anything else.
-            head_b: bytes already read from b; they reach a before anything else.
+            tls_a: OpenSSL.SSL.Connection on memory BIOs, its handshake done, if a speaks TLS;
+                what it has read already comes first.
+            tls_b: the same for b.
+            head_a: plaintext already read from a; it reaches b before anything else.
+            head_b: plaintext already read from b; it reaches a before anything else.
             idle: seconds without a byte in either direction that end the flow; 0 = never.
 
         Returns:
-            A token, > 0. Both descriptors are the engine's from now on.
+            A token, > 0. Both descriptors and Connections are the engine's from now on.
 
         Raises:
-            EngineError: refused; the caller still owns both descriptors.
+            EngineError: refused; the caller still owns everything. EOPNOTSUPP: see
+                tls_trouble().
             EngineClosed: after close(), or in a forked child.
             ValueError: the idle limit is out of range.
 
         After: one Completion with this token comes out of poll().
         """
 
+    def handshake(self, fd: int, tls: Connection) -> int:
+        """Drive a TLS handshake on a connected non-blocking stream socket.
+
+        Args:
+            fd: descriptor; lent, never closed here.
+            tls: OpenSSL.SSL.Connection on memory BIOs, set to accept or to connect, whose
+                context has no Python callbacks; bytes may already lie in it.
+
+        Returns:
+            A token, > 0. Nobody else touches either until its completion was polled; then
+            both are the caller's again.
+
+        Raises:
+            EngineError: refused; see relay().
+            EngineClosed: after close(), or in a forked child.
+
+        After: one Completion with this token comes out of poll(), with REASON_FINISHED when
+            the handshake is done and every byte of it sent; bytes that came behind it may lie
+            inside `tls`. There is no deadline: abort() it. REASON_RESET has side 1 and as code
+            EBADMSG (TLS failed; our alert has been sent), ENODATA (the peer closed), or the
+            errno of the socket.
+        """
+
     def live(self, token: int) -> tuple[int, int] | None:
         """Return the running byte counts of a flow.
 
         Args:
-            token: what relay() returned.
+            token: what relay() or handshake() returned.
 
         Returns:
-            (up, down): bytes delivered a to b and b to a; None once its completion was
-            polled.
+            (up, down): bytes of plaintext delivered a to b and b to a; None once its
+            completion was polled.
         """
 
     def abort(self, token: int) -> None:
-        """Reset both sides of a flow; unknown and finished flows are left alone.
+        """Reset both sides of a flow, or end a handshake; unknown tokens are left alone.
 
         Args:
-            token: what relay() returned.
+            token: what relay() or handshake() returned.
 
         After: its completion follows, with REASON_ABORTED unless the flow ended first.
         """
 
     def poll(self) -> list[Completion]:
-        """Collect the flows that have ended.
+        """Collect the flows and handshakes that have ended.
 
         Returns:
             Every waiting Completion, possibly none; never blocks. Also works after

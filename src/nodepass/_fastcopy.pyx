@@ -17,13 +17,17 @@ import weakref
 
 from nodepass.errors import EngineClosed, EngineError
 
+from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.errno cimport (
     EAGAIN,
     EBADF,
+    EBADMSG,
     ECONNRESET,
     EINTR,
     EINVAL,
     EIO,
+    ENOBUFS,
+    ENODATA,
     ENOMEM,
     ENOSYS,
     ENOTCONN,
@@ -34,9 +38,10 @@ from libc.errno cimport (
 )
 from libc.stdint cimport int32_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 from nodepass._linux cimport *
+from nodepass._openssl cimport *
 
 include "fastcopy/sys.pxi"
 include "fastcopy/atomic.pxi"
@@ -46,16 +51,18 @@ include "fastcopy/pipe.pxi"
 include "fastcopy/loop.pxi"
 include "fastcopy/flow.pxi"
 include "fastcopy/tcp.pxi"
+include "fastcopy/tls.pxi"
+include "fastcopy/handshake.pxi"
 include "fastcopy/order.pxi"
 
-ABI = 1
+ABI = 2
 REASON_FINISHED = R_FINISHED
 REASON_RESET = R_RESET
 REASON_ABORTED = R_ABORTED
 REASON_IDLE = R_IDLE
 
 Completion = collections.namedtuple(
-    "Completion", ("token", "up", "down", "reason", "side", "code"), module=__name__
+    "Completion", ("token", "up", "down", "reason", "side", "code", "detail"), module=__name__
 )
 
 
@@ -79,6 +86,9 @@ class EngineStatistics:
     stale_events: int
     bugs: int
     fds_open: int
+    tls_in_use: int
+    handshakes: int
+    handshakes_failed: int
 
 
 cdef enum:
@@ -115,6 +125,62 @@ def _large_pipe_budget(int threads):
     return min(MAX_PIPES, pages * os.sysconf("SC_PAGE_SIZE") // 2 // PIPE_BYTES // threads)
 
 
+cdef object _tls_trouble = None     # not looked yet; then a text, empty if there is none
+
+
+def tls_trouble():
+    """Say what is missing for TLS here; the first call loads OpenSSL.
+
+    Returns:
+        None: TLS flows and handshakes work. Otherwise one clause.
+    """
+    global _tls_trouble
+    if _tls_trouble is None:
+        _tls_trouble = _find_openssl()
+    return _tls_trouble or None
+
+
+def _find_openssl():
+    cdef size_t* pointers = <size_t*>&openssl
+    cdef size_t i
+    try:
+        from nodepass import _openssl
+
+        addresses = _openssl.table()
+    except ImportError as exc:          # among them _openssl.Moved
+        return str(exc)
+    if len(addresses) < sizeof(OpenSsl) // sizeof(size_t):
+        return "the native engine was built for a longer table of OpenSSL's functions"
+    for i in range(sizeof(OpenSsl) // sizeof(size_t)):
+        pointers[i] = addresses[i]
+    return ""
+
+
+def alpn_selector():
+    """Return the address of a C function that chooses a server's ALPN protocol.
+
+    Returns:
+        What SSL_CTX_set_alpn_select_cb(3) wants. It chooses b"nodepass/2"; a client that does
+        not offer it gets an alert.
+    """
+    return <size_t>&alpn_select
+
+
+cdef int _take_handles(str operation, object connection, Handles* handles) except -1:
+    if tls_trouble() is not None:
+        raise EngineError(operation, _errno.EOPNOTSUPP)
+    from nodepass import _openssl
+
+    try:
+        ssl, bio_in, bio_out = _openssl.handles(connection)
+    except _openssl.Moved as exc:
+        raise EngineError(operation, _errno.EOPNOTSUPP) from exc
+    handles.ssl = <void*><size_t>ssl
+    handles.bio_in = <void*><size_t>bio_in
+    handles.bio_out = <void*><size_t>bio_out
+    return 0
+
+
 cdef class Engine:
     """Native threads that join pairs of sockets and move bytes between them.
 
@@ -132,6 +198,12 @@ cdef class Engine:
     cdef int pid
     cdef int forks
     cdef bint is_closed
+    # Connections by token, from relay() or handshake() to poll(). While workers may use one
+    # of them this dictionary must not die, whatever happens to the Engine: `pinned` is one
+    # more reference to it, which is given back only when every thread has been joined.
+    cdef dict connections
+    cdef PyObject* pinned
+    cdef uint32_t tls_in_use
     cdef object __weakref__
 
     def __cinit__(self):
@@ -139,6 +211,9 @@ cdef class Engine:
         self.pid = -1
         self.forks = 0
         self.is_closed = True
+        self.connections = {}
+        self.pinned = NULL
+        self.tls_in_use = 0
 
     def __init__(self, threads=1, *, flows=65536, splice=True):
         cdef int rc
@@ -161,10 +236,8 @@ cdef class Engine:
         rc = min(self.core.notify, self.core.done, 0)
         if rc == 0:
             for i in range(self.core.threads):
-                self.core.references += 1       # before the thread that will drop it exists
                 rc = worker_start(&self.core.workers[i])
                 if rc < 0:
-                    self.core.references -= 1
                     break
         if rc < 0:
             self.is_closed = False
@@ -175,19 +248,23 @@ cdef class Engine:
 
     def __dealloc__(self):
         cdef uint32_t i
+        cdef bint is_joined = True
         if self.core == NULL:
             return
         if self.is_inherited():
-            core_unmap(self.core)       # the fds and the threads are the parent's
+            core_unmap(self.core)       # the fds, the threads and the SSLs are the parent's
             return
         if not self.is_closed:
             # Threads may be running: tell them to go and let the last one free the tables.
-            for i in range(self.core.threads):
+            for i in range(self.core.crew):
                 worker_stop(&self.core.workers[i])
-        for i in range(self.core.threads):
+        for i in range(self.core.crew):
             if self.core.workers[i].is_started and not self.core.workers[i].is_joined:
                 pthread_detach(self.core.workers[i].thread)
+                is_joined = False
         core_release(self.core)
+        if self.pinned != NULL and is_joined:
+            Py_DECREF(<object>self.pinned)
         if not self.is_closed:
             warnings.warn("an Engine was dropped without close()", ResourceWarning)
 
@@ -226,17 +303,19 @@ cdef class Engine:
         Args:
             fd_a: descriptor of one side.
             fd_b: descriptor of the other side.
-            tls_a: must be None.
-            tls_b: must be None.
-            head_a: bytes already read from a; they reach b before anything else.
-            head_b: bytes already read from b; they reach a before anything else.
+            tls_a: OpenSSL.SSL.Connection on memory BIOs, its handshake done, if a speaks TLS;
+                what it has read already comes first.
+            tls_b: the same for b.
+            head_a: plaintext already read from a; it reaches b before anything else.
+            head_b: plaintext already read from b; it reaches a before anything else.
             idle: seconds without a byte in either direction that end the flow; 0 = never.
 
         Returns:
-            A token, > 0. Both descriptors are the engine's from now on.
+            A token, > 0. Both descriptors and Connections are the engine's from now on.
 
         Raises:
-            EngineError: refused; the caller still owns both descriptors.
+            EngineError: refused; the caller still owns everything. EOPNOTSUPP: see
+                tls_trouble().
             EngineClosed: after close(), or in a forked child.
             ValueError: the idle limit is out of range.
 
@@ -254,15 +333,19 @@ cdef class Engine:
         cdef uint32_t i
         cdef Flow* flow
         cdef Worker* w
+        cdef Handles handles[2]
+        cdef tuple connections = tuple([tls for tls in (tls_a, tls_b) if tls is not None])
         self.check("relay")
-        if tls_a is not None or tls_b is not None:
-            raise EngineError("relay", _errno.EOPNOTSUPP)
+        if tls_a is not None:
+            _take_handles("relay", tls_a, &handles[0])
+        if tls_b is not None:
+            _take_handles("relay", tls_b, &handles[1])
         if not 0.0 <= seconds <= 4e6:           # milliseconds must fit into 32 bits
             raise ValueError(f"idle: {idle} is not within 0..4000000 seconds")
         rc = sys_check_socket(a)
         if rc == 0:
             rc = sys_check_socket(b)
-        if rc == 0 and a == b:
+        if rc == 0 and (a == b or (tls_a is not None and tls_a is tls_b)):
             rc = -EINVAL
         if rc < 0:
             raise EngineError("relay", -rc)
@@ -276,27 +359,89 @@ cdef class Engine:
             if self.core.workers[i].load < w.load:
                 w = &self.core.workers[i]
         flow_prepare(flow, a, b, w.index, <uint32_t>(seconds * 1000 + 0.999))
-        rc = flow_park_head(&flow.ways[0], up, len(first_up))
+        if tls_a is not None:
+            flow_secure(flow, 0, &handles[0])
+        if tls_b is not None:
+            flow_secure(flow, 1, &handles[1])
+        rc = flow_park_head(flow, 0, up, len(first_up))
         if rc == 0:
-            rc = flow_park_head(&flow.ways[1], down, len(first_down))
+            rc = flow_park_head(flow, 1, down, len(first_down))
         if rc < 0:
             flow_undo(flow)
             slot_give(self.core, slot)
             raise EngineError("relay", -rc)
-        w.load += 1
         self.core.total += 1
+        return self.submit(w, flow, slot, connections)
+
+    def handshake(self, fd, tls):
+        """Drive a TLS handshake on a connected non-blocking stream socket.
+
+        Args:
+            fd: descriptor; lent, never closed here.
+            tls: OpenSSL.SSL.Connection on memory BIOs, set to accept or to connect, whose
+                context has no Python callbacks; bytes may already lie in it.
+
+        Returns:
+            A token, > 0. Nobody else touches either until its completion was polled; then
+            both are the caller's again.
+
+        Raises:
+            EngineError: refused; see relay().
+            EngineClosed: after close(), or in a forked child.
+
+        After: one Completion with this token comes out of poll(), with REASON_FINISHED when
+            the handshake is done and every byte of it sent; bytes that came behind it may lie
+            inside `tls`. There is no deadline: abort() it. REASON_RESET has side 1 and as code
+            EBADMSG (TLS failed; our alert has been sent), ENODATA (the peer closed), or the
+            errno of the socket.
+        """
+        cdef int descriptor = fd
+        cdef int rc
+        cdef uint32_t slot
+        cdef Flow* flow
+        cdef Worker* w
+        cdef Handles handles
+        self.check("handshake")
+        _take_handles("handshake", tls, &handles)
+        rc = sys_check_socket(descriptor)
+        w = &self.core.workers[self.core.threads]
+        if rc == 0 and not w.is_started:
+            rc = worker_start(w)
+        if rc < 0:
+            raise EngineError("handshake", -rc)
+        slot = slot_take(self.core)
+        if slot == NONE_SLOT:
+            self.core.refused += 1
+            raise EngineError("handshake", _errno.ENOBUFS)
+        flow = &self.core.flows[slot]
+        flow_prepare(flow, descriptor, -1, w.index, 0)
+        flow_secure(flow, 0, &handles)
+        flow.is_handshake = 1
+        self.core.handshakes += 1
+        return self.submit(w, flow, slot, (tls,))
+
+    # Hand a flow over, and keep what its worker uses alive.
+    cdef object submit(self, Worker* w, Flow* flow, uint32_t slot, tuple connections):
+        cdef object token = token_of(flow, slot)
+        if connections:
+            self.connections[token] = connections
+            self.tls_in_use += <uint32_t>len(connections)
+            if self.pinned == NULL:
+                Py_INCREF(self.connections)
+                self.pinned = <PyObject*>self.connections
+        w.load += 1
         order_put(w, flow, slot, ORDER_ADMIT)
-        return token_of(flow, slot)
+        return token
 
     def live(self, token):
         """Return the running byte counts of a flow.
 
         Args:
-            token: what relay() returned.
+            token: what relay() or handshake() returned.
 
         Returns:
-            (up, down): bytes delivered a to b and b to a; None once its completion was
-            polled.
+            (up, down): bytes of plaintext delivered a to b and b to a; None once its
+            completion was polled.
         """
         cdef Flow* flow = self.find(token)
         if flow == NULL:
@@ -304,10 +449,10 @@ cdef class Engine:
         return load_relaxed64(&flow.ways[0].delivered), load_relaxed64(&flow.ways[1].delivered)
 
     def abort(self, token):
-        """Reset both sides of a flow; unknown and finished flows are left alone.
+        """Reset both sides of a flow, or end a handshake; unknown tokens are left alone.
 
         Args:
-            token: what relay() returned.
+            token: what relay() or handshake() returned.
 
         After: its completion follows, with REASON_ABORTED unless the flow ended first.
         """
@@ -333,7 +478,7 @@ cdef class Engine:
         return flow if load_relaxed32(&flow.generation) == <uint32_t>(value >> 32) else NULL
 
     def poll(self):
-        """Collect the flows that have ended.
+        """Collect the flows and handshakes that have ended.
 
         Returns:
             Every waiting Completion, possibly none; never blocks. Also works after
@@ -352,14 +497,18 @@ cdef class Engine:
         if self.core.notify >= 0:
             sys_unring(self.core.notify)
             exchange32(&self.core.notify_rung, 0)
-        for i in range(self.core.threads):
+        for i in range(self.core.crew):
             w = &self.core.workers[i]
             while ring_get(&w.outbox, &slot):
                 flow = &self.core.flows[slot]
+                token = token_of(flow, <uint32_t>slot)
                 result.append(Completion(
-                    token_of(flow, <uint32_t>slot), load_relaxed64(&flow.ways[0].delivered),
+                    token, load_relaxed64(&flow.ways[0].delivered),
                     load_relaxed64(&flow.ways[1].delivered), flow.reason, flow.side, flow.code,
+                    flow.detail,
                 ))
+                if flow.legs[0].tls != NULL or flow.legs[1].tls != NULL:
+                    self.tls_in_use -= <uint32_t>len(self.connections.pop(token))
                 w.load -= 1
                 slot_give(self.core, <uint32_t>slot)
         return result
@@ -375,7 +524,7 @@ cdef class Engine:
         if self.is_inherited() or self.core == NULL:
             raise EngineClosed("statistics", _errno.ECHILD)
         memset(&total, 0, sizeof(total))
-        for i in range(self.core.threads):
+        for i in range(self.core.crew):
             counters_add(&total, &self.core.workers[i].counters)
         return EngineStatistics(
             threads=self.core.threads,
@@ -394,6 +543,9 @@ cdef class Engine:
             stale_events=total.stale_events,
             bugs=total.bugs,
             fds_open=total.fds_open,
+            tls_in_use=self.tls_in_use,
+            handshakes=self.core.handshakes,
+            handshakes_failed=total.handshakes_failed,
         )
 
     def close(self, deadline=5.0):
@@ -418,7 +570,7 @@ cdef class Engine:
         if not self.is_closed:
             self.is_closed = True
             _engines.discard(self)
-            for i in range(self.core.threads):
+            for i in range(self.core.crew):
                 worker_stop(&self.core.workers[i])
         while True:
             left = workers_join(self.core)

@@ -14,35 +14,54 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import contextlib
 import errno
+import functools
 import os
 import socket
-import struct
-import sys
-import time
 import warnings
 import weakref
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from nodepass.errors import EngineClosed, EngineError
+from . import _pytls
+from ._pyflow import (
+    REASON_ABORTED,
+    REASON_FINISHED,
+    REASON_IDLE,
+    REASON_RESET,
+    Ending,
+    Flow,
+    arm_reset,
+)
+from ._pytls import Handshake, Leg, TlsFault, TlsLeg, is_usable
+from .errors import EngineClosed, EngineError
 
-ABI: Final = 1
-REASON_FINISHED: Final = 0
-REASON_RESET: Final = 1
-REASON_ABORTED: Final = 2
-REASON_IDLE: Final = 3
+if TYPE_CHECKING:
+    from OpenSSL.SSL import Connection
+
+__all__ = [
+    "ABI", "REASON_ABORTED", "REASON_FINISHED", "REASON_IDLE", "REASON_RESET", "Completion",
+    "Engine", "EngineStatistics", "alpn_selector", "tls_trouble",
+]  # fmt: skip
+
+ABI: Final = 2
 
 BUFFER_BYTES: Final = 524288  # one recv; the native size, and the bound per direction
 WATCH_SECONDS: Final = 0.1  # step of the idle limit, as the native engine's wheel
 MAX_THREADS: Final = 256  # the native engine's limits, checked alike
 MAX_FLOWS: Final = 1 << 24
 MAX_IDLE: Final = 4e6  # seconds
-NO_SIGNAL: Final[int] = getattr(socket, "MSG_NOSIGNAL", 0)
-LINGER_SHAPE: Final = "hh" if sys.platform == "win32" else "ii"
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def tls_trouble() -> str | None:
+    """Say in a clause what TLS flows lack here, or None."""
+    return _pytls.trouble()
+
+
+def alpn_selector() -> None:
+    """Return that there is no C function: Python's own callback may run here."""
 
 
 class Completion(NamedTuple):
@@ -54,6 +73,7 @@ class Completion(NamedTuple):
     reason: int
     side: int
     code: int
+    detail: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,163 +96,14 @@ class EngineStatistics:
     stale_events: int
     bugs: int
     fds_open: int
+    tls_in_use: int
+    handshakes: int
+    handshakes_failed: int
 
 
-class _Way:
-    """One direction of a flow: bytes from `source` to `sink`."""
-
-    __slots__ = ("delivered", "flow", "is_shut", "parked", "sink", "source")
-
-    def __init__(self, flow: _Flow, source: int, head: bytes) -> None:
-        self.flow = flow
-        self.source = source
-        self.sink = 1 - source
-        self.parked = memoryview(head)
-        self.delivered = 0
-        self.is_shut = False
-
-    def start(self) -> None:
-        """Watch the side that this direction waits for."""
-        loop, sockets = self.flow.engine.loop, self.flow.sockets
-        if self.parked:
-            loop.add_writer(sockets[self.sink], self.flush)
-        else:
-            loop.add_reader(sockets[self.source], self.copy)
-
-    def copy(self) -> None:
-        """Move one buffer; park what the sink does not take."""
-        flow, engine = self.flow, self.flow.engine
-        engine.turns += 1
-        try:
-            size = flow.sockets[self.source].recv_into(engine.buffer)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError as exc:
-            flow.reset(self.source, exc)
-            return
-        if size == 0:
-            self.finish()
-            return
-        sent = self.send(engine.buffer[:size])
-        if 0 <= sent < size:
-            self.parked = memoryview(bytes(engine.buffer[sent:size]))
-            engine.loop.remove_reader(flow.sockets[self.source])
-            engine.loop.add_writer(flow.sockets[self.sink], self.flush)
-            flow.watch_step()
-
-    def flush(self) -> None:
-        """Send parked bytes; read on once they are gone."""
-        flow, engine = self.flow, self.flow.engine
-        engine.turns += 1
-        sent = self.send(self.parked)
-        if sent < 0:
-            return
-        self.parked = self.parked[sent:]
-        if not self.parked:
-            self.parked = memoryview(b"")
-            engine.loop.remove_writer(flow.sockets[self.sink])
-            engine.loop.add_reader(flow.sockets[self.source], self.copy)
-
-    def send(self, data: memoryview) -> int:
-        """Return how many bytes the sink took, -1 if that ended the flow."""
-        try:
-            sent = self.flow.sockets[self.sink].send(data, NO_SIGNAL)
-        except (BlockingIOError, InterruptedError):
-            return 0
-        except OSError as exc:
-            self.flow.reset(self.sink, exc)
-            return -1
-        self.delivered += sent
-        self.flow.active = time.monotonic()
-        return sent
-
-    def finish(self) -> None:
-        """Pass the end of the source on, once; nothing is parked here."""
-        flow = self.flow
-        flow.engine.loop.remove_reader(flow.sockets[self.source])
-        try:
-            flow.sockets[self.sink].shutdown(socket.SHUT_WR)
-        except OSError as exc:
-            code = flow.sockets[self.sink].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            gone = errno.ECONNRESET if exc.errno == errno.ENOTCONN else exc.errno
-            flow.reset(self.sink, OSError(code or gone, ""))
-            return
-        self.is_shut = True
-        if flow.ways[0].is_shut and flow.ways[1].is_shut:
-            flow.bury(REASON_FINISHED)
-
-
-def arm_reset(sock: socket.socket, is_armed: bool) -> None:
-    """Choose whether closing a socket, by us or by the death of the process, resets it."""
-    linger = struct.pack(LINGER_SHAPE, is_armed, 0)
-    with contextlib.suppress(OSError):  # macOS refuses options on a socket that was reset
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-
-
-class _Flow:
-    """Two sockets and the two directions between them."""
-
-    __slots__ = ("active", "engine", "idle", "sockets", "token", "ways")
-
-    def __init__(
-        self,
-        engine: Engine,
-        token: int,
-        sockets: tuple[socket.socket, socket.socket],
-        heads: tuple[bytes, bytes],
-        idle: float,
-    ) -> None:
-        self.engine = engine
-        self.token = token
-        self.sockets = sockets
-        self.ways = (_Way(self, 0, heads[0]), _Way(self, 1, heads[1]))
-        self.idle = idle
-        self.active = time.monotonic()
-
-    def watch_step(self) -> None:
-        """Look for what no event tells: the idle limit, and errors of unread sockets."""
-        for side, sock in enumerate(self.sockets, 1):
-            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if code:
-                self.reset(side - 1, OSError(code, ""))
-                return
-        if self.idle and time.monotonic() - self.active >= self.idle:
-            self.bury(REASON_IDLE)
-
-    def reset(self, index: int, exc: OSError) -> None:
-        """Apply the reset law; `index` is the socket at fault, whose last words come first."""
-        self.pass_last_words(index)
-        self.bury(REASON_RESET, index + 1, exc.errno or errno.EIO)
-
-    def pass_last_words(self, index: int) -> None:
-        """Deliver what a dead socket has received; what is parked is older and stays so."""
-        way, buffer = self.ways[index], self.engine.buffer
-        if way.parked or way.is_shut:
-            return
-        with contextlib.suppress(OSError):
-            while size := self.sockets[index].recv_into(buffer):
-                sent = self.sockets[1 - index].send(buffer[:size], NO_SIGNAL)
-                way.delivered += sent
-                if sent < size:
-                    return
-
-    def forget_events(self) -> None:
-        """Leave the event loop; before close, so that a reused number meets no old watcher."""
-        for sock in self.sockets:
-            self.engine.loop.remove_reader(sock)
-            self.engine.loop.remove_writer(sock)
-
-    def bury(self, reason: int, side: int = 0, code: int = 0) -> None:
-        """Close both sockets, politely only if finished, and report."""
-        if not self.engine.loop.is_closed():
-            self.forget_events()
-        for sock in self.sockets:
-            arm_reset(sock, reason != REASON_FINISHED)
-            sock.close()
-        for way in self.ways:
-            way.parked = memoryview(b"")
-        up, down = self.ways[0].delivered, self.ways[1].delivered
-        self.engine.complete(Completion(self.token, up, down, reason, side, code))
+def count_tls(flow: Flow) -> int:
+    """Return how many sides of a flow speak TLS."""
+    return sum(1 for leg in flow.legs if isinstance(leg, TlsLeg))
 
 
 class Engine:
@@ -254,10 +125,15 @@ class Engine:
         self.buffer = memoryview(bytearray(BUFFER_BYTES))
         self.turns = 0
         self._capacity = flows
-        self._flows: dict[int, _Flow] = {}
+        self._flows: dict[int, Flow] = {}
+        self._shakes: dict[int, Handshake] = {}
         self._ended: list[Completion] = []
+        self._waiting = 0
+        """Flows among those that have ended."""
+        self._tls_waiting = 0
+        """Connections of flows and handshakes that have ended."""
         self._next = 1
-        self._refused = 0
+        self._counts = {"flows": 0, "refused": 0, "handshakes": 0, "failed": 0}
         self._bytes = [0, 0]
         self._watch: asyncio.TimerHandle | None = None
         self._pid = os.getpid()
@@ -278,7 +154,7 @@ class Engine:
     def __repr__(self) -> str:
         if self._is_closed:
             return "<Engine closed>"
-        return f"<Engine threads=0 flows={len(self._flows) + len(self._ended)}>"
+        return f"<Engine threads=0 flows={len(self._flows) + self._waiting}>"
 
     def _check(self, operation: str) -> None:
         if self._pid != os.getpid():
@@ -296,58 +172,85 @@ class Engine:
         fd_a: int,
         fd_b: int,
         *,
-        tls_a: object | None = None,
-        tls_b: object | None = None,
+        tls_a: Connection | None = None,
+        tls_b: Connection | None = None,
         head_a: bytes = b"",
         head_b: bytes = b"",
         idle: float = 0.0,
     ) -> int:
         """Join two connected non-blocking stream sockets; own both on success."""
         self._check("relay")
-        if tls_a is not None or tls_b is not None:
-            raise EngineError("relay", errno.EOPNOTSUPP)
+        for tls in (tls_a, tls_b):
+            self._require("relay", tls is None or is_usable(tls))
         if not 0.0 <= idle <= MAX_IDLE:
             raise ValueError(f"idle: {idle} is not within 0..4000000 seconds")
         for head in (head_a, head_b):
             if not isinstance(head, bytes):
                 raise TypeError(f"heads are bytes, not {type(head).__name__}")
-        sockets = self._adopt(fd_a, fd_b)
-        if len(self._flows) + len(self._ended) >= self._capacity:
-            self._refused += 1
+        sockets = self._adopt("relay", fd_a, fd_b)
+        if len(self._flows) + self._waiting >= self._capacity:
+            self._counts["refused"] += 1
             self._disown(sockets)
             raise EngineError("relay", errno.ENOBUFS)
-        flow = _Flow(self, self._next, (sockets[0], sockets[1]), (head_a, head_b), idle)
+        legs = [
+            Leg(sock) if tls is None else TlsLeg(sock, tls)
+            for sock, tls in zip(sockets, (tls_a, tls_b), strict=True)
+        ]
+        flow = Flow(self, self._next, (legs[0], legs[1]), idle)
         try:
-            for way in flow.ways:
-                way.start()
+            for way, head in zip(flow.ways, (head_a, head_b), strict=True):
+                way.start(head)
         except (OSError, NotImplementedError) as exc:
-            self._disown(sockets)
-            code = exc.errno if isinstance(exc, OSError) else None
-            raise EngineError("relay", code or errno.EOPNOTSUPP) from exc
+            flow.is_over = True
+            raise self._refuse("relay", sockets, exc) from exc
         for sock in sockets:
             arm_reset(sock, True)
         self._next += 1
+        self._counts["flows"] += 1
         self._flows[flow.token] = flow
         if self._watch is None:
             self._watch = self.loop.call_later(WATCH_SECONDS, self._watch_all)
         return flow.token
 
-    def _adopt(self, fd_a: int, fd_b: int) -> list[socket.socket]:
+    def handshake(self, fd: int, tls: Connection) -> int:
+        """Do a TLS handshake on a borrowed non-blocking stream socket."""
+        self._check("handshake")
+        self._require("handshake", is_usable(tls))
+        sockets = self._adopt("handshake", fd)
+        token = self._next
+        report = functools.partial(self._end_handshake, token)
+        try:
+            self._shakes[token] = Handshake(self.loop, sockets[0], tls, report)
+        except (OSError, NotImplementedError) as exc:
+            raise self._refuse("handshake", sockets, exc) from exc
+        self._next += 1
+        self._counts["handshakes"] += 1
+        return token
+
+    def _require(self, operation: str, is_supported: bool) -> None:
+        if not is_supported:
+            raise EngineError(operation, errno.EOPNOTSUPP)
+
+    def _adopt(self, operation: str, *fds: int) -> list[socket.socket]:
         sockets: list[socket.socket] = []
         try:
-            for fd in (fd_a, fd_b):
+            for fd in fds:
                 if fd < 0:
                     raise OSError(errno.EBADF, "")
                 sockets.append(socket.socket(fileno=fd))
                 if sockets[-1].type != socket.SOCK_STREAM:
                     raise OSError(errno.EPROTOTYPE, "")
-                if os.get_blocking(fd) or fd_a == fd_b:
+                if os.get_blocking(fd) or fds.count(fd) > 1:
                     raise OSError(errno.EINVAL, "")
                 sockets[-1].setblocking(False)
         except OSError as exc:
-            self._disown(sockets)
-            raise EngineError("relay", exc.errno or errno.EIO) from exc
+            raise self._refuse(operation, sockets, exc) from exc
         return sockets
+
+    def _refuse(self, operation: str, sockets: list[socket.socket], exc: Exception) -> EngineError:
+        self._disown(sockets)
+        code = exc.errno if isinstance(exc, OSError) else errno.EOPNOTSUPP
+        return EngineError(operation, code or errno.EIO)
 
     def _disown(self, sockets: list[socket.socket]) -> None:
         for sock in sockets:
@@ -363,11 +266,30 @@ class Engine:
         if self._flows:
             self._watch = self.loop.call_later(WATCH_SECONDS, self._watch_all)
 
-    def complete(self, completion: Completion) -> None:
-        """Take a flow's end from the flow and ring."""
-        del self._flows[completion.token]
-        self._bytes[0] += completion.up
-        self._bytes[1] += completion.down
+    def bury(self, flow: Flow, ending: Ending) -> None:
+        """Take a flow's end from the flow."""
+        del self._flows[flow.token]
+        self._waiting += 1
+        self._tls_waiting += count_tls(flow)
+        up, down = flow.ways[0].delivered, flow.ways[1].delivered
+        self._bytes[0] += up
+        self._bytes[1] += down
+        self._complete(Completion(flow.token, up, down, *ending))
+
+    def _end_handshake(self, token: int, exc: OSError | None) -> None:
+        if exc is None:
+            self._bury_handshake(token, Ending(REASON_FINISHED))
+        else:
+            detail = exc.detail if isinstance(exc, TlsFault) else 0
+            self._bury_handshake(token, Ending(REASON_RESET, 1, exc.errno or errno.EIO, detail))
+
+    def _bury_handshake(self, token: int, ending: Ending) -> None:
+        del self._shakes[token]
+        self._tls_waiting += 1
+        self._counts["failed"] += ending.reason == REASON_RESET
+        self._complete(Completion(token, 0, 0, *ending))
+
+    def _complete(self, completion: Completion) -> None:
         self._ended.append(completion)
         if len(self._ended) == 1:
             self._bell.send(b"!")
@@ -377,23 +299,31 @@ class Engine:
         flow = self._flows.get(token)
         if flow is not None:
             return flow.ways[0].delivered, flow.ways[1].delivered
+        if token in self._shakes:
+            return 0, 0
         for ended in self._ended:
             if ended.token == token:
                 return ended.up, ended.down
         return None
 
     def abort(self, token: int) -> None:
-        """Reset both sides of a flow; unknown and finished flows are left alone."""
+        """Reset both sides of a flow, or give up a handshake; others are left alone."""
         self._check("abort")
-        flow = self._flows.get(token)
-        if flow is not None:
-            flow.bury(REASON_ABORTED)
+        self._abort(token)
+
+    def _abort(self, token: int) -> None:
+        if token in self._flows:
+            self._flows[token].bury(REASON_ABORTED)
+        elif token in self._shakes:
+            self._shakes[token].forget()
+            self._bury_handshake(token, Ending(REASON_ABORTED))
 
     def poll(self) -> list[Completion]:
         """Collect the flows that have ended; also after close()."""
         if self._pid != os.getpid():
             raise EngineClosed("poll", errno.ECHILD)
         ended, self._ended = self._ended, []
+        self._waiting = self._tls_waiting = 0
         if ended and not self._is_closed:
             self._ear.recv(1)
         return ended
@@ -402,16 +332,17 @@ class Engine:
         """Return a snapshot of all counters; also after close()."""
         if self._pid != os.getpid():
             raise EngineClosed("statistics", errno.ECHILD)
-        ways = [way for flow in self._flows.values() for way in flow.ways]
+        flows = self._flows.values()
+        legs = [leg for flow in flows for leg in flow.legs]
         return EngineStatistics(
             threads=0,
-            flows_open=len(self._flows) + len(self._ended),
-            flows_total=self._next - 1,
-            flows_refused=self._refused,
-            bytes_up=self._bytes[0] + sum(way.delivered for way in ways if way.source == 0),
-            bytes_down=self._bytes[1] + sum(way.delivered for way in ways if way.source == 1),
-            parked_bytes=sum(len(way.parked) for way in ways),
-            buffers_in_use=sum(1 for way in ways if way.parked),
+            flows_open=len(flows) + self._waiting,
+            flows_total=self._counts["flows"],
+            flows_refused=self._counts["refused"],
+            bytes_up=self._bytes[0] + sum(flow.ways[0].delivered for flow in flows),
+            bytes_down=self._bytes[1] + sum(flow.ways[1].delivered for flow in flows),
+            parked_bytes=sum(leg.backlog for leg in legs),
+            buffers_in_use=sum(1 for leg in legs if leg.backlog),
             pipes_in_use=0,
             pipes_pooled=0,
             splice_promotions=0,
@@ -419,7 +350,10 @@ class Engine:
             wakeups=self.turns,
             stale_events=0,
             bugs=0,
-            fds_open=2 * len(self._flows),
+            fds_open=len(legs),
+            tls_in_use=len(self._shakes) + sum(map(count_tls, flows)) + self._tls_waiting,
+            handshakes=self._counts["handshakes"],
+            handshakes_failed=self._counts["failed"],
         )
 
     def close(self, deadline: float = 5.0) -> bool:
@@ -427,8 +361,8 @@ class Engine:
         del deadline
         if self._is_closed or self._pid != os.getpid():
             return True
-        for flow in list(self._flows.values()):
-            flow.bury(REASON_ABORTED)
+        for token in [*self._flows, *self._shakes]:
+            self._abort(token)
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None

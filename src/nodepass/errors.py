@@ -6,7 +6,8 @@ NodePassError
 │   ├── LocalWireError               we tried to send nonsense: our bug
 │   └── PeerWireError                they sent nonsense: drop the connection
 ├── TunnelError                      handshake refused, control lost, peer silent
-│   └── AuthError                    a proof did not match
+│   ├── AuthError                    a proof did not match
+│   └── TlsError                     TLS with the other side failed
 ├── PoolError
 │   ├── PoolTimeout(TimeoutError)    no idle link within the deadline
 │   └── PoolClosed                   the tunnel is being stopped
@@ -61,6 +62,13 @@ class TunnelError(NodePassError):
 
 class AuthError(TunnelError):
     """A proof did not match, or the other side cannot prove anything."""
+
+    fingerprint: str | None = None
+    """Of the certificate that the server showed, to be compared with its own log."""
+
+
+class TlsError(TunnelError):
+    """TLS with the other side failed; the message says which side and why."""
 
 
 class PoolError(NodePassError):

@@ -1,4 +1,4 @@
-"""Relays: two connections joined by the engine, and what became of them.
+"""Relays: two connections joined by the engine, and what became of them; TLS handshakes too.
 
 The only importer of the engine. Owns: the choice between the native engine and its slow
 twin, handing sockets down, and turning completions into results. Called by `server` and
@@ -8,21 +8,29 @@ twin, handing sockets down, and turning completions into results. Called by `ser
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import importlib
+import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from enum import IntEnum
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, cast
 
 from .environment import Settings
 from .log import Log
 
 if TYPE_CHECKING:
+    from OpenSSL.SSL import Connection
+
     from ._fastcopy import Completion, EngineStatistics
 
 CLOSE_GRACE: Final = 5.0
 """Seconds that closing may wait for engine threads: a hundred times what they need."""
+
+
+_TLS_ENDS: Final = {errno.EBADMSG: "bad TLS record", errno.ENODATA: "truncated"}
+"""Ends that only a TLS leg has: tampering or an alert, and a FIN without a close_notify."""
 
 
 class Reason(IntEnum):
@@ -50,8 +58,34 @@ class RelayResult(NamedTuple):
     def describe(self) -> str:
         """Say in a word or two why it ended, for a log line."""
         if self.reason is Reason.RESET and self.code:
+            if self.code in _TLS_ENDS:
+                return _TLS_ENDS[self.code]
             return errno.errorcode.get(self.code, str(self.code)).lower()
         return self.reason.name.lower()
+
+
+class HandshakeResult(NamedTuple):
+    """How a TLS handshake ended. A failure is a result, not an error."""
+
+    reason: Reason
+    """FINISHED = it is done; RESET = it failed; ABORTED = nobody wanted it any more."""
+    code: int
+    """errno behind a failure: EBADMSG = TLS itself, ENODATA = the peer closed in the middle."""
+    detail: int
+    """OpenSSL's packed error code, 0 = none; `tls.explain` puts it into words."""
+
+    @property
+    def is_done(self) -> bool:
+        return self.reason is Reason.FINISHED
+
+    def describe_break(self) -> str:
+        """Say how the connection itself ended, empty if it was TLS that failed."""
+        if self.code == errno.EBADMSG:
+            return ""
+        if self.reason is Reason.ABORTED:
+            return "the TLS handshake was given up"
+        why = "it was closed" if self.code == errno.ENODATA else os.strerror(self.code).lower()
+        return f"the connection broke during the TLS handshake: {why}"
 
 
 class Engine(Protocol):
@@ -60,8 +94,17 @@ class Engine(Protocol):
     def fileno(self) -> int: ...
     def poll(self) -> list[Completion]: ...
     def relay(
-        self, fd_a: int, fd_b: int, *, head_a: bytes = b"", head_b: bytes = b"", idle: float = 0.0
+        self,
+        fd_a: int,
+        fd_b: int,
+        *,
+        tls_a: Connection | None = None,
+        tls_b: Connection | None = None,
+        head_a: bytes = b"",
+        head_b: bytes = b"",
+        idle: float = 0.0,
     ) -> int: ...
+    def handshake(self, fd: int, tls: Connection) -> int: ...
     def live(self, token: int) -> tuple[int, int] | None: ...
     def abort(self, token: int) -> None: ...
     def statistics(self) -> EngineStatistics: ...
@@ -91,9 +134,70 @@ class Relay:
         if not self.result.done():
             self._engine.abort(self.token)
 
+    def finish(self, completion: Completion) -> None:
+        """Take the engine's word that all is over."""
+        if not self.result.done():
+            _, up, down, reason, side, code, _ = completion
+            self.result.set_result(RelayResult(up, down, Reason(reason), side, code))
+
+
+class Handshake:
+    """One TLS handshake; socket and connection are the engine's until `result` is there."""
+
+    __slots__ = ("_engine", "connection", "result", "token")
+
+    def __init__(
+        self,
+        engine: Engine,
+        connection: Connection,
+        token: int,
+        result: asyncio.Future[HandshakeResult],
+    ) -> None:
+        self._engine = engine
+        self.connection = connection
+        self.token = token
+        self.result = result
+
+    def abort(self) -> None:
+        """Give up; the result follows. A no-op once it is there."""
+        if not self.result.done():
+            self._engine.abort(self.token)
+
+    def finish(self, completion: Completion) -> None:
+        """Take the engine's word that all is over."""
+        if not self.result.done():
+            _, _, _, reason, _, code, detail = completion
+            self.result.set_result(HandshakeResult(Reason(reason), code, detail))
+
+
+class _Crew:
+    """One engine and what runs on it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.engine = engine
+        self.open: dict[int, Relay | Handshake] = {}
+        self._loop.add_reader(engine.fileno(), self.drain)
+
+    def drain(self) -> None:
+        for completion in self.engine.poll():
+            work = self.open.pop(completion[0], None)
+            if work is not None:
+                work.finish(completion)
+
+    def leave_loop(self) -> None:
+        self._loop.remove_reader(self.engine.fileno())
+
+    def forget(self) -> None:
+        """Let go of what the engine did not end in time."""
+        self.drain()
+        for work in self.open.values():
+            work.result.cancel()
+        self.open.clear()
+
 
 class Relays:
-    """The engine of this process, and every relay that runs on it.
+    """The engine of this process, and every relay and TLS handshake that runs on it.
 
     Args:
         settings: which engine, how many threads, whether splice may be used.
@@ -103,43 +207,122 @@ class Relays:
 
     def __init__(self, settings: Settings) -> None:
         self._loop = asyncio.get_running_loop()
-        self.kind, module = _choose(settings.engine)
+        self._settings = settings
+        self.kind, self._module = _choose(settings.engine)
         """"native" or "python"."""
-        self._engine: Engine = module.Engine(settings.threads, splice=settings.splice)
-        self._open: dict[int, Relay] = {}
+        self._crew = self._hire(self._module)
+        self._tls_module: _Module | None = None
+        self._tls_crew: _Crew | None = None
         self._is_closed = False
-        self._loop.add_reader(self._engine.fileno(), self._drain)
 
     def __len__(self) -> int:
-        return len(self._open)
+        return sum(len(crew.open) for crew in self._crews())
 
     def __repr__(self) -> str:
-        return f"<Relays {self.kind} open={len(self._open)}>"
+        return f"<Relays {self.kind} open={len(self)}>"
 
     def join(
-        self, a: socket.socket, b: socket.socket, *, head_a: bytes = b"", head_b: bytes = b""
+        self,
+        a: socket.socket,
+        b: socket.socket,
+        *,
+        tls_a: Connection | None = None,
+        tls_b: Connection | None = None,
+        head_a: bytes = b"",
+        head_b: bytes = b"",
     ) -> Relay:
         """Join two connections; both belong to the engine from here on.
 
         Args:
             a: connected, non-blocking, known to no task, transport or watch.
             b: the same.
-            head_a: bytes already read from a, owed to b first.
-            head_b: bytes already read from b, owed to a first.
+            tls_a: TLS of a, its handshake done; None = a carries plain bytes.
+            tls_b: TLS of b.
+            head_a: plaintext already read from a, owed to b first.
+            head_b: plaintext already read from b, owed to a first.
 
         Raises:
             EngineError: the engine is full or closed; both sockets are still the caller's.
         """
-        token = self._engine.relay(a.fileno(), b.fileno(), head_a=head_a, head_b=head_b)
+        if tls_a is None and tls_b is None:
+            crew = self._crew
+            token = crew.engine.relay(a.fileno(), b.fileno(), head_a=head_a, head_b=head_b)
+        else:
+            crew = self._tls()
+            token = crew.engine.relay(
+                a.fileno(), b.fileno(), tls_a=tls_a, tls_b=tls_b, head_a=head_a, head_b=head_b
+            )
         a.detach()
         b.detach()
-        relay = Relay(self._engine, token, self._loop.create_future())
-        self._open[token] = relay
+        relay = Relay(crew.engine, token, self._loop.create_future())
+        crew.open[token] = relay
         return relay
+
+    def shake(self, sock: socket.socket, connection: Connection) -> Handshake:
+        """Begin a TLS handshake; socket and connection are lent until its result is there.
+
+        Args:
+            sock: connected, non-blocking, known to no task, transport or watch.
+            connection: on memory BIOs, in accept or connect state.
+
+        Raises:
+            EngineError: the engine is full or closed; nothing has been lent.
+        """
+        crew = self._tls()
+        token = crew.engine.handshake(sock.fileno(), connection)
+        handshake = Handshake(crew.engine, connection, token, self._loop.create_future())
+        crew.open[token] = handshake
+        return handshake
+
+    async def secure(self, sock: socket.socket, connection: Connection) -> HandshakeResult:
+        """Do a TLS handshake; cancelled, it ends when socket and connection are back.
+
+        Raises:
+            EngineError: as `shake`.
+        """
+        handshake = self.shake(sock, connection)
+        try:
+            return await asyncio.shield(handshake.result)
+        except asyncio.CancelledError:
+            handshake.abort()
+            while not handshake.result.done():
+                # An abort takes one turn of the engine; the number must not be reused before.
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait({handshake.result})
+            raise
+
+    def drain(self) -> None:
+        """Take note of what has ended by now, without waiting for the loop to come to it."""
+        for crew in self._crews():
+            crew.drain()
+
+    def load_tls(self) -> None:
+        """Load what TLS needs; slow the first time (0.1 s), so not within a running loop.
+
+        May be called from any thread.
+        """
+        if self._tls_module is not None:
+            return
+        trouble = self._module.tls_trouble()
+        if trouble is None:
+            self._tls_module = self._module
+            return
+        Log("relay").warn(
+            "TLS cannot run on the native engine; it runs on the slow Python engine instead",
+            cause=trouble,
+        )
+        self._tls_module = _twin()
+
+    @property
+    def alpn_selector(self) -> int | None:
+        """Address of the C function that picks our ALPN name; None = let Python do it."""
+        self.load_tls()
+        assert self._tls_module is not None
+        return self._tls_module.alpn_selector()
 
     def statistics(self) -> EngineStatistics:
         """Return the engine's own figures."""
-        return self._engine.statistics()
+        return self._crew.engine.statistics()
 
     async def close(self, deadline: float = CLOSE_GRACE) -> bool:
         """Abort what is open and stop the engine; idempotent.
@@ -153,36 +336,40 @@ class Relays:
         if self._is_closed:
             return True
         self._is_closed = True
-        self._loop.remove_reader(self._engine.fileno())
-        is_joined = await self._stop_engine(deadline)
-        for completion in self._engine.poll():
-            self._finish(completion)
-        for relay in self._open.values():
-            relay.result.cancel()
-        self._open.clear()
+        is_joined = True
+        for crew in self._crews():
+            crew.leave_loop()
+            if crew is self._crew and self.kind == "native":
+                # Joining threads blocks for a moment; the twin has none and lives on this loop.
+                is_joined = await asyncio.to_thread(crew.engine.close, deadline)
+            else:
+                crew.engine.close(deadline)
+            crew.forget()
+        await asyncio.sleep(0)  # whoever has lent a socket hears that it is back
         return is_joined
 
-    def _stop_engine(self, deadline: float) -> Awaitable[bool]:
-        # Joining threads blocks for a moment; the twin has none and lives on this loop.
-        if self.kind == "python":
-            done: asyncio.Future[bool] = self._loop.create_future()
-            done.set_result(self._engine.close(deadline))
-            return done
-        return asyncio.to_thread(self._engine.close, deadline)
+    def _hire(self, module: _Module) -> _Crew:
+        return _Crew(module.Engine(self._settings.threads, splice=self._settings.splice))
 
-    def _drain(self) -> None:
-        for completion in self._engine.poll():
-            self._finish(completion)
+    def _tls(self) -> _Crew:
+        if self._tls_crew is None:
+            self.load_tls()
+            assert self._tls_module is not None
+            is_same = self._tls_module is self._module
+            self._tls_crew = self._crew if is_same else self._hire(self._tls_module)
+        return self._tls_crew
 
-    def _finish(self, completion: Completion) -> None:
-        token, up, down, reason, side, code = completion
-        relay = self._open.pop(token, None)
-        if relay is not None and not relay.result.done():
-            relay.result.set_result(RelayResult(up, down, Reason(reason), side, code))
+    def _crews(self) -> list[_Crew]:
+        if self._tls_crew is None or self._tls_crew is self._crew:
+            return [self._crew]
+        return [self._crew, self._tls_crew]
 
 
 class _Module(Protocol):
     Engine: Callable[..., Engine]
+
+    def tls_trouble(self) -> str | None: ...
+    def alpn_selector(self) -> int | None: ...
 
 
 def _choose(wish: str) -> tuple[str, _Module]:
@@ -200,4 +387,8 @@ def _choose(wish: str) -> tuple[str, _Module]:
             )
     else:
         Log("relay").warn("the slow Python engine runs, as NODEPASS_ENGINE=python asks")
-    return "python", importlib.import_module("._pycopy", __package__)
+    return "python", _twin()
+
+
+def _twin() -> _Module:
+    return cast(_Module, importlib.import_module("._pycopy", __package__))

@@ -11,7 +11,8 @@ import importlib
 import importlib.util
 import os
 import re
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
@@ -20,6 +21,9 @@ from tests.engine.rig import Kind, Rig
 HAS_NATIVE = importlib.util.find_spec("nodepass._fastcopy") is not None
 NATIVE_ONLY = os.environ.get("NODEPASS_TEST_ENGINE") == "native"
 """Set by scripts/sanitize: there is nothing to sanitize in Python."""
+
+IS_SANITIZED = "san" in os.environ.get("LD_PRELOAD", "")
+"""A sanitizer's shadow and quarantine make resident memory say nothing."""
 
 TWINS = {"twin", "_pycopy"}
 """Words in the ids of tests that run on the twin."""
@@ -56,6 +60,17 @@ KINDS = {
 }
 
 
+def kinds() -> list[Kind]:
+    """Return the set-ups that one drawn script is played on."""
+    found = []
+    if HAS_NATIVE:
+        native = importlib.import_module("nodepass._fastcopy")
+        found += [Kind(native, True, 1), Kind(native, False, 2)]
+    if not NATIVE_ONLY:
+        found.append(Kind(importlib.import_module("nodepass._pycopy"), False, 1))
+    return found
+
+
 @pytest.fixture(params=["native", "twin"])
 def kind(request: pytest.FixtureRequest) -> Kind:
     """One set-up of an engine; tests may parametrise it indirectly with any of KINDS."""
@@ -71,3 +86,13 @@ def engine(kind: Kind) -> Callable[..., Rig]:
         return Rig(kind, **options)  # type: ignore[arg-type]
 
     return open_rig
+
+
+@pytest.fixture
+def many_fds() -> Iterator[None]:
+    """Lift the soft limit on descriptors: hundreds of flows take four each."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

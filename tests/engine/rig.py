@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import NamedTuple, Self
 
@@ -59,6 +61,12 @@ def unix_pair(sndbuf: int = 0, rcvbuf: int = 0) -> tuple[socket.socket, socket.s
 PAIRS = {"tcp": tcp_pair, "unix": unix_pair}
 
 
+def resident_bytes() -> int:
+    """Return this process's resident memory; 0 where nobody tells."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else 0
+
+
 def reset_on_close(sock: socket.socket) -> None:
     """Make the coming close() send RST."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -93,7 +101,8 @@ class Rig:
         self.pair = PAIRS[pair]
         self.engine = kind.module.Engine(kind.threads, flows=flows, splice=kind.splice)
         self.loop = asyncio.get_running_loop()
-        self._open: list[socket.socket] = []
+        self.socks: list[socket.socket] = []
+        """Outer ends, closed with the rig."""
         self._ended: dict[int, Completion] = {}
         self._wanted: dict[int, asyncio.Future[Completion]] = {}
         self._is_closed = False
@@ -108,7 +117,7 @@ class Rig:
         exc: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for sock in self._open:
+        for sock in self.socks:
             sock.close()
         await self.close()
         if exc is None:
@@ -133,6 +142,7 @@ class Rig:
             "pipes_in_use": left.pipes_in_use,
             "pipes_pooled": left.pipes_pooled,
             "fds_open": left.fds_open,
+            "tls_in_use": left.tls_in_use,
             "bugs": left.bugs,
         }
         assert not any(held.values()), f"the engine still holds {held}"
@@ -140,7 +150,7 @@ class Rig:
     def ends(self, **buffers: int) -> tuple[socket.socket, socket.socket]:
         """Return (outer, inner) ends of a connection; the outer one is closed with the rig."""
         outer, inner = self.pair(**buffers)
-        self._open.append(outer)
+        self.socks.append(outer)
         return outer, inner
 
     def join(self, *, buffers: dict[str, int] | None = None, **options: object) -> Joined:

@@ -18,15 +18,17 @@ Engine = Callable[..., Rig]
 
 
 async def test_constants_and_shapes(engine_module: ModuleType) -> None:
-    assert engine_module.ABI == 1
+    assert engine_module.ABI == 2
     assert [
         engine_module.REASON_FINISHED,
         engine_module.REASON_RESET,
         engine_module.REASON_ABORTED,
         engine_module.REASON_IDLE,
     ] == [0, 1, 2, 3]
-    assert engine_module.Completion._fields == ("token", "up", "down", "reason", "side", "code")
-    ended = engine_module.Completion(1, 2, 3, 0, 0, 0)
+    assert engine_module.Completion._fields == (
+        "token", "up", "down", "reason", "side", "code", "detail"
+    )  # fmt: skip
+    ended = engine_module.Completion(1, 2, 3, 0, 0, 0, 0)
     token, up, down, *_ = ended
     assert (token, up, down) == (1, 2, 3)
     engine = engine_module.Engine()
@@ -76,6 +78,9 @@ async def test_refused_descriptors_stay_the_callers(engine: Engine) -> None:
             b.setblocking(False)
             with pytest.raises(EngineError) as caught:
                 rig.engine.relay(a.fileno(), b.fileno(), tls_a=object())
+            assert caught.value.errno == errno.EOPNOTSUPP
+            with pytest.raises(EngineError) as caught:
+                rig.engine.handshake(a.fileno(), object())
             assert caught.value.errno == errno.EOPNOTSUPP
             for idle in (-1.0, 1e12, float("nan")):
                 with pytest.raises(ValueError, match="idle"):
@@ -197,6 +202,7 @@ async def test_after_close(kind: Kind) -> None:
     with owned(*pair_a, *pair_b):
         for call in (
             lambda: engine.relay(a.fileno(), b.fileno()),
+            lambda: engine.handshake(a.fileno(), object()),
             lambda: engine.abort(1),
             engine.fileno,
         ):

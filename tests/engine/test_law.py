@@ -45,7 +45,7 @@ async def test_finished_when_both_directions_ended(engine: Engine, pair: str, ki
         flow.target.shutdown(socket.SHUT_WR)
         assert await rig.drain(flow.visitor) == b""
         ended = await rig.ended(flow.token)
-        assert ended == (flow.token, len(BLOB), 0, kind.module.REASON_FINISHED, 0, 0)
+        assert ended == (flow.token, len(BLOB), 0, kind.module.REASON_FINISHED, 0, 0, 0)
         assert rig.engine.live(flow.token) is None
 
 
@@ -190,7 +190,7 @@ async def test_early_data_and_early_end(engine: Engine, kind: Kind, pair: str) -
         token = rig.hand_over(a, b)
         assert await rig.drain(target) == b"early"
         assert await rig.drain(visitor) == b"bird"
-        assert (await rig.ended(token))[1:] == (5, 4, kind.module.REASON_FINISHED, 0, 0)
+        assert (await rig.ended(token))[1:] == (5, 4, kind.module.REASON_FINISHED, 0, 0, 0)
 
 
 async def test_peer_reset_before_admission(engine: Engine, kind: Kind) -> None:
@@ -238,7 +238,7 @@ async def test_head_of_a_peer_that_ended(engine: Engine, kind: Kind) -> None:
         token = rig.hand_over(a, b, head_a=b"x", head_b=b"yy")
         assert await rig.drain(target) == b"x"
         assert await rig.drain(visitor) == b"yy"
-        assert (await rig.ended(token))[1:] == (1, 2, kind.module.REASON_FINISHED, 0, 0)
+        assert (await rig.ended(token))[1:] == (1, 2, kind.module.REASON_FINISHED, 0, 0, 0)
 
 
 async def test_abort_resets_both(engine: Engine, kind: Kind) -> None:
@@ -247,7 +247,15 @@ async def test_abort_resets_both(engine: Engine, kind: Kind) -> None:
         assert await rig.receive(flow.target, 5) == b"hello"
         rig.engine.abort(flow.token)
         rig.engine.abort(flow.token)
-        assert await rig.ended(flow.token) == (flow.token, 5, 0, kind.module.REASON_ABORTED, 0, 0)
+        assert await rig.ended(flow.token) == (
+            flow.token,
+            5,
+            0,
+            kind.module.REASON_ABORTED,
+            0,
+            0,
+            0,
+        )
         assert await rig.is_reset(flow.visitor)
         assert await rig.is_reset(flow.target)
         rig.engine.abort(flow.token)

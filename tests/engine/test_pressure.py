@@ -6,14 +6,12 @@ import asyncio
 import hashlib
 import os
 import random
-import resource
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
-from tests.engine.rig import Joined, Kind, Rig, tcp_pair
+from tests.engine.rig import Joined, Kind, Rig, resident_bytes, tcp_pair
 
 Engine = Callable[..., Rig]
 every_kind = pytest.mark.parametrize(
@@ -24,22 +22,6 @@ PARKED_PER_WAY = 1 << 20
 """Bytes one direction may hold back: a 512 KiB buffer, or a 1 MiB pipe."""
 
 SMALL = {"sndbuf": 4096, "rcvbuf": 4096}
-
-
-@pytest.fixture
-def many_fds() -> Iterator[None]:
-    """Lift the soft limit on descriptors: hundreds of flows take four each."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def resident_bytes() -> int:
-    """Return this process's resident memory."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
 
 
 @every_kind
@@ -66,7 +48,7 @@ async def test_hundred_visitors_that_never_read(engine: Engine, many_fds: None) 
     """F27: memory stays bounded, and another visitor is served as if alone."""
     async with engine() as rig:
         lone = rig.join()
-        before = resident_bytes() if Path("/proc/self/statm").exists() else 0
+        before = resident_bytes()
         flows = [rig.join(buffers={"rcvbuf": 16_384}) for _ in range(100)]
         chunk = bytes(1 << 20)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from tests.engine.conftest import HAS_NATIVE, NATIVE_ONLY
+from tests.engine.conftest import kinds
 from tests.engine.rig import Joined, Kind, Rig, reset_on_close
 
 SIZES = st.one_of(st.integers(1, 50), st.sampled_from([4096, 70_000, 262_144, 600_000]))
@@ -31,16 +30,6 @@ class Told:
     said: bytearray = field(default_factory=bytearray)
     heard: bytearray = field(default_factory=bytearray)
     is_over: bool = False
-
-
-def kinds() -> list[Kind]:
-    found = []
-    if HAS_NATIVE:
-        native = importlib.import_module("nodepass._fastcopy")
-        found += [Kind(native, True, 1), Kind(native, False, 2)]
-    if not NATIVE_ONLY:
-        found.append(Kind(importlib.import_module("nodepass._pycopy"), False, 1))
-    return found
 
 
 # A failing script is short enough as drawn; shrinking would wait for every hang again.
@@ -155,7 +144,7 @@ class Play:
         await self.stop_doing()
         ended = await self.rig.ended(self.flow.token)
         up, down = (len(told.said) for told in self.told)
-        assert ended == (self.flow.token, up, down, self.kind.module.REASON_FINISHED, 0, 0)
+        assert ended == (self.flow.token, up, down, self.kind.module.REASON_FINISHED, 0, 0, 0)
 
     async def stop_doing(self) -> None:
         for task in self.started:

@@ -72,6 +72,6 @@ async def transfer(rig: Rig, kind: Kind, seed: float) -> None:
     assert at_visitor == digests[1].digest()
     ended = await rig.ended(flow.token)
     up, down = sizes[0] + len(heads[0]), sizes[1] + len(heads[1])
-    assert ended == (flow.token, up, down, kind.module.REASON_FINISHED, 0, 0)
+    assert ended == (flow.token, up, down, kind.module.REASON_FINISHED, 0, 0, 0)
     for end in ends:
         end.close()

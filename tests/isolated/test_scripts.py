@@ -23,10 +23,13 @@ DEADLINE = 50
 """Seconds; a script that hangs at exit is the very thing looked for."""
 
 BOTH = [
-    "close_twice", "engine_in_child", "exit_without_close", "fork", "killed", "leak", "signals",
-    "stop_in_traffic",
+    "close_twice", "engine_in_child", "exit_without_close", "fork", "killed", "leak",
+    "openssl_at_first_use", "signals", "stop_in_traffic", "tls_exit", "tls_leak",
 ]  # fmt: skip
-NATIVE = ["drop_while_open", "few_descriptors", "idle_is_quiet", "memory", "second_interpreter"]
+NATIVE = [
+    "drop_while_open", "few_descriptors", "idle_is_quiet", "memory", "second_interpreter",
+    "tls_drop",
+]  # fmt: skip
 NEEDS_FORK = {"engine_in_child", "fork", "killed"}
 
 

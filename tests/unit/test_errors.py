@@ -19,6 +19,7 @@ TREE: dict[str, tuple[str, ...]] = {
     "PeerWireError": ("WireError",),
     "TunnelError": ("NodePassError",),
     "AuthError": ("TunnelError",),
+    "TlsError": ("TunnelError",),
     "PoolError": ("NodePassError",),
     "PoolTimeout": ("PoolError", "TimeoutError"),
     "PoolClosed": ("PoolError",),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import importlib
-import importlib.util
 import logging
 import socket
 import sys
@@ -14,23 +12,12 @@ from types import ModuleType
 import pytest
 from tests.engine.rig import tcp_pair
 from tests.system.rig.timing import until, within
+from tests.unit.engines import both, engines
 
-from nodepass import net
+from nodepass import _pycopy, net
 from nodepass.environment import Settings
 from nodepass.errors import EngineClosed, EngineError
 from nodepass.relay import Reason, Relay, RelayResult, Relays
-
-both = pytest.mark.loops("asyncio", "uvloop")
-
-HAS_NATIVE = importlib.util.find_spec("nodepass._fastcopy") is not None
-
-KINDS = [
-    pytest.param(
-        "native",
-        marks=pytest.mark.skipif(not HAS_NATIVE, reason="the native engine is not built here"),
-    ),
-    "python",
-]
 
 
 class House:
@@ -69,7 +56,7 @@ async def read(sock: socket.socket, size: int = 1000) -> bytes:
 
 
 @both
-@pytest.mark.parametrize("kind", KINDS)
+@engines
 async def test_bytes_travel_and_the_result_counts_them(kind: str) -> None:
     async with House(kind) as house:
         assert house.relays.kind == kind
@@ -98,7 +85,7 @@ async def test_bytes_travel_and_the_result_counts_them(kind: str) -> None:
 
 
 @both
-@pytest.mark.parametrize("kind", KINDS)
+@engines
 async def test_reset_is_a_result(kind: str) -> None:
     async with House(kind) as house:
         visitor, relay, target = house.join()
@@ -112,7 +99,7 @@ async def test_reset_is_a_result(kind: str) -> None:
 
 
 @both
-@pytest.mark.parametrize("kind", KINDS)
+@engines
 async def test_abort_resets_both(kind: str) -> None:
     async with House(kind) as house:
         visitor, relay, target = house.join()
@@ -127,7 +114,7 @@ async def test_abort_resets_both(kind: str) -> None:
 
 
 @both
-@pytest.mark.parametrize("kind", KINDS)
+@engines
 async def test_join_moves_ownership_on_success_only(kind: str) -> None:
     async with House(kind) as house:
         _, a, b, _ = house.legs()
@@ -142,7 +129,7 @@ async def test_join_moves_ownership_on_success_only(kind: str) -> None:
 
 
 @both
-@pytest.mark.parametrize("kind", KINDS)
+@engines
 async def test_join_of_what_has_ended_already(kind: str) -> None:
     async with House(kind) as house:
         visitor, a, b, target = house.legs()
@@ -166,7 +153,7 @@ def test_describe_names_a_code_that_has_no_name() -> None:
 
 
 @both
-@pytest.mark.parametrize("kind", KINDS)
+@engines
 async def test_close_aborts_what_is_open(kind: str) -> None:
     async with House(kind) as house:
         visitor, relay, target = house.join()
@@ -183,7 +170,7 @@ async def test_close_aborts_what_is_open(kind: str) -> None:
 
 
 @both
-@pytest.mark.parametrize("kind", KINDS)
+@engines
 async def test_join_after_close_leaves_ownership(kind: str) -> None:
     async with House(kind) as house:
         await house.relays.close()
@@ -194,7 +181,7 @@ async def test_join_after_close_leaves_ownership(kind: str) -> None:
 
 
 @both
-@pytest.mark.parametrize("kind", KINDS)
+@engines
 async def test_many_at_once(kind: str) -> None:
     async with House(kind) as house:
         joined = [house.join() for _ in range(50)]
@@ -241,16 +228,19 @@ class Stuck:
 
 async def test_close_of_an_engine_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its relays are cancelled, and whoever looks at them later comes to no harm."""
-    module = importlib.import_module("nodepass._pycopy")
-    monkeypatch.setattr(module, "Engine", Stuck)
-    async with House("python") as house:
+    module = ModuleType("nodepass._fastcopy")
+    vars(module).update(ABI=_pycopy.ABI, Engine=Stuck)
+    monkeypatch.setitem(sys.modules, "nodepass._fastcopy", module)
+    async with House("native") as house:
         _, a, b, _ = house.legs()
         _, c, d, _ = house.legs()
         fds = [socket.socket(fileno=sock.fileno()) for sock in (a, b, c, d)]
         cancelled, kept = house.relays.join(a, b), house.relays.join(c, d)
         assert cancelled.live() == (0, 0)
         kept.result.cancel()
-        house.relays._engine.completions = [(2, 1, 1, 0, 0, 0), (99, 1, 1, 0, 0, 0)]  # type: ignore[attr-defined]
+        engine = house.relays._crew.engine
+        assert isinstance(engine, Stuck)
+        engine.completions = [(2, 1, 1, 0, 0, 0, 0), (99, 1, 1, 0, 0, 0, 0)]
         assert not await house.relays.close(0.1)
         assert cancelled.result.cancelled()
         assert cancelled.live() == (0, 0)

@@ -20,6 +20,7 @@ import nodepass
 STUB = Path(nodepass.__path__[0]) / "_fastcopy.pyi"
 TREE = ast.parse(STUB.read_text())
 CLASSES = {node.name: node for node in TREE.body if isinstance(node, ast.ClassDef)}
+FUNCTIONS = {node.name: node for node in TREE.body if isinstance(node, ast.FunctionDef)}
 
 
 @pytest.fixture(params=["_fastcopy", "_pycopy"])
@@ -65,7 +66,7 @@ def test_public_names(module: ModuleType) -> None:
     assert constants == {
         "ABI", "REASON_FINISHED", "REASON_RESET", "REASON_ABORTED", "REASON_IDLE"
     }  # fmt: skip
-    for name in constants | CLASSES.keys():
+    for name in constants | CLASSES.keys() | FUNCTIONS.keys():
         assert hasattr(module, name), name
     assert {name for name in vars(module) if name.startswith("REASON_")} < constants
 
@@ -89,6 +90,14 @@ def test_method(module: ModuleType, name: str) -> None:
         check_init_by_use(module)
     else:
         assert found == wanted
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+def test_function(module: ModuleType, name: str) -> None:
+    wanted = shape(FUNCTIONS[name].args)
+    assert [parameter[0] for parameter in wanted] == list(
+        inspect.signature(getattr(module, name)).parameters
+    )
 
 
 def check_init_by_use(module: ModuleType) -> None:

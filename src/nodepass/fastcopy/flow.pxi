@@ -6,9 +6,10 @@
 
 
 # Move a flow along the diagram in _fastcopy.pxd.
-cdef inline void flow_move(Worker* w, Flow* flow, int state) noexcept nogil:
-    NP_BUG(flow.state != state - 1, &w.counters.bugs, b"flow took an illegal step")
-    flow.state = <uint8_t>state
+cdef inline void flow_move(Worker* w, Flow* flow, uint32_t state) noexcept nogil:
+    NP_BUG(load_relaxed32(&flow.state) != state - 1, &w.counters.bugs,
+           b"flow took an illegal step")
+    publish_release32(&flow.state, state)
 
 
 cdef inline void fd_close(Worker* w, int fd) noexcept nogil:
@@ -25,14 +26,20 @@ cdef void flow_admit(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     cdef int rc
     flow_move(w, flow, FLOW_OPEN)
     list_append(w.core.flows, &w.all, LINK_ALL, slot)
+    if flow.is_handshake:
+        rc = sys_epoll_add(w.epoll, flow.legs[0].fd, tag)
+        if rc < 0:
+            flow_bury(w, flow, slot, R_RESET, 1, -rc)
+        return
     add_own64(&w.counters.fds_open, 2)
     flow.active_ms = w.now_ms
     if flow.idle_ms:
         wheel_put(w, flow, slot)
     for side in range(2):
-        if flow.ways[side].parked != NULL:
+        if flow.ways[side].parked != NULL or flow.ways[side].head != NULL:
             add_own64(&w.counters.heads_open, 1)
-            add_own64(&w.counters.parked_bytes, flow.ways[side].parked_to)
+            add_own64(&w.counters.parked_bytes,
+                      flow.ways[side].parked_to + flow.ways[side].head_to)
     for side in range(2):
         # From here on only flow_bury() closes politely: if the process is killed in mid
         # transfer, the kernel resets both sides, and nobody takes a cut stream for whole.
@@ -49,8 +56,11 @@ cdef void flow_admit(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
 cdef int flow_turn(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     # A leg with an error is read before it is written to: the write would take the error.
     cdef int first = 1 if flow.legs[1].bits & SEEN_ERROR else 0
-    cdef int more = way_pump(w, flow, slot, first)
+    cdef int more
     cdef int also
+    if flow.is_handshake:
+        return hand_turn(w, flow, slot)
+    more = way_pump(w, flow, slot, first)
     if more < 0:
         return 0
     also = way_pump(w, flow, slot, 1 - first)
@@ -68,13 +78,14 @@ cdef int flow_turn(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
 
 # -> 1 if the flow is buried. A socket with an error first gives what it has received, then
 # the error, so a direction that reads meets it by itself. One that is stopped by
-# back-pressure or has seen EOF would never look: then the error ends the flow here.
+# back-pressure or has seen EOF would never look: then the error ends the flow here. After our
+# close_notify the leg's own end is all that is left to come, and that cannot be faked.
 cdef inline int flow_check_error(
     Worker* w, Flow* flow, uint32_t slot, int index, int has_more
 ) noexcept nogil:
     cdef Leg* leg = &flow.legs[index]
     cdef int code
-    if has_more or not leg.bits & SEEN_ERROR:
+    if has_more or not leg.bits & SEEN_ERROR or leg.bits & TLS_NOTIFIED:
         return 0
     leg.bits &= ~<uint32_t>SEEN_ERROR
     code = sys_socket_error(leg.fd)
@@ -104,7 +115,12 @@ cdef void flow_bury(
         wheel_drop(w, flow, slot)
     for i in range(2):
         way_clear(w, &flow.ways[i])
-        leg_close(w, &flow.legs[i], reason != R_FINISHED)
+        if not flow.is_handshake:
+            leg_close(w, &flow.legs[i], reason != R_FINISHED)
+    if flow.is_handshake:
+        leg_return(w, &flow.legs[0])
+        if reason == R_RESET:
+            add_own64(&w.counters.handshakes_failed, 1)
     list_append(flows, &w.grave, LINK_READY, slot)
 
 
@@ -119,10 +135,20 @@ cdef void leg_close(Worker* w, Leg* leg, bint reset) noexcept nogil:
     fd_close(w, fd)
 
 
+# A lent descriptor goes back: nothing of it may come up here any more.
+cdef void leg_return(Worker* w, Leg* leg) noexcept nogil:
+    cdef int rc = sys_epoll_delete(w.epoll, leg.fd)
+    NP_BUG(rc == -EBADF, &w.counters.bugs, b"a lent socket was closed")
+    leg.fd = -1
+    leg.bits = 0
+
+
 # Let go of whatever a direction still holds: parked bytes, a pipe.
 cdef void way_clear(Worker* w, Way* way) noexcept nogil:
     if way.parked != NULL:
         way_unpark(w, way)
+    if way.head != NULL:
+        tls_drop_head(w, way)
     if way.pipe_read >= 0:
         take_own64(&w.counters.parked_bytes, way.pipe_bytes)
         pipe_give(w, way)

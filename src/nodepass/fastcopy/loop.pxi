@@ -19,6 +19,7 @@ cdef int worker_start(Worker* w) noexcept nogil:
     cdef sigset_t blocked
     cdef sigset_t before
     cdef int rc = 0
+    w.core.references += 1      # before the thread that will drop it exists
     w.wake = sys_eventfd()
     w.epoll = sys_epoll_open()
     if w.wake < 0 or w.epoll < 0:
@@ -41,6 +42,7 @@ cdef int worker_start(Worker* w) noexcept nogil:
         w.is_started = 1
         pthread_setname_np(w.thread, b"nodepass-engine")
         return 0
+    w.core.references -= 1
     if w.wake >= 0:
         sys_close(w.wake)
     if w.epoll >= 0:
@@ -98,7 +100,9 @@ cdef void worker_event(Worker* w, epoll_event* event) noexcept nogil:
         worker_run_inbox(w)
         return
     flow = &w.core.flows[slot]
-    if load_relaxed32(&flow.generation) != <uint32_t>(tag >> 32) or flow.state != FLOW_OPEN:
+    if load_relaxed32(&flow.generation) != <uint32_t>(tag >> 32) or (
+        load_relaxed32(&flow.state) != FLOW_OPEN
+    ):
         add_own64(&w.counters.stale_events, 1)
         return
     leg = &flow.legs[side]
@@ -117,26 +121,33 @@ cdef void worker_event(Worker* w, epoll_event* event) noexcept nogil:
 
 # Orders of the control plane. The flag is cleared before the scan (see ring_bell); the
 # eventfd is edge-triggered and need not be read.
+#
+# An ABORT may come when its flow has been polled and its slot given away, even to another
+# worker. So the state is read first: if that other one has made it OPEN, then its generation
+# has risen, and the release of the one shows the other.
 cdef void worker_run_inbox(Worker* w) noexcept nogil:
     cdef uint64_t order = 0
     cdef uint32_t slot
+    cdef uint32_t state
     cdef Flow* flow
     exchange32(&w.wake_rung, 0)
     while ring_get(&w.inbox, &order):
         slot = (<uint32_t>order) >> 1
         flow = &w.core.flows[slot]
+        state = load_acquire32(&flow.state)
         if load_relaxed32(&flow.generation) != <uint32_t>(order >> 32):
             add_own64(&w.counters.stale_events, 1)
         elif (order & 1) == ORDER_ADMIT:
             flow_admit(w, flow, slot)
-        elif flow.state == FLOW_OPEN:
+        elif state == FLOW_OPEN:
             flow_bury(w, flow, slot, R_ABORTED, 0, 0)
 
 
 # One turn for every flow that was ready when the round began; who has budget left over
-# work stands at the tail again and meets fresh events first.
+# work stands at the tail again and meets fresh events first. The worker that has the
+# handshakes stops after a few: a crowd of them must not keep an abort waiting.
 cdef void worker_run_ready(Worker* w) noexcept nogil:
-    cdef uint32_t left = w.ready.count
+    cdef uint32_t left = min(w.ready.count, w.round_turns)
     cdef uint32_t slot
     cdef Flow* flow
     while left and w.ready.count:

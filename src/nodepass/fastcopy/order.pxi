@@ -6,15 +6,14 @@ cdef inline uint64_t token_of(Flow* flow, uint32_t slot) noexcept nogil:
     return (<uint64_t>load_relaxed32(&flow.generation) << 32) | slot
 
 
-# Make a slot ready for admission. Its two descriptors are still the caller's.
+# Make a slot ready for admission. Its two descriptors are still the caller's. Generation and
+# state stay atomic: a stale ABORT of the slot's last life may be looking at them.
 cdef void flow_prepare(
     Flow* flow, int a, int b, uint32_t worker, uint32_t idle_ms
 ) noexcept nogil:
-    cdef uint32_t generation = load_relaxed32(&flow.generation)
     cdef int i
-    memset(flow, 0, sizeof(Flow))
-    store_relaxed32(&flow.generation, generation)
-    flow.state = FLOW_QUEUED
+    memset(&flow.worker, 0, sizeof(Flow) - (<char*>&flow.worker - <char*>flow))
+    store_relaxed32(&flow.state, FLOW_QUEUED)
     flow.worker = worker
     flow.idle_ms = idle_ms
     flow.legs[0].fd = a
@@ -25,14 +24,32 @@ cdef void flow_prepare(
         flow.ways[i].pipe_write = -1
 
 
-# -> 0 or -ENOMEM. Bytes read before admission are parked from the start.
-cdef int flow_park_head(Way* way, const char* data, size_t size) noexcept nogil:
+# Make a leg speak TLS. Whatever its Connection has read and written so far comes first.
+cdef void flow_secure(Flow* flow, int side, Handles* handles) noexcept nogil:
+    cdef Leg* leg = &flow.legs[side]
+    leg.tls = handles.ssl
+    leg.tls_in = handles.bio_in
+    leg.tls_out = handles.bio_out
+    leg.bits = TLS_HOLDS | TLS_OWES
+    flow.ways[0].is_tls = 1
+    flow.ways[1].is_tls = 1
+
+
+# -> 0 or -ENOMEM. Bytes read before admission are parked from the start, or wait to be sealed.
+cdef int flow_park_head(Flow* flow, int index, const char* data, size_t size) noexcept nogil:
+    cdef Way* way = &flow.ways[index]
+    cdef char* head
     if size == 0:
         return 0
-    way.parked = head_take(data, size)
-    if way.parked == NULL:
+    head = head_take(data, size, 0)
+    if head == NULL:
         return -ENOMEM
-    way.parked_to = size
+    if flow.legs[1 - index].tls != NULL:
+        way.head = head
+        way.head_to = size
+    else:
+        way.parked = head
+        way.parked_to = size
     return 0
 
 
@@ -40,10 +57,11 @@ cdef int flow_park_head(Way* way, const char* data, size_t size) noexcept nogil:
 cdef void flow_undo(Flow* flow) noexcept nogil:
     cdef int i
     for i in range(2):
-        if flow.ways[i].parked != NULL:
-            head_give(flow.ways[i].parked)
-            flow.ways[i].parked = NULL
-    flow.state = FLOW_FREE
+        head_give(flow.ways[i].parked)
+        head_give(flow.ways[i].head)
+        flow.ways[i].parked = NULL
+        flow.ways[i].head = NULL
+    store_relaxed32(&flow.state, FLOW_FREE)
 
 
 # Hand an order over. After ADMIT the flow is the worker's.
@@ -66,7 +84,7 @@ cdef uint32_t workers_join(Core* core) noexcept nogil:
     cdef uint32_t i
     cdef uint32_t left = 0
     cdef Worker* w
-    for i in range(core.threads):
+    for i in range(core.crew):
         w = &core.workers[i]
         if w.is_started and not w.is_joined:
             if load_acquire32(&w.exited):

@@ -16,7 +16,7 @@ cdef inline Size slab_sizes(uint32_t threads, uint32_t capacity) noexcept nogil:
         cells *= 2
     size.flows = capacity * sizeof(Flow)
     size.free_slots = capacity * sizeof(uint32_t)
-    size.workers = threads * sizeof(Worker)
+    size.workers = (threads + 1) * sizeof(Worker)
     size.inbox = cells * INBOX_PER_FLOW * sizeof(uint64_t)
     size.outbox = cells * sizeof(uint64_t)
     size.buffers = <size_t>MAX_BUFFERS * BUFFER_BYTES
@@ -36,6 +36,7 @@ cdef int core_open(uint32_t threads, uint32_t capacity, Core** result) noexcept 
         return -ENOMEM
     core.references = 1
     core.threads = threads
+    core.crew = threads + 1
     core.capacity = capacity
     core.notify = -1
     core.done = -1
@@ -45,12 +46,13 @@ cdef int core_open(uint32_t threads, uint32_t capacity, Core** result) noexcept 
     if rc == 0:
         rc = sys_map(size.free_slots, <void**>&core.free_slots)
     if rc == 0:
-        for i in range(threads):
+        for i in range(core.crew):
             w = &core.workers[i]
             w.core = core
             w.index = i
             w.epoll = -1
             w.wake = -1
+            w.round_turns = HANDSHAKE_TURNS if i == threads else NONE_SLOT
             rc = worker_map(w, &size)
             if rc < 0:
                 break
@@ -93,7 +95,7 @@ cdef void core_unmap(Core* core) noexcept nogil:
     cdef Worker* w
     cdef uint32_t i
     if core.workers != NULL:
-        for i in range(core.threads):
+        for i in range(core.crew):
             w = &core.workers[i]
             if w.inbox.cells != NULL:
                 sys_unmap(w.inbox.cells, size.inbox)
@@ -120,7 +122,7 @@ cdef void core_release(Core* core) noexcept nogil:
 # Close the event fds. Only when no worker is left to ring them.
 cdef void core_close_events(Core* core) noexcept nogil:
     cdef uint32_t i
-    for i in range(core.threads):
+    for i in range(core.crew):
         if core.workers[i].wake >= 0:
             sys_close(core.workers[i].wake)
             core.workers[i].wake = -1
@@ -184,10 +186,11 @@ cdef inline void buffer_give(Worker* w, int32_t index) noexcept nogil:
     w.free_buffers += 1
 
 
-# -> a copy of bytes that were read before admission, NULL without memory. Owned by the
-# flow; freed by head_give(). Runs on: control plane.
-cdef char* head_take(const char* data, size_t size) noexcept nogil:
-    cdef char* head = <char*>malloc(size)
+# -> a copy of bytes with `spare` bytes of room behind them, NULL without memory. Owned by the
+# flow; freed by head_give(). Runs on: control plane, for bytes that were read before
+# admission; a worker whose pool is dry, for a TLS record that dst did not take.
+cdef char* head_take(const char* data, size_t size, size_t spare) noexcept nogil:
+    cdef char* head = <char*>malloc(size + spare)
     if head != NULL:
         memcpy(head, data, size)
     return head

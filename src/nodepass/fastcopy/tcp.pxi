@@ -35,6 +35,8 @@ cdef int way_pump(Worker* w, Flow* flow, uint32_t slot, int index) noexcept nogi
     cdef ssize_t budget = TURN_BYTES
     cdef ssize_t rc = 0
     cdef int more = 0
+    if way.is_tls:
+        return tls_pump(w, flow, slot, index)
     while way.state == WAY_OPEN and dst.bits & MAY_WRITE:
         if way.parked != NULL:
             rc = way_send_parked(w, flow, slot, index)
@@ -114,7 +116,8 @@ cdef ssize_t way_end(Worker* w, Flow* flow, uint32_t slot, int index) noexcept n
         flow.legs[index].bits &= ~<uint32_t>MAY_READ
         return 0                # its error has been taken; what looks like EOF is no FIN
     rc = sys_shutdown_write(dst.fd)
-    if rc < 0:
+    # (See tls_send_failed() for the exception.)
+    if rc < 0 and not dst.bits & TLS_NOTIFIED:
         # ENOTCONN: the connection died and its event is still on the way.
         code = sys_socket_error(dst.fd)
         if code == 0:

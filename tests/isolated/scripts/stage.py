@@ -7,10 +7,14 @@ import importlib
 import socket
 import sys
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.engine.rig import Joined, Kind
+
+if TYPE_CHECKING:
+    from tests.engine.tls_rig import Secured
 
 KIND = Kind(importlib.import_module(f"nodepass.{sys.argv[1]}"), True, 2)
 
@@ -29,25 +33,39 @@ def play(script: Coroutine[object, object, None]) -> None:
 
 def pour(flow: Joined) -> list[threading.Thread]:
     """Push bytes through a flow without end, from daemon threads."""
+    return push_and_pull(flow.visitor, flow.target, lambda: bytes(1 << 20))
 
+
+def pour_secured(flow: Secured) -> list[threading.Thread]:
+    """Do the same with a flow that may speak TLS; what arrives is not decrypted."""
+    from tests.engine.tls_rig import TlsEnd  # loads OpenSSL
+
+    chunk = bytes(1 << 18)
+    visitor = flow.visitor
+    seal = visitor.seal if isinstance(visitor, TlsEnd) else bytes
+    return push_and_pull(visitor.sock, flow.target.sock, lambda: seal(chunk))
+
+
+def push_and_pull(
+    visitor: socket.socket, target: socket.socket, make: Callable[[], bytes]
+) -> list[threading.Thread]:
     def push() -> None:
-        chunk = bytes(1 << 20)
         try:
             while True:
-                flow.visitor.sendall(chunk)
+                visitor.sendall(make())
         except OSError:
             return
 
     def pull() -> None:
         room = bytearray(1 << 20)
         try:
-            while flow.target.recv_into(room):
+            while target.recv_into(room):
                 pass
         except OSError:
             return
 
-    flow.visitor.setblocking(True)
-    flow.target.setblocking(True)
+    visitor.setblocking(True)
+    target.setblocking(True)
     threads = [threading.Thread(target=act, daemon=True) for act in (push, pull)]
     for thread in threads:
         thread.start()
