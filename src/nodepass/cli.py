@@ -1,6 +1,7 @@
 """The command line: words in, exit code out.
 
     0  ended by a signal, or did what was asked    1  could not start    2  wrong option
+    130  interrupted before it could start anything
 
 Every option is read and checked before anything starts. What is heavy (asyncio and all
 above it) is imported where it is needed, so that `--help` and wrong options answer at once.
@@ -10,6 +11,7 @@ Nothing imports this module but `__main__` and the console script.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -24,8 +26,13 @@ __all__ = ["main"]
 
 FINE, WRONG_OPTION = 0, 2
 
-LATER = ("bench", "doctor", "keygen", "service", "top")
+INTERRUPTED = 130
+"""What shells say of a program that SIGINT ended: 128 + 2."""
+
+LATER = ("bench", "doctor", "service", "top")
 """Commands that are announced and not in this build yet."""
+
+_OPTION = re.compile(r"--[a-z-]+|-[A-Za-z](?=[^-]|$)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,12 +44,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    _fill_standard_streams()
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _fill_standard_streams()
+        return _obey(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        # Until `process` listens to signals, and that is after all that has to be imported.
+        return INTERRUPTED
+
+
+def _obey(words: Sequence[str]) -> int:
     if words[:1] == ["demo"]:
         from .demo import main as run_demo
 
         return run_demo(words[1:])
+    if words[:1] == ["keygen"]:
+        return _keygen(words[1:])
     if "--help" in words or "-h" in words or words == ["help"]:
         from .help import text
 
@@ -78,6 +94,16 @@ def _refuse(message: str) -> int:
     return WRONG_OPTION
 
 
+def _keygen(words: Sequence[str]) -> int:
+    from .keygen import text
+
+    try:
+        print(text(words), end="")
+    except ConfigError as exc:
+        return _refuse(str(exc))
+    return FINE
+
+
 def _version() -> str:
     from importlib.util import find_spec
 
@@ -89,13 +115,18 @@ def _version() -> str:
 
 
 def _run(urls: Sequence[str]) -> int:
+    from .title import hide_passwords
+
+    exposed = hide_passwords(urls)
     try:
         settings, configs = _read(urls, os.environ)
     except ConfigError as exc:
         return _refuse(str(exc))
+    # The configs hold it now. A library of ours may start a process, which inherits the rest.
+    os.environ.pop("NODEPASS_PASSWORD", None)
     from .process import run
 
-    return run(configs, settings)
+    return run(configs, settings, exposed)
 
 
 def _read(urls: Sequence[str], environ: Mapping[str, str]) -> tuple[Settings, list[Config]]:
@@ -106,7 +137,11 @@ def _read(urls: Sequence[str], environ: Mapping[str, str]) -> tuple[Settings, li
         raise ConfigError("url", "is missing; nodepass --help has examples")
     for word in urls:
         if word.startswith("-"):
-            raise ConfigError(word, f"is not an option; {suggest(word, ('--help', '--version'))}")
+            # Without what may be glued to it: --password=…, -p…
+            option = _OPTION.match(word)
+            shown = option[0] if option else "-"
+            hint = suggest(shown, ("--help", "--version"))
+            raise ConfigError(shown, f"is not an option; {hint}")
     settings = Settings.from_environment(environ)
     configs = [Config.parse(url, environ, settings) for url in urls]
     check_together(configs)

@@ -3,9 +3,9 @@
 Defaults stand in two tables and nowhere else: `PARAMETERS` here for the query,
 `Settings` (environment.py) for the variables. Nothing is guessed and nothing silently
 replaced: what cannot be used is a `ConfigError` that names the option and says what it
-may be.
+may be. What might be a password, or a part of one, is never repeated in an error.
 
-Touches no network. The one file it reads is the password's.
+Touches no network. The one file it reads is the password's (password.py).
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
-from typing import NoReturn
 
 from .address import PORTS, Address, is_number, overlap, parse_address
 from .environment import Settings, suggest
 from .errors import ConfigError
+from .password import Secret, checked, from_environment, utf8
 
 __all__ = [
     "PARAMETERS",
@@ -31,16 +30,15 @@ __all__ = [
     "Secret",
     "Settings",
     "check_together",
+    "parse_host",
 ]
 
 NAME_LIMIT = 64
 """Characters of a client's name; Linux allows as many in a host name (HOST_NAME_MAX)."""
 
-PASSWORD_LIMIT = 1024
-"""Bytes of a password; enough for a key file, and an end to reading a device."""
-
 _NAME = re.compile(rf"[A-Za-z0-9._-]{{1,{NAME_LIMIT}}}")
 _ESCAPE = re.compile(r"%([0-9A-Fa-f]{2})?")
+_SCHEME = re.compile(r"[A-Za-z]{1,16}")
 
 
 class Mode(StrEnum):
@@ -50,37 +48,10 @@ class Mode(StrEnum):
     CLIENT = "client"
 
 
-class Secret:
-    """Text that shows itself as *** wherever it is printed."""
-
-    __slots__ = ("_text",)
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def reveal(self) -> str:
-        """Return the text itself; never into a line, a message or a file."""
-        return self._text
-
-    def __repr__(self) -> str:
-        return "***"
-
-    def __format__(self, spec: str) -> str:
-        return "***"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Secret) and other._text == self._text
-
-    def __hash__(self) -> int:
-        return hash(self._text)
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a secret is not written anywhere")
-
-
 BOTH = (Mode.SERVER, Mode.CLIENT)
 LEVELS = ("debug", "info", "warn", "error", "fatal", "none")
 SWITCH = ("0", "1")
+FILES = ("crt", "key", "ca")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +67,17 @@ class Parameter:
 
 PARAMETERS: tuple[Parameter, ...] = (
     Parameter("log", BOTH, "info", LEVELS, "least level that is printed"),
-    Parameter("tls", BOTH, "0", ("0", "1", "2"), "server: the mode; client: the least accepted"),
-    Parameter("crt", (Mode.SERVER,), "", (), "PEM chain for tls=2"),
-    Parameter("key", (Mode.SERVER,), "", (), "PEM key for tls=2"),
-    Parameter("ca", (Mode.CLIENT,), "", (), "trust anchor for tls=2"),
-    Parameter("sni", (Mode.CLIENT,), "", (), "server name for tls=2"),
+    Parameter(
+        "tls",
+        BOTH,
+        "0",
+        ("0", "1", "2"),
+        "server: 0 plain, 1 self-signed, 2 crt and key; client: the least accepted",
+    ),
+    Parameter("crt", (Mode.SERVER,), "", (), "PEM file: certificate and its chain, for tls=2"),
+    Parameter("key", (Mode.SERVER,), "", (), "PEM file: the key of crt"),
+    Parameter("ca", (Mode.CLIENT,), "", (), "PEM file to trust, not the system's; implies tls=2"),
+    Parameter("sni", (Mode.CLIENT,), "", (), "server name, not the tunnel host; implies tls=2"),
     Parameter("compat", BOTH, "1", SWITCH, "0 = refuse peers of the seed dialect"),
     Parameter("data", (Mode.SERVER,), "0", (), "port of the seed dialect's data listener"),
     Parameter("tcp", BOTH, "1", SWITCH, "0 = carry no TCP"),
@@ -140,7 +117,7 @@ class Config:
             text = str(int(value)) if isinstance(value, bool) else str(value or "0")
             shown = value is not None and self.mode in parameter.modes
             if shown and parameter.name != "name" and text != parameter.default:
-                pairs.append(f"{parameter.name}={text}")
+                pairs.append(f"{parameter.name}={_encode(text)}")
         query = "?" + "&".join(pairs) if pairs else ""
         return f"{self.mode}://{secret}{self.tunnel}/{self.target}{query}"
 
@@ -174,8 +151,10 @@ class Config:
         environ = os.environ if environ is None else environ
         settings = Settings.from_environment(environ) if settings is None else settings
         mode, authority, target, query = _split(url)
-        password, tunnel = _split_password(authority)
-        password = password or _environment_password(environ)
+        written, at, tunnel = authority.rpartition("@")
+        password, source = from_environment(environ) if not at else (None, "")
+        if at:
+            password = checked("password", _decode("password", written))
         given = _parse_query(mode, query)
         config = cls(
             mode=mode,
@@ -183,11 +162,11 @@ class Config:
             target=_address("target", target, mode),
             password=password,
             log=given.get("log", "info"),
-            tls=int(given.get("tls", "0")),
+            tls=_tls(given),
             crt=given.get("crt"),
             key=given.get("key"),
             ca=given.get("ca"),
-            sni=given.get("sni"),
+            sni=parse_host("sni", given["sni"]) if "sni" in given else None,
             compat=given.get("compat", "1") == "1" and password is None,
             data=_data_port(given),
             tcp=given.get("tcp", "1") == "1",
@@ -195,7 +174,7 @@ class Config:
             name=_client_name(given) if mode is Mode.CLIENT else "",
             settings=settings,
         )
-        _refuse_contradictions(config, given)
+        _refuse_contradictions(config, given, source)
         _refuse_later_features(config)
         return config
 
@@ -205,54 +184,32 @@ def _split(url: str) -> tuple[Mode, str, str, str]:
     if not colon:
         raise ConfigError("url", "starts neither with server:// nor with client://")
     if scheme.lower() not in tuple(Mode):
-        raise ConfigError("url", f"mode {scheme!r} is unknown; it is server:// or client://")
+        is_plain = _SCHEME.fullmatch(scheme) and "@" not in rest
+        shown = f"mode {scheme!r} is unknown; it" if is_plain else "its mode"
+        raise ConfigError("url", f"{shown} is server:// or client://")
     if any(c.isspace() or not c.isprintable() for c in rest):
         raise ConfigError("url", "has a blank or a control character in it; write it as %20 …")
     if "#" in rest:
         raise ConfigError("url", "has a '#' in it, which means nothing here; write it as %23")
     body, _, query = rest.partition("?")
     authority, _, target = body.partition("/")
-    # A raw '/' or '?' in a password ends it early; parts of it must not show up in an error.
-    if "@" in target or ("@" in query and not target):
-        raise ConfigError("password", "has '/' or '?' in it; write them as %2F and %3F")
+    if _has_stray_at(target, query):
+        raise ConfigError(
+            "url",
+            "has an '@' behind its first '/' or '?'; in a password write these as %2F and %3F,"
+            " elsewhere write the '@' as %40",
+        )
     return Mode(scheme.lower()), authority, target, query
 
 
-def _split_password(authority: str) -> tuple[Secret | None, str]:
-    written, at, tunnel = authority.rpartition("@")
-    if not at:
-        return None, tunnel
-    return _password("password", _decode("password", written)), tunnel
+def _has_stray_at(target: str, query: str) -> bool:
+    """Tell whether a raw '/' or '?' may have ended a password early.
 
-
-def _environment_password(environ: Mapping[str, str]) -> Secret | None:
-    text, path = environ.get("NODEPASS_PASSWORD"), environ.get("NODEPASS_PASSWORD_FILE")
-    if text is not None and path is not None:
-        raise ConfigError("NODEPASS_PASSWORD", "and NODEPASS_PASSWORD_FILE are both set; keep one")
-    if text is not None:
-        return _password("NODEPASS_PASSWORD", text)
-    if path is None:
-        return None
-    option = "NODEPASS_PASSWORD_FILE"
-    try:
-        with Path(path).open("rb") as file:
-            line = file.read(PASSWORD_LIMIT + len("\r\n"))
-    except (OSError, ValueError) as exc:
-        why = (exc.strerror if isinstance(exc, OSError) else None) or str(exc)
-        raise ConfigError(option, f"cannot read {path!r}: {why.lower()}") from exc
-    line = line.removesuffix(b"\n").removesuffix(b"\r")
-    try:
-        return _password(option, line.decode())
-    except UnicodeDecodeError:
-        raise ConfigError(option, f"{path!r} holds bytes that are not UTF-8") from None
-
-
-def _password(option: str, text: str) -> Secret:
-    if not 0 < len(text.encode(errors="surrogateescape")) <= PASSWORD_LIMIT:
-        raise ConfigError(
-            option, f"is empty or too long; a password has 1..{PASSWORD_LIMIT} bytes"
-        )
-    return Secret(text)
+    Then its rest stands where addresses and parameters are read, whose errors repeat it.
+    """
+    pairs = [pair.partition("=") for pair in query.split("&")]
+    in_query = any("@" in pair[0] or ("@" in pair[2] and pair[0] not in FILES) for pair in pairs)
+    return "@" in target or in_query or ("@" in query and not target)
 
 
 def _decode(option: str, text: str) -> str:
@@ -269,18 +226,67 @@ def _decode(option: str, text: str) -> str:
         parts += [text[end : escape.start()].encode(errors="surrogateescape"), byte(escape)]
         end = escape.end()
     parts.append(text[end:].encode(errors="surrogateescape"))
-    try:
-        return b"".join(parts).decode()
-    except UnicodeDecodeError:
-        raise ConfigError(option, "does not decode to UTF-8") from None
+    decoded = utf8(b"".join(parts))
+    if decoded is None:
+        raise ConfigError(option, "does not decode to UTF-8")
+    return decoded
+
+
+def _encode(text: str) -> str:
+    """Escape what would end a value, or could not be printed; the rest stays readable."""
+    return "".join(
+        c if c.isprintable() and c not in " %&#@" else "".join(f"%{b:02X}" for b in c.encode())
+        for c in text
+    )
 
 
 def _address(option: str, text: str, mode: Mode) -> Address:
+    # What no address can be may be a password whose '@' was forgotten or escaped.
+    if not text.startswith("["):
+        if text.count(":") > 1:
+            hint = "an IPv6 address needs brackets, a password before it ends in '@'"
+            raise ConfigError(option, f"is not host:port; {hint}")
+        if any(c.isascii() and not c.isalnum() and c not in "-._:" for c in text):
+            hint = "a password before it ends in '@'"
+            raise ConfigError(option, f"has a character that no host and no port has; {hint}")
     address = parse_address(option, text)
     if mode is Mode.CLIENT and not address.host:
         # What has no host is dialled on this machine, as the Go program does it.
         return Address("localhost", address.port)
     return address
+
+
+def parse_host(option: str, text: str) -> str:
+    """Read a host name or an address, without a port; IPv6 with or without brackets.
+
+    Returns:
+        A name as certificates and the wire have it (xn--…, no dot at its end), or an address.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    is_bare = ":" in text and not text.startswith("[")
+    try:
+        host = parse_address(option, f"[{text}]:1" if is_bare else f"{text}:1").host
+    except ConfigError:
+        host = ""
+    if not host or "%" in host:  # the zone of an IPv6 address means nothing to others
+        raise ConfigError(
+            option, "is no host name and no IP address; write it without scheme and port"
+        )
+    return host.removesuffix(".")
+
+
+def _tls(given: Mapping[str, str]) -> int:
+    checking = [name for name in ("ca", "sni") if name in given]
+    if not checking:
+        return int(given.get("tls", "0"))
+    # Whoever says what to check the server against would not be served by less.
+    if given.get("tls", "2") != "2":
+        raise ConfigError(
+            checking[0], f"needs tls=2, but tls={given['tls']} is given; leave one of them out"
+        )
+    return 2
 
 
 def _parse_query(mode: Mode, query: str) -> dict[str, str]:
@@ -333,7 +339,8 @@ def _data_port(given: Mapping[str, str]) -> int:
     return int(text)
 
 
-def _refuse_contradictions(config: Config, given: Mapping[str, str]) -> None:
+def _refuse_contradictions(config: Config, given: Mapping[str, str], source: str) -> None:
+    """Refuse parts that do not fit; `source` is the variable that holds the password."""
     if config.mode is Mode.SERVER and config.tls == 2:
         missing = [name for name in ("crt", "key") if name not in given]
         if missing:
@@ -344,24 +351,20 @@ def _refuse_contradictions(config: Config, given: Mapping[str, str]) -> None:
             )
     elif "crt" in given or "key" in given:
         raise ConfigError("crt" if "crt" in given else "key", "is for tls=2 only; add tls=2")
+    guard = f"the password in {source}" if source else "a password"
     if config.password is not None and given.get("compat") == "1":
-        raise ConfigError("compat", "is 1, but a password shuts seed peers out; leave it out")
+        raise ConfigError("compat", f"is 1, but {guard} shuts seed peers out; leave it out")
+    if "data" in given and not config.compat:
+        guard = guard if config.password is not None else "compat=0"
+        raise ConfigError("data", f"is for seed peers, and {guard} shuts them out; leave it out")
     if not (config.tcp or config.udp):
         raise ConfigError("tcp", "is 0 and there is no udp=1, so nothing is left to carry")
     check_together([config])
 
 
 def _refuse_later_features(config: Config) -> None:
-    later = {
-        "tls": config.tls != 0,
-        "ca": config.ca is not None,
-        "sni": config.sni is not None,
-        "password": config.password is not None,
-        "udp": config.udp,
-    }
-    for option, wanted in later.items():
-        if wanted:
-            raise ConfigError(option, "is not in this build yet; leave it out")
+    if config.udp:
+        raise ConfigError("udp", "is not in this build yet; leave it out")
 
 
 def check_together(configs: Iterable[Config]) -> None:

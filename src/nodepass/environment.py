@@ -203,7 +203,7 @@ VARIABLES: tuple[Variable, ...] = (
     _duration("REPORT_INTERVAL", "heartbeat and report period; lost after three"),
     _duration("SERVICE_COOLDOWN", "longest pause before dialling a lost tunnel again"),
     _duration("SHUTDOWN_TIMEOUT", "how long open relays may finish after SIGTERM", 0.0),
-    _duration("RELOAD_INTERVAL", "how often certificate files are looked at (later)"),
+    _duration("RELOAD_INTERVAL", "how often certificate files are looked at"),
     _duration("HANDSHAKE_TIMEOUT", "from accept to a finished handshake"),
     _duration("DIAL_TIMEOUT", "target and tunnel dials"),
     _count("NODEPASS_THREADS", 1, 256, "engine threads"),

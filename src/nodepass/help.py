@@ -17,6 +17,7 @@ nodepass - a tunnel between two machines; the client dials out, so it needs no o
 
 usage: nodepass URL [URL ...]          run these tunnels until SIGINT or SIGTERM
        nodepass demo                   see and measure a tunnel on this machine
+       nodepass keygen [HOST]          make a password; prints the lines for both machines
        nodepass --version | --help
 
   server://[password@]tunnel_host:tunnel_port/target_host:target_port[?log=...&...]
@@ -26,6 +27,9 @@ usage: nodepass URL [URL ...]          run these tunnels until SIGINT or SIGTERM
   The client dials the tunnel address, and its own target address for each visitor.
   Hosts are IPv4, [IPv6] or names. None at all (:10101) is every address of the server, and
   this machine for the client. '?' and '&' mean something to a shell: put the URL in quotes.
+  A password in a URL can be seen by other users of the machine for a moment, and in the shell's
+  history: better set NODEPASS_PASSWORD or NODEPASS_PASSWORD_FILE. The Go program has no passwords,
+  so any password shuts it out.
 
 examples:
   A web server at home, seen on port 8080 of a rented machine:
@@ -35,30 +39,24 @@ examples:
     rented machine   nodepass "server://:10101/:8080" "server://:10102/:2222"
     at home          nodepass "client://rented.example.org:10101/127.0.0.1:80" \\
                               "client://rented.example.org:10102/127.0.0.1:22"
+  Encrypted, and only for those who have the password (nodepass keygen makes one):
+    rented machine   NODEPASS_PASSWORD_FILE=secret nodepass "server://:10101/:8080?tls=1"
+    at home          NODEPASS_PASSWORD_FILE=secret nodepass \\
+                              "client://rented.example.org:10101/127.0.0.1:80?tls=1"
   With every detail in the log:
     nodepass "server://[2001:db8::1]:10101/127.0.0.1:5432?log=debug"
 """
 
 TAIL = """\
-exit code: 0 ended by a signal, 1 could not start, 2 wrong option
-signals:   SIGINT, SIGTERM end after the open relays, a second one at once; SIGHUP nothing yet
+exit code: 0 ended by a signal, 1 could not start, 2 wrong option, 130 interrupted while starting
+signals:   SIGINT, SIGTERM end after the open relays, a second one at once;
+           SIGHUP re-reads the certificates
 """
 
-LATER = {
-    "tls": "only 0 in this build",
-    "crt": "not in this build yet",
-    "key": "not in this build yet",
-    "ca": "not in this build yet",
-    "sni": "not in this build yet",
-    "udp": "only 0 in this build",
-}
+LATER = {"udp": "only 0 in this build"}
 """What the parser knows and refuses for now."""
 
-PASSWORD_ROW = (
-    "NODEPASS_PASSWORD[_FILE]",
-    "-",
-    "the password, or a file that holds it (not in this build yet)",
-)
+PASSWORD_ROW = ("NODEPASS_PASSWORD[_FILE]", "-", "the password, or a file that holds it")
 
 
 def text() -> str:

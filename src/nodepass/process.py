@@ -17,8 +17,10 @@ import asyncio
 import contextlib
 import os
 import signal
+import stat
 import sys
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from .config import Config, Mode
@@ -34,15 +36,43 @@ DESCRIPTORS = 1 << 20
 """Most descriptors asked for; Linux' own ceiling for a process (fs.nr_open)."""
 
 
-def run(configs: Sequence[Config], settings: Settings) -> int:
-    """Run tunnels until a signal ends them; return the exit code."""
+def run(configs: Sequence[Config], settings: Settings, exposed: str | None = None) -> int:
+    """Run tunnels until a signal ends them.
+
+    Args:
+        configs: one for each tunnel; already checked against each other.
+        settings: those of the process.
+        exposed: why a password can be read in the process list; None = it cannot.
+
+    Returns:
+        The exit code, as `serve` returns it.
+    """
     setup(settings.log_format)
+    if exposed is not None:
+        Log("cli", _most_talkative(configs)).warn(
+            "the password is visible in the process list; put it into a file and name the file "
+            "in NODEPASS_PASSWORD_FILE",
+            why=exposed,
+        )
+    _warn_of_open_file(configs)
     _raise_descriptor_limit()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         try:
             return runner.run(serve(configs, settings))
         finally:
             _deafen()
+
+
+def _warn_of_open_file(configs: Sequence[Config]) -> None:
+    """Say if everybody on this machine may read the password that is used."""
+    path = os.environ.get("NODEPASS_PASSWORD_FILE")
+    if path is None or os.name != "posix" or all(c.password is None for c in configs):
+        return
+    with contextlib.suppress(OSError):
+        if Path(path).stat().st_mode & stat.S_IROTH:
+            Log("cli", _most_talkative(configs)).warn(
+                "every user of this machine can read the password; chmod 600 its file", file=path
+            )
 
 
 def _deafen() -> None:
@@ -80,6 +110,7 @@ class Tunnel(Protocol):
     async def start(self) -> None: ...
     async def stop(self) -> None: ...
     async def wait_closed(self) -> None: ...
+    def reload(self) -> bool: ...
 
 
 class Closer(Protocol):
@@ -134,8 +165,10 @@ async def serve(configs: Sequence[Config], settings: Settings, house: House | No
             hurried.set()
         asked.set()
 
+    tunnels: list[Tunnel] = []
+
     def on_reload() -> None:
-        log.info("nothing to reload")
+        _reload(tunnels, log)
 
     handlers = {"SIGINT": on_stop, "SIGTERM": on_stop, "SIGHUP": on_reload}
     with _signals(asyncio.get_running_loop(), handlers):
@@ -143,9 +176,9 @@ async def serve(configs: Sequence[Config], settings: Settings, house: House | No
             relays = house.relays(settings)
         except (NodePassError, OSError) as exc:
             return _complain(exc)
-        tunnels: list[Tunnel] = []
         try:
-            code = await _live(configs, house, relays, tunnels, asked, log)
+            made = (house.tunnel(config, relays) for config in configs)
+            code = await _live(made, tunnels, asked, log)
         except (NodePassError, OSError) as exc:
             code = _complain(exc)
         finally:
@@ -187,19 +220,26 @@ def _plain_handler(
     signal.signal(number, lambda *_: loop.call_soon_threadsafe(handler))
 
 
+def _reload(tunnels: Sequence[Tunnel], log: Log) -> None:
+    """Have every tunnel re-read its certificates; what came of it, each tunnel says."""
+    has_anything = False
+    for tunnel in tunnels:
+        try:
+            has_anything |= tunnel.reload()
+        except Exception as exc:  # noqa: BLE001 - the others' certificates still count
+            has_anything = True
+            log.error("a fault of ours in a reload; please report it", error=exc)
+    if not has_anything:
+        log.info("nothing to reload")
+
+
 async def _live(
-    configs: Sequence[Config],
-    house: House,
-    relays: Closer,
-    tunnels: list[Tunnel],
-    asked: asyncio.Event,
-    log: Log,
+    made: Iterable[Tunnel], tunnels: list[Tunnel], asked: asyncio.Event, log: Log
 ) -> int:
     """Start every tunnel and wait; `tunnels` holds whatever has to be stopped."""
 
     async def start() -> None:
-        for config in configs:
-            tunnel = house.tunnel(config, relays)
+        for tunnel in made:
             tunnels.append(tunnel)
             await tunnel.start()
 

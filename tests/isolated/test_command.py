@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO
 
 import pytest
@@ -33,9 +35,17 @@ def server_url(*ports: int) -> str:
 
 
 @contextmanager
-def nodepass(*words: str) -> Iterator[subprocess.Popen[str]]:
+def nodepass(*words: str, **environ: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "nodepass", *words]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    with started(command, **environ) as process:
+        yield process
+
+
+@contextmanager
+def started(command: list[str], **environ: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        command, env={**os.environ, **environ}, stderr=subprocess.PIPE, text=True
+    )
     try:
         yield process
     finally:
@@ -143,3 +153,127 @@ def test_wrong_options_are_code_two(words: tuple[str, ...]) -> None:
     assert code == 2
     assert said.startswith("nodepass: error: ")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("side", ["server", "client"])
+def test_f17_a_certificate_that_cannot_be_read_is_one_line(side: str) -> None:
+    option, query = ("crt", "tls=2&crt=/no&key=/no") if side == "server" else ("ca", "ca=/no")
+    with nodepass(f"{server_url()}?{query}".replace("server", side)) as process:
+        code, said = finish(process)
+    assert code == 1
+    assert said == f"nodepass: error: {option}: cannot read '/no': no such file or directory\n"
+
+
+# --- passwords -----------------------------------------------------------------------------------
+
+SECRET, WRONG = "hunter2-Zq", "hunter3-Zq"
+
+
+def passed(port: int, target: socket.socket) -> bytes:
+    """Send a word through the tunnel and return what its target heard."""
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as visitor:
+        visitor.sendall(b"through")
+        accepted, _ = target.accept()
+        with accepted:
+            accepted.settimeout(PATIENCE)
+            return accepted.recv(100)
+
+
+def words_of(process: subprocess.Popen[str]) -> str:
+    """Return the words of a process as `ps` shows them; none where there is no /proc."""
+    path = Path(f"/proc/{process.pid}/cmdline")
+    return path.read_text().replace("\0", " ") if path.exists() else ""
+
+
+@pytest.mark.parametrize("place", ["url", "NODEPASS_PASSWORD", "NODEPASS_PASSWORD_FILE"])
+def test_f23_a_password_shows_nowhere(place: str, tmp_path: Path) -> None:
+    path = tmp_path / "password"
+    path.write_text(SECRET + "\n")
+    part = "hunter2%2DZq@" if place == "url" else ""
+    values = {"NODEPASS_PASSWORD": SECRET, "NODEPASS_PASSWORD_FILE": str(path)}
+    environ = {place: values[place]} if part == "" else {}
+    tunnel, port = free_ports(2)
+    with socket.create_server(("127.0.0.1", 0)) as target:
+        target.settimeout(PATIENCE)
+        inner = target.getsockname()[1]
+        server_word = f"server://{part}127.0.0.1:{tunnel}/127.0.0.1:{port}?log=debug"
+        client_word = f"client://{part}127.0.0.1:{tunnel}/127.0.0.1:{inner}?log=debug"
+        with nodepass(server_word, **environ) as server:
+            said = read_until(server.stderr, "server listening")
+            with nodepass(client_word, **environ) as client:
+                said += read_until(client.stderr, "tunnel up")
+                assert passed(port, target) == b"through"
+                shown = words_of(server) + words_of(client)
+                client.terminate()
+                said += finish(client)[1]
+            server.terminate()
+            said += finish(server)[1]
+    for trace in ("hunter", "Zq"):
+        assert trace not in said
+        assert trace not in shown
+    if part and sys.platform.startswith("linux"):
+        assert shown.count("://***@127.0.0.1") == 2
+
+
+def test_f23_a_wrong_password_shows_nowhere() -> None:
+    url = server_url()
+    with (
+        nodepass(f"{url}?log=debug", NODEPASS_PASSWORD=SECRET) as server,
+        nodepass(
+            f"{url}?log=debug".replace("server", "client"), NODEPASS_PASSWORD=WRONG
+        ) as client,
+    ):
+        said = read_until(client.stderr, "ERROR")
+        for process in (client, server):
+            process.terminate()
+            said += finish(process)[1]
+    assert "refused" in said
+    assert "hunter" not in said
+    assert "Zq" not in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (f"server://{SECRET}@",),
+        (f"server://{SECRET}@:1/:2?lgo=x",),
+        (f"server://{SECRET}@:1/:1",),
+        (f"server://a/{SECRET}@:1/:2",),
+        (f"server://a?{SECRET}@:1/:2",),
+        (f"server://{SECRET}%@:1/:2",),
+        (f"{SECRET}@:1/:2",),
+        (f"--password={SECRET}", "server://:1/:2"),
+        ("server://:1/:2?data=7",),
+    ],
+)
+def test_f23_wrong_options_do_not_repeat_a_password(words: tuple[str, ...]) -> None:
+    with nodepass(*words, NODEPASS_PASSWORD=SECRET) as process:
+        code, said = finish(process)
+    assert code == 2
+    assert said.count("\n") == 1
+    assert "hunter" not in said
+    assert "Zq" not in said
+
+
+def test_the_lines_of_keygen_make_a_tunnel() -> None:
+    command = [sys.executable, "-m", "nodepass", "keygen", "127.0.0.1"]
+    printed = subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE, check=True
+    ).stdout
+    tunnel, port = free_ports(2)
+    with socket.create_server(("127.0.0.1", 0)) as target:
+        target.settimeout(PATIENCE)
+        # Its ports may be in use here; `exec` lets our signals reach the program itself.
+        for old, new in (
+            (":10101", f":{tunnel}"),
+            (":8080?", f":{port}?"),
+            (":80?", f":{target.getsockname()[1]}?"),
+            (" nodepass ", f" exec {sys.executable} -m nodepass "),
+        ):
+            printed = printed.replace(old, new)
+        for_server, for_client = (line for line in printed.splitlines() if line.startswith(" "))
+        with started(["sh", "-c", for_server]) as server:
+            read_until(server.stderr, "server listening")
+            with started(["sh", "-c", for_client]) as client:
+                assert "tls=1" in read_until(client.stderr, "tunnel up")
+                assert passed(port, target) == b"through"

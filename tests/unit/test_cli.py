@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 import types
@@ -12,7 +14,7 @@ from importlib.metadata import version
 
 import pytest
 
-from nodepass import cli, process
+from nodepass import cli, process, title
 from nodepass.config import Config
 from nodepass.environment import Settings
 from nodepass.log import LEVELS
@@ -26,9 +28,13 @@ class Runs:
 
     def __init__(self) -> None:
         self.calls: list[tuple[list[Config], Settings]] = []
+        self.exposed: str | None = None
 
-    def __call__(self, configs: Sequence[Config], settings: Settings) -> int:
+    def __call__(
+        self, configs: Sequence[Config], settings: Settings, exposed: str | None = None
+    ) -> int:
         self.calls.append((list(configs), settings))
+        self.exposed = exposed
         return 7
 
 
@@ -50,6 +56,34 @@ def test_urls_are_read_and_run(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> N
     assert all(config.settings is settings for config in configs)
 
 
+def test_the_password_does_not_stay_in_the_environment(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NODEPASS_PASSWORD", "hunter2")
+    assert cli.main([SERVER, CLIENT]) == 7
+    ((configs, _),) = runs.calls
+    assert [c.password.reveal() for c in configs if c.password is not None] == ["hunter2"] * 2
+    assert "NODEPASS_PASSWORD" not in os.environ
+    shown = subprocess.run(["env"], capture_output=True, text=True, timeout=30, check=True).stdout
+    assert "hunter2" not in shown
+
+
+@pytest.mark.parametrize("why", [None, "because"])
+def test_the_process_is_told_what_can_be_seen(
+    why: str | None, runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Sequence[str]] = []
+
+    def hide(urls: Sequence[str]) -> str | None:
+        seen.append(urls)
+        return why
+
+    monkeypatch.setattr(title, "hide_passwords", hide)
+    assert cli.main([SERVER, CLIENT]) == 7
+    assert seen == [[SERVER, CLIENT]]
+    assert runs.exposed == why
+
+
 def test_words_of_the_process(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["nodepass", SERVER])
     assert cli.main() == 7
@@ -65,11 +99,22 @@ def test_words_of_the_process(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> No
         (["-x", SERVER], "-x: is not an option; known are --help, --version"),
         (["bench"], "bench: is not in this build yet"),
         (["doctor", "x"], "doctor: is not in this build yet"),
-        (["keygen"], "keygen: is not in this build yet"),
+        (["keygen", "a", "b"], "keygen: takes one word at most, the server's host"),
+        (
+            ["keygen", "a:1"],
+            "HOST: is no host name and no IP address; write it without scheme and port",
+        ),
+        (["--password=hunter2"], "--password: is not an option; known are --help, --version"),
+        (["-phunter2", SERVER], "-p: is not an option; known are --help, --version"),
+        (["--=hunter2"], "-: is not an option; known are --help, --version"),
+        (["-"], "-: is not an option; known are --help, --version"),
         (["top"], "top: is not in this build yet"),
         (["service"], "service: is not in this build yet"),
         ([f"{SERVER}?lgo=debug"], "lgo: is not a parameter of the server; did you mean log?"),
-        (["server://s3cret@a:1/b:2"], "password: is not in this build yet; leave it out"),
+        (
+            ["server://s3cret@a:1/b:2?compat=1"],
+            "compat: is 1, but a password shuts seed peers out; leave it out",
+        ),
         (
             [SERVER, SERVER],
             "tunnel: 127.0.0.1:10101 is taken by tunnel 127.0.0.1:10101; use another port",
@@ -101,6 +146,15 @@ def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert out.startswith("nodepass - a tunnel")
     assert err == ""
+
+
+def test_keygen(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["keygen", "box.example.org"]) == 0
+    out, err = capsys.readouterr()
+    assert "'client://box.example.org:10101/127.0.0.1:80?tls=1'" in out
+    assert err == ""
+    assert cli.main(["keygen", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: nodepass keygen")
 
 
 @pytest.mark.parametrize(
@@ -145,15 +199,67 @@ def python(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_help_loads_nothing_heavy() -> None:
+@pytest.mark.parametrize("words", [["--help"], ["keygen"], ["server://pw@a:1/b:2?lgo=x"]])
+def test_what_answers_at_once_loads_nothing_heavy(words: list[str]) -> None:
     done = python(
         "-c",
-        "import sys; from nodepass.cli import main; code = main(['--help']);"
+        f"import sys; from nodepass.cli import main; code = main({words});"
         "heavy = {'asyncio', 'uvloop', 'cryptography', 'OpenSSL', 'ssl', 'logging',"
         " 'nodepass._fastcopy', 'importlib.metadata'} & sys.modules.keys();"
-        "sys.exit(f'loaded: {heavy}' if heavy else code)",
+        "sys.exit(f'loaded: {heavy}' if heavy else 0)",
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+
+
+INTERRUPTED = """
+import os, runpy, signal, sys
+
+
+class Interrupter:
+    # Sends the signal that ctrl-c sends, at the moment at which a module is looked for.
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+        return None
+
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+sys.meta_path.insert(0, Interrupter())
+sys.argv = ["nodepass", {url!r}]
+{start}
+"""
+
+STARTS = {
+    "module": "runpy.run_module('nodepass', run_name='__main__')",
+    "script": "from nodepass.cli import main; sys.exit(main())",
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends itself Unix signals")
+@pytest.mark.parametrize(
+    ("start", "module"),
+    [
+        ("module", "nodepass.cli"),
+        ("module", "nodepass.config"),
+        ("module", "nodepass.process"),
+        ("module", "asyncio"),
+        ("script", "nodepass.title"),
+        ("script", "nodepass.config"),
+        ("script", "nodepass.process"),
+    ],
+)
+def test_an_interrupt_while_starting_is_quiet(start: str, module: str) -> None:
+    done = python("-c", INTERRUPTED.format(module=module, url=CLIENT, start=STARTS[start]))
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "", "")
+
+
+def test_an_interrupt_becomes_a_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_fill_standard_streams", interrupt)
+    assert cli.main([]) == 130
 
 
 def test_the_module_runs() -> None:

@@ -33,9 +33,21 @@ def test_names_every_variable_and_its_default() -> None:
 
 def test_examples_are_good_urls() -> None:
     urls = re.findall(r'"([^"]+)"', text())
-    assert len(urls) >= 6
+    assert len(urls) >= 8
     for url in urls:
         Config.parse(url, {})
+
+
+def test_names_every_command() -> None:
+    for command in ("demo", "keygen"):
+        assert re.search(rf"^ +nodepass {command}\b", text(), re.MULTILINE)
+
+
+def test_only_udp_comes_later() -> None:
+    rows = [line.split()[0] for line in text().splitlines() if "(only" in line or "(not" in line]
+    assert rows == ["udp"]
+    later = [line.split()[0] for line in text().splitlines() if "(later)" in line]
+    assert all(name.startswith("UDP_") for name in later)
 
 
 def test_what_comes_later_is_a_parameter() -> None:

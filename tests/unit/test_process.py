@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 
@@ -63,11 +64,18 @@ class FakeTunnel:
     async def wait_closed(self) -> None:
         await self.closed.wait()
 
+    def reload(self) -> bool:
+        self.house.events.append(f"reload {self.number}")
+        answer = self.house.actions.get(f"reload {self.number}")
+        if isinstance(answer, Exception):
+            raise answer
+        return bool(answer)
+
 
 class FakeHouse:
     def __init__(
         self,
-        actions: Mapping[str, Exception | Callable[[], object]] | None = None,
+        actions: Mapping[str, Exception | bool | Callable[[], object]] | None = None,
     ) -> None:
         self.actions: dict[str, object] = dict(actions or {})
         self.events: list[str] = []
@@ -161,17 +169,42 @@ def _patient(real: Callable[..., object]) -> Callable[..., object]:
     return unless
 
 
-async def test_reload_is_a_line_and_no_end(caplog: pytest.LogCaptureFixture) -> None:
-    async def reload_then_stop() -> None:
-        os.kill(os.getpid(), signal.SIGHUP)
-        await asyncio.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
+async def reload_then_stop() -> None:
+    os.kill(os.getpid(), signal.SIGHUP)
+    await asyncio.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
 
-    house = FakeHouse({"start 2": reload_then_stop})
+
+@pytest.mark.loops("asyncio", "uvloop")
+@pytest.mark.parametrize(
+    ("answers", "lines"),
+    [
+        ((False, False), ["nothing to reload"]),
+        ((True, False), []),
+        ((False, True), []),
+        ((True, True), []),
+        ((ZeroDivisionError(), False), ["a fault of ours in a reload; please report it"]),
+        ((False, ZeroDivisionError()), ["a fault of ours in a reload; please report it"]),
+    ],
+)
+async def test_a_hangup_reloads_every_tunnel_and_ends_none(
+    answers: tuple[bool | Exception, ...], lines: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    reloads = {f"reload {n}": answer for n, answer in enumerate(answers, 1)}
+    house = FakeHouse({"start 2": reload_then_stop, **reloads})
     configs = [Config.parse(SERVER.replace("error", "info"), {}), CONFIGS[1]]
     with caplog.at_level("DEBUG", "nodepass"):
         assert await serve(configs, Settings(), house) == 0
-    assert "nothing to reload" in [record.getMessage() for record in caplog.records]
+    assert house.events == [*ALL_STARTED, "reload 1", "reload 2", *ALL_STOPPED]
+    said = [record.getMessage().partition("  ")[0] for record in caplog.records]
+    assert said == lines
+
+
+async def test_a_hangup_before_there_is_a_tunnel(caplog: pytest.LogCaptureFixture) -> None:
+    house = FakeHouse({"start 1": reload_then_stop})
+    with caplog.at_level("DEBUG", "nodepass"):
+        assert await run(house) == 0
+    assert "reload 2" not in house.events
 
 
 @pytest.mark.parametrize(
@@ -298,6 +331,47 @@ def test_run_sets_the_process_up(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = process._loop_factory()()
     loop.close()
     assert done == ["json", "limit", type(loop).__module__.split(".")[0]]
+
+
+@pytest.mark.parametrize("why", [None, "only Linux lets a process change its words"])
+def test_run_says_what_can_be_seen(
+    why: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fake_serve(*words: object) -> int:
+        return 0
+
+    monkeypatch.setattr(process, "serve", fake_serve)
+    monkeypatch.setattr(process, "setup", lambda fmt: None)
+    monkeypatch.setattr(process, "_raise_descriptor_limit", lambda: None)
+    monkeypatch.setattr(process, "_deafen", lambda: None)
+    configs = [Config.parse("server://hunter2@:1/:2", {})]
+    with caplog.at_level("DEBUG", "nodepass"):
+        assert process.run(configs, Settings(), why) == 0
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (0 if why is None else 1)
+    for line in said:
+        assert "NODEPASS_PASSWORD_FILE" in line
+        assert f'why="{why}"' in line
+        assert "hunter2" not in line
+
+
+@pytest.mark.parametrize(("mode", "is_told"), [(0o600, False), (0o640, False), (0o644, True)])
+def test_password_file_that_everybody_can_read(
+    mode: int,
+    is_told: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = tmp_path / "secret"
+    path.write_text("swordfish")
+    path.chmod(mode)
+    monkeypatch.setenv("NODEPASS_PASSWORD_FILE", str(path))
+    config = Config.parse("server://127.0.0.1:1/127.0.0.1:2", os.environ)
+    with caplog.at_level("DEBUG", "nodepass"):
+        process._warn_of_open_file([config])
+    assert ("chmod 600" in caplog.text) is is_told
+    assert "swordfish" not in caplog.text
 
 
 def test_without_uvloop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,123 @@
+"""keygen: a good secret, and lines that a shell hands on as they are meant."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+from base64 import urlsafe_b64decode
+from pathlib import Path
+
+import pytest
+
+from nodepass.address import Address
+from nodepass.config import Config
+from nodepass.errors import ConfigError
+from nodepass.keygen import make_secret, text
+
+SHELLS = [name for name in ("sh", "bash", "dash", "zsh", "ksh", "fish") if shutil.which(name)]
+
+needs_shell = pytest.mark.skipif(sys.platform == "win32", reason="pastes into a Unix shell")
+
+TELL = """\
+#!/bin/sh
+printf '%s\\n' "$NODEPASS_PASSWORD" "$#" "$@"
+"""
+
+
+def lines(*words: str) -> tuple[str, list[str]]:
+    """Return the secret, and the two lines to paste."""
+    secret, *rest = text(words).splitlines()
+    return secret, [line for line in rest if line and not line.startswith("#")]
+
+
+def test_secrets() -> None:
+    made = {make_secret() for _ in range(500)}
+    assert len(made) == 500
+    for secret in made:
+        assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{42}", secret)
+        assert len(urlsafe_b64decode(secret + "=")) * 8 == 256
+
+
+def test_no_secret_looks_like_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = ["-a", "--", "fine"]
+    monkeypatch.setattr(secrets, "token_urlsafe", lambda size: drawn.pop(0))
+    assert make_secret() == "fine"
+
+
+@needs_shell
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize(
+    ("words", "host"),
+    [
+        ((), "rented.example.org"),
+        (("box.example.net.",), "box.example.net"),
+        (("192.0.2.7",), "192.0.2.7"),
+        (("2001:db8::7",), "2001:db8::7"),
+        (("[2001:db8::7]",), "2001:db8::7"),
+        (("bücher.example",), "xn--bcher-kva.example"),
+    ],
+)
+def test_the_lines_can_be_pasted(
+    shell: str, words: tuple[str, ...], host: str, tmp_path: Path
+) -> None:
+    fake = tmp_path / "nodepass"
+    fake.write_text(TELL)
+    fake.chmod(0o755)
+    secret, pasted = lines(*words)
+    assert len(pasted) == 2
+    assert all(line.startswith(" ") for line in pasted), "would stay in the shell's history"
+    for line, mode in zip(pasted, ("server", "client"), strict=True):
+        done = subprocess.run(
+            [shell, "-c", line],
+            env={"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+        password, count, url = done.stdout.splitlines()
+        assert (password, count) == (secret, "1")
+        config = Config.parse(url, {"NODEPASS_PASSWORD": password})
+        assert (config.mode, config.tls) == (mode, 1)
+        assert config.tunnel == Address(host if mode == "client" else "", 10101)
+        assert secret not in url, "would stand in the process list"
+
+
+def test_what_stands_between_does_no_harm() -> None:
+    for words in ((), ("h",)):
+        for line in text(words).splitlines():
+            if line.startswith("#"):
+                assert not set(line) & set("'\"`()[]{};&|<>$*?!\\~"), line
+    assert "rented.example.org" not in text(["h"])
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help(word: str) -> None:
+    assert text([word]).startswith("usage: nodepass keygen [HOST]\n")
+    assert text([word]).endswith("\n")
+    assert max(map(len, text([word]).splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "says"),
+    [
+        (("a", "b"), "keygen", "one word at most"),
+        (("--host", "a"), "keygen", "one word at most"),
+        (("-x",), "keygen", "one word at most"),
+        (("a:1",), "HOST", "no host name"),
+        (("",), "HOST", "no host name"),
+        (("$(reboot)",), "HOST", "no host name"),
+        (("a'b",), "HOST", "no host name"),
+        (("server://secret@a:1/b:2",), "HOST", "without scheme and port"),
+    ],
+)
+def test_wrong_words(words: tuple[str, ...], option: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        text(words)
+    assert caught.value.option == option
+    assert says in caught.value.message
+    assert "secret" not in str(caught.value)
