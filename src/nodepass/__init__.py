@@ -21,6 +21,7 @@ from .errors import (
     PoolClosed,
     PoolError,
     PoolTimeout,
+    TlsError,
     TunnelError,
     WireError,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "PoolError",
     "PoolTimeout",
     "Server",
+    "TlsError",
     "TunnelError",
     "WireError",
     "__version__",

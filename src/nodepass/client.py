@@ -13,27 +13,23 @@ import asyncio
 import random
 import secrets
 import socket
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from . import net, wire
 from .config import Config, Mode
-from .errors import (
-    AuthError,
-    NodePassError,
-    TunnelError,
-)
+from .errors import AuthError, NodePassError, TlsError, TunnelError
 from .handshake import ClientHandshake
-from .message import (
-    NONCE_SIZE,
-    Dialect,
-    Greeting,
-)
+from .message import NONCE_SIZE, Dialect, Greeting
 from .pairing import Pairing
+from .record import Records
 from .relay import Relays
 from .session import Backoff, Lost
 from .stats import TunnelStatistics
 from .tunnel import Tunnel
 from .watch import HangupWatch
+
+if TYPE_CHECKING:
+    from .tls import ClientTls
 
 READ_SIZE: Final = wire.MAX_GREETING
 """Bytes per read of a greeting: what follows it belongs to others."""
@@ -52,8 +48,14 @@ class Client(Tunnel):
         """What the server calls us; gets a suffix if another client has the same."""
         self.pairing: Pairing | None = None
         """The live session, or None."""
+        self._key: bytes | None = None
+        self._tls: ClientTls | None = None
+        self._loading = asyncio.Lock()
 
     async def _open(self) -> None:
+        self._key = await self.stretch_password()
+        if self.config.tls:  # what cannot work is to be known at the start
+            await asyncio.to_thread(self._load_tls)
         self.watch = HangupWatch()
         self.resources.callback(self.watch.close)
         self.resources.callback(self._close_pairing)
@@ -160,8 +162,13 @@ class Client(Tunnel):
                 backoff.settle(loop.time() - began)
                 if not self.is_stopping:
                     self._tell_lost(lost)
+            except TlsError as exc:
+                self.log.repeated("error", "tls", "no secure tunnel; trying again", why=str(exc))
             except AuthError as exc:
-                self.log.repeated("error", "auth", "the server and we do not agree", why=str(exc))
+                seen = {} if exc.fingerprint is None else {"fingerprint": exc.fingerprint}
+                self.log.repeated(
+                    "error", "auth", "the server and we do not agree", why=str(exc), **seen
+                )
             except (NodePassError, OSError) as exc:
                 self.log.repeated(
                     "warn",
@@ -181,10 +188,14 @@ class Client(Tunnel):
         try:
             host = net.peer_host(sock)
             handshake, greeting = await self.greet(sock)
+            mode, records = greeting.tls, None
             if greeting.is_native:
-                pairing = await self._pair_native(sock, handshake, host)
+                if mode:
+                    records = await self.secure(sock, mode, is_native=True)
+                pairing = await self._pair_native(sock, handshake, records, host, mode)
             else:
-                pairing = Pairing(self, Dialect.SEED, host, greeting.data_port, "", b"", 0)
+                port = greeting.data_port
+                pairing = Pairing(self, Dialect.SEED, host, port, "", b"", 0, mode)
         except BaseException:
             sock.close()
             raise
@@ -194,12 +205,9 @@ class Client(Tunnel):
         self.pairing = pairing
         self.counters.sessions += 1
         try:
-            await pairing.control.open(sock, self.settings.report_interval, handshake.rest())
-            self.log.info(
-                "tunnel up",
-                server=net.join_address(host, tunnel.port),
-                dialect=pairing.session.dialect,
-            )
+            interval = self.settings.report_interval
+            await pairing.control.open(sock, interval, handshake.rest(), records)
+            self._tell_up(net.join_address(host, tunnel.port), pairing, records)
             pairing.filler.fill()
             return await pairing.lost
         finally:
@@ -213,7 +221,9 @@ class Client(Tunnel):
             PeerWireError: what came is no greeting.
             TunnelError: none came in time, or it offers what we do not take.
         """
-        handshake = ClientHandshake(tls_floor=self.config.tls, allows_seed=self.config.compat)
+        handshake = ClientHandshake(
+            self._key, tls_floor=self.config.tls, allows_seed=self.config.compat
+        )
         timeout = self.settings.handshake_timeout
         said, greeting = b"", None
         try:
@@ -225,11 +235,53 @@ class Client(Tunnel):
         except TimeoutError as exc:
             text = f"no greeting within {timeout:g} s: the other side is {wire.identify(said)}"
             raise TunnelError(text) from exc
-        if greeting.tls:
-            raise TunnelError(
-                f"the server uses tls={greeting.tls}, which is not in this build yet"
-            )
         return handshake, greeting
+
+    async def secure(self, sock: socket.socket, mode: int, *, is_native: bool) -> Records:
+        """Do the TLS handshake of a connection.
+
+        Args:
+            sock: connected; its greeting, if it has one, has been read.
+            mode: 1 = whatever certificate the server has, 2 = verified.
+            is_native: whether ALPN has to agree on our protocol.
+
+        Raises:
+            TlsError: it failed; says which side is at fault and why.
+            TunnelError: it took longer than HANDSHAKE_TIMEOUT.
+        """
+        async with self._loading:  # many links may ask at once
+            if self._tls is None:
+                await asyncio.to_thread(self._load_tls)
+        assert self._tls is not None
+        from . import tls
+
+        connection = self._tls.connect(mode, is_native=is_native)
+        timeout = self.settings.handshake_timeout
+        try:
+            async with asyncio.timeout(timeout):
+                result = await self.relays.secure(sock, connection)
+        except TimeoutError as exc:
+            text = f"the server has not finished the TLS handshake in {timeout:g} s"
+            raise TunnelError(text) from exc
+        if not result.is_done:
+            why = result.describe_break()
+            raise TlsError(why or tls.explain(connection, result.detail, is_server=False))
+        if is_native:
+            tls.check_alpn(connection)
+        return Records(connection)
+
+    def _load_tls(self) -> None:
+        self.relays.load_tls()
+        from .tls import ClientTls
+
+        config = self.config
+        self._tls = ClientTls(config.tunnel.host, config.ca, config.sni, self.log)
+
+    def _reload(self, *, force: bool) -> bool:
+        if self._tls is None:
+            return False
+        self._tls.reload(force=force)
+        return self.config.ca is not None
 
     async def _read_some(self, sock: socket.socket) -> bytes:
         data = await asyncio.get_running_loop().sock_recv(sock, READ_SIZE)
@@ -238,22 +290,57 @@ class Client(Tunnel):
         return data
 
     async def _pair_native(
-        self, sock: socket.socket, handshake: ClientHandshake, host: str
+        self,
+        sock: socket.socket,
+        handshake: ClientHandshake,
+        records: Records | None,
+        host: str,
+        mode: int,
     ) -> Pairing:
         loop = asyncio.get_running_loop()
         timeout = self.settings.handshake_timeout
-        line = handshake.hello(self.name, secrets.token_bytes(NONCE_SIZE))
+        binding = b"" if records is None else records.binding()
+        line = handshake.hello(self.name, secrets.token_bytes(NONCE_SIZE), binding)
         answer = None
         try:
             async with asyncio.timeout(timeout):
-                await loop.sock_sendall(sock, line)
+                await loop.sock_sendall(sock, line if records is None else records.seal(line))
                 while answer is None:
-                    answer = handshake.receive_answer(await self._read_some(sock))
+                    data = await self._read_some(sock)
+                    if records is not None:
+                        data = records.open(data)
+                        if records.has_ended and not data:
+                            raise TunnelError("the server closed the connection before answering")
+                    answer = handshake.receive_answer(data)
         except TimeoutError as exc:
             raise TunnelError(f"the server has not answered our hello in {timeout:g} s") from exc
+        except AuthError as exc:
+            if records is not None:
+                from .tls import fingerprint_of
+
+                exc.fingerprint = fingerprint_of(records.connection)
+            raise
         welcome, key = answer
         port = self.config.tunnel.port
-        return Pairing(self, Dialect.NATIVE, host, port, welcome.session, key, welcome.idle)
+        return Pairing(self, Dialect.NATIVE, host, port, welcome.session, key, welcome.idle, mode)
+
+    def _tell_up(self, server: str, pairing: Pairing, records: Records | None) -> None:
+        fields: dict[str, object] = {"dialect": pairing.session.dialect, "tls": pairing.tls}
+        if records is not None:
+            from .tls import fingerprint_of
+
+            fields["fingerprint"] = fingerprint_of(records.connection)
+        self.log.info("tunnel up", server=server, **fields)
+        if pairing.session.dialect is Dialect.SEED and self.config.tls:
+            self.log.warn(
+                "the server speaks the seed dialect: its links have TLS, its control channel is "
+                "plain; compat=0 refuses such servers"
+            )
+        if pairing.session.dialect is Dialect.NATIVE and pairing.tls == 1 and self._key is None:
+            self.log.warn(
+                "tls=1 without a password: nobody has verified the server's certificate; compare "
+                "its fingerprint with the server's log, or use a password"
+            )
 
     def _tell_lost(self, lost: Lost) -> None:
         tell = self.log.info if lost.is_orderly else self.log.warn

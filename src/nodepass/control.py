@@ -13,8 +13,10 @@ import socket
 from collections.abc import Callable
 from typing import Final, cast
 
+from .errors import TlsError
 from .net import is_stalled, limit_silence
-from .session import SILENT_PERIODS, Event, Lost, Session
+from .record import Records
+from .session import MAX_UNSENT, SILENT_PERIODS, Event, Lost, Session
 
 _UNANSWERED: Final = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH})
 """How a connection ends when nobody answers any more."""
@@ -38,18 +40,27 @@ class Control(asyncio.Protocol):
         self._is_blocked = False
         self._has_told_loss = False
         self._head = b""
+        self._records: Records | None = None
         self._is_opening = False
         session.on_output = self._flush_soon
 
-    async def open(self, sock: socket.socket, interval: float, head: bytes = b"") -> None:
+    async def open(
+        self,
+        sock: socket.socket,
+        interval: float,
+        head: bytes = b"",
+        records: Records | None = None,
+    ) -> None:
         """Take over a connection.
 
         Args:
             sock: connected, non-blocking; ours from here on, whatever happens.
             interval: report period, seconds.
-            head: bytes that were read beyond the handshake.
+            head: bytes that were read beyond the handshake, plain.
+            records: the connection's TLS, None = it carries plain bytes.
         """
         self._head = head
+        self._records = records
         self._is_opening = True
         try:
             # Here the peer always reads, so unacknowledged bytes do mean a dead path.
@@ -85,13 +96,31 @@ class Control(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         if self._head:
             # Here and not after the await: the loop may read the socket first.
-            self.data_received(self._head)
+            self._hear(self._head)
 
     def data_received(self, data: bytes) -> None:
-        self._deliver(self._session.receive_data(data, self._loop.time()))
+        records = self._records
+        if records is None:
+            self._hear(data)
+            return
+        try:
+            plain = records.open(data)
+        except TlsError as exc:
+            self._cut(str(exc))
+            return
+        answer = records.flush()
+        if answer and self._transport is not None:
+            self._transport.write(answer)
+            if self._transport.get_write_buffer_size() > MAX_UNSENT:
+                self._cut("the other side asks for new keys and reads nothing")
+                return
+        if plain:
+            self._hear(plain)
+        if records.has_ended:
+            self._hear(b"")
 
     def eof_received(self) -> bool:
-        self._deliver(self._session.receive_data(b"", self._loop.time()))
+        self._hear(b"")
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -109,6 +138,13 @@ class Control(asyncio.Protocol):
         self._flush()
 
     # --------------------------------------------------------------------- private
+
+    def _cut(self, reason: str) -> None:
+        self._session.data_to_send()  # what is queued can be neither sealed nor sent any more
+        self._deliver(self._session.cut(reason, self._loop.time()))
+
+    def _hear(self, data: bytes) -> None:
+        self._deliver(self._session.receive_data(data, self._loop.time()))
 
     def _deliver(self, events: list[Event]) -> None:
         for event in events:
@@ -137,8 +173,15 @@ class Control(asyncio.Protocol):
         if self._transport is None or self._is_blocked:
             return
         data = self._session.data_to_send()
-        if data:
-            self._transport.write(data)
+        if not data:
+            return
+        if self._records is not None:
+            try:
+                data = self._records.seal(data)
+            except TlsError as exc:
+                self._cut(str(exc))
+                return
+        self._transport.write(data)
 
     def _end(self) -> None:
         if self._timer is not None:
@@ -150,6 +193,8 @@ class Control(asyncio.Protocol):
             self._is_blocked = False
             self._flush()
             transport, self._transport = self._transport, None
+            if self._records is not None:
+                transport.write(self._records.end())
             transport.close()
             if transport.get_write_buffer_size():
                 transport.abort()  # a peer that takes no more must not keep the socket alive

@@ -5,61 +5,53 @@ the limits on strangers (docs/protocol.md, "Limits before anyone is trusted"). R
 callbacks alone: no task, no timer beyond one, so that a stranger costs next to nothing and
 one silent connection delays nobody. Called by `server`.
 
-    caller ── one whole line ──> on_opening(caller, hello or link claim)
+    caller ── [TLS ──] one whole line [── penalty] ──> on_opening(caller, hello or link claim)
        ├───── data port opened from its address ──> promote() ──> a seed client's control
        └───── deadline, EOF, garbage ──> dropped, counted, told once a minute
+
+Where the greeting asks for TLS, the handshake begins with the caller's first byte and runs in
+the engine: whoever says nothing costs no key exchange, and nobody's key exchange delays the
+loop. While it runs the socket is the engine's; a caller dropped meanwhile is closed when it
+comes back.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 import socket
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from . import net, wire
-from .errors import PeerWireError
+from .caller import Caller
+from .errors import EngineError, PeerWireError, TlsError
 from .handshake import ServerHandshake
 from .log import Log
 from .message import NONCE_SIZE, VERSION, Greeting, Hello, LinkClaim
+from .penalty import Penalties
+from .record import Records
+from .relay import HandshakeResult, Relays
 from .stats import Counters
 
+if TYPE_CHECKING:
+    from .tls import ServerTls
+
 MAX_CALLERS: Final = 256
-"""Unfinished handshakes at once: what 256 strangers cost is some 2 KiB each."""
+"""Unfinished handshakes at once: 2 KiB each while they say nothing, 80 KiB in the
+middle of a TLS handshake: 20 MiB at the very worst."""
 MAX_CALLERS_PER_SOURCE: Final = 64
-"""Of one source address: twice what a client needs to refill in parallel."""
+"""Of one source address: a little more than the 60 links that a client dials at once."""
+KNOWN_SHARE: Final = 2
+"""A source with a client may have so many times as many: TLS is done for the client half a
+round trip before it is for us, so its next 60 links may come before the last have gone."""
 READ_SIZE: Final = 2 * wire.MAX_LINE
 """Bytes per read: a whole first line and some."""
-
-
-class Caller:
-    """One connection that has been greeted and not yet understood."""
-
-    __slots__ = ("deadline", "handshake", "host", "port", "said", "since", "sock", "source")
-
-    def __init__(
-        self,
-        sock: socket.socket,
-        host: str,
-        port: int,
-        handshake: ServerHandshake,
-        since: float,
-    ) -> None:
-        self.sock = sock
-        self.host = host
-        self.source = net.source_of(host)
-        self.port = port
-        self.handshake = handshake
-        self.since = since
-        """Seconds of the loop's clock at which it was greeted."""
-        self.deadline: asyncio.TimerHandle | None = None
-        self.said = b""
-        """What it wrote so far, at most one line."""
-
-    @property
-    def address(self) -> str:
-        return net.join_address(self.host, self.port)
+MOST_HEARD: Final = 8192
+"""Bytes of TLS records that a first line of 1 KiB may take: two reads and twice as much again."""
+TLS_FIRST_BYTE: Final = 0x16
+"""Content type of a handshake record: RFC 8446, section 5.1."""
 
 
 class Entrance:
@@ -70,6 +62,10 @@ class Entrance:
         on_opening: called with the caller, whose socket is then the hearer's, and its line.
         is_known: tells whether a client is connected from a source (`net.source_of`).
         counters: `strangers` grows by each connection that is turned away.
+        relays: do the TLS handshakes.
+        key: the stretched password, None where there is none.
+        tls: the server's certificate, None = plain.
+        penalties: how long a source has to wait for its hello to be looked at.
     """
 
     def __init__(
@@ -79,8 +75,16 @@ class Entrance:
         on_opening: Callable[[Caller, Hello | LinkClaim], None],
         is_known: Callable[[str], bool],
         counters: Counters,
+        relays: Relays,
+        key: bytes | None = None,
+        tls: ServerTls | None = None,
+        penalties: Penalties | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
+        self._relays = relays
+        self._key = key
+        self._tls = tls
+        self._penalties = Penalties() if penalties is None else penalties
         self._log = log
         self._timeout = timeout
         self._on_opening = on_opening
@@ -102,12 +106,14 @@ class Entrance:
         source = net.source_of(host)
         if self._is_full(source):
             self._sweep()
-            if self._per_source.get(source, 0) >= MAX_CALLERS_PER_SOURCE:
+            if self._is_crowded(source):
                 self._evict(source)
             elif self._is_full(source):
                 self.make_room()
         nonce = secrets.token_bytes(NONCE_SIZE)
-        handshake = ServerHandshake(Greeting(self.data_port, 0, nonce, False, VERSION))
+        mode = 0 if self._tls is None else self._tls.mode
+        greeting = Greeting(self.data_port, mode, nonce, self._key is not None, VERSION)
+        handshake = ServerHandshake(greeting, self._key)
         try:
             # A fresh socket's send buffer takes 53 bytes at once, or the peer is gone already.
             sock.send(handshake.greeting_line)
@@ -130,7 +136,7 @@ class Entrance:
         self._sweep()
         latest = self._loop.time() - least_silence
         for caller in reversed(self._callers.values()):
-            if caller.host == host and not caller.said and caller.since <= latest:
+            if caller.host == host and caller.is_silent and caller.since <= latest:
                 self._release(caller)
                 return caller
         return None
@@ -139,12 +145,16 @@ class Entrance:
         """Drop everybody; idempotent."""
         for caller in list(self._callers.values()):
             self._release(caller)
-            net.reset(caller.sock)
+            self._dismiss(caller)
 
     def _is_full(self, source: str) -> bool:
-        if self._per_source.get(source, 0) >= MAX_CALLERS_PER_SOURCE:
-            return True
-        return len(self._callers) >= self._most
+        return self._is_crowded(source) or len(self._callers) >= self._most
+
+    def _is_crowded(self, source: str) -> bool:
+        count = self._per_source.get(source, 0)
+        if count < MAX_CALLERS_PER_SOURCE:
+            return False
+        return count >= KNOWN_SHARE * MAX_CALLERS_PER_SOURCE or not self._is_known(source)
 
     def make_room(self) -> None:
         """Drop the oldest caller of the address that holds most, sparing those of clients."""
@@ -157,8 +167,7 @@ class Entrance:
         # stood here longest is the one least likely to be wanted. Turning the newcomer away
         # instead would let a silent crowd shut out every client behind its address.
         oldest = next(caller for caller in self._callers.values() if caller.source == source)
-        self._release(oldest)
-        self._turn_away(oldest.sock, oldest.host, "too many unfinished handshakes")
+        self._drop(oldest, "too many unfinished handshakes")
 
     def _sweep(self) -> None:
         """Hear those whose line has come but not had its turn of the loop yet.
@@ -171,34 +180,121 @@ class Entrance:
             return
         self._has_swept = True
         self._loop.call_soon(self._allow_sweep)
+        if self._tls is not None:
+            self._relays.drain()
         for caller in list(self._callers.values()):
-            self._read(caller)
+            if caller.shake is not None and caller.shake.result.done():
+                self._on_secured(caller, caller.shake.result)
+            if caller.shake is None and caller.wait is None and not caller.is_released:
+                self._read(caller)
 
     def _allow_sweep(self) -> None:
         self._has_swept = False
 
     def _read(self, caller: Caller) -> None:
+        is_fresh = self._tls is not None and caller.records is None
         try:
-            data = caller.sock.recv(READ_SIZE)
+            # The first bytes of a TLS handshake are the engine's.
+            data = caller.sock.recv(READ_SIZE, socket.MSG_PEEK if is_fresh else 0)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
             data = b""
         if not data:
             self._drop(caller, "it closed without a word" if not caller.said else "cut short")
-            return
-        caller.said = (caller.said + data)[: wire.MAX_LINE]
+        elif not is_fresh:
+            self._hear(caller, data)
+        elif data[0] == TLS_FIRST_BYTE:
+            self._secure(caller)
+        else:
+            self._drop(caller, f"it does not speak TLS; {wire.identify(data)}")
+
+    def _secure(self, caller: Caller) -> None:
+        assert self._tls is not None
+        self._loop.remove_reader(caller.sock.fileno())
+        connection = self._tls.accept(is_native=True)
         try:
+            caller.shake = self._relays.shake(caller.sock, connection)
+        except EngineError as exc:
+            self._drop(caller, str(exc))
+            return
+        caller.shake.result.add_done_callback(functools.partial(self._on_secured, caller))
+
+    def _on_secured(self, caller: Caller, result: asyncio.Future[HandshakeResult]) -> None:
+        if caller.shake is None:
+            return  # a sweep was here first
+        connection, caller.shake = caller.shake.connection, None
+        if caller.is_released:
+            net.reset(caller.sock)
+            return
+        if result.cancelled():
+            self._drop(caller, "the engine has ended")
+            return
+        from . import tls
+
+        outcome = result.result()
+        if not outcome.is_done:
+            broke = outcome.describe_break()
+            if broke and self._is_known(caller.source):
+                self._leave(caller, broke)  # a client that stops in the middle of its refill
+            else:
+                self._drop(
+                    caller, broke or tls.explain(connection, outcome.detail, is_server=True)
+                )
+            return
+        try:
+            tls.check_alpn(connection)
+        except TlsError as exc:
+            self._drop(caller, str(exc))
+            return
+        caller.records = Records(connection)
+        caller.handshake.binding = caller.records.binding()
+        self._hear(caller, b"")  # the first line may have come along with the handshake
+        fd = caller.sock.fileno()
+        if self._callers.get(fd) is caller and caller.wait is None:
+            self._loop.add_reader(fd, self._read, caller)
+
+    def _hear(self, caller: Caller, data: bytes) -> None:
+        try:
+            if caller.records is not None:
+                caller.heard += len(data)
+                if caller.heard > MOST_HEARD:
+                    raise PeerWireError("it sends too much before its first line is whole")
+                data = caller.records.open(data)
+            caller.said = (caller.said + data)[: wire.MAX_LINE]
             opening = caller.handshake.receive(data)
-        except PeerWireError as exc:
+            if opening is None and caller.records is not None and caller.records.has_ended:
+                raise PeerWireError("it closed before its first line was whole")
+        except (PeerWireError, TlsError) as exc:
             self._drop(caller, str(exc))
             return
         if opening is not None:
-            self._release(caller)
-            self._on_opening(caller, opening)
+            self._weigh(caller, opening)
+
+    def _weigh(self, caller: Caller, opening: Hello | LinkClaim) -> None:
+        """Pass an opening on, at once or when its source has served its time."""
+        delay = 0.0
+        if isinstance(opening, Hello):
+            now = self._loop.time()
+            # The caller's own patience is no longer than ours: half of it is left for the answer.
+            left = caller.since + self._timeout - now
+            delay = min(self._penalties.delay(caller.source, now), max(0.0, left / 2))
+        if delay:
+            self._loop.remove_reader(caller.sock.fileno())
+            caller.wait = self._loop.call_later(delay, self._open, caller, opening)
+        else:
+            self._open(caller, opening)
+
+    def _open(self, caller: Caller, opening: Hello | LinkClaim) -> None:
+        self._release(caller)
+        self._on_opening(caller, opening)
 
     def _expire(self, caller: Caller) -> None:
-        if caller.said:
+        if caller.shake is not None:
+            self._drop(caller, "its TLS handshake stayed unfinished")
+        elif caller.records is not None and not caller.said:
+            self._drop(caller, "it said nothing inside TLS")
+        elif caller.said:
             self._drop(caller, f"its first line stayed unfinished; {wire.identify(caller.said)}")
         elif self.data_port:
             self._drop(
@@ -211,20 +307,40 @@ class Entrance:
 
     def _drop(self, caller: Caller, why: str) -> None:
         self._release(caller)
-        self._turn_away(caller.sock, caller.host, why)
+        self._dismiss(caller)
+        self._tell(caller.host, why)
+
+    def _leave(self, caller: Caller, why: str) -> None:
+        self._release(caller)
+        self._dismiss(caller)
+        self._log.debug("a caller left", host=caller.host, why=why)
+
+    def _dismiss(self, caller: Caller) -> None:
+        if caller.shake is not None:
+            caller.shake.abort()  # closed when the engine has given it back
+        elif self._tls is not None and caller.records is None:
+            caller.sock.close()  # not reset: an alert that says why may be on its way
+        else:
+            net.reset(caller.sock)
 
     def _turn_away(self, sock: socket.socket, host: str, why: str) -> None:
         net.reset(sock)
+        self._tell(host, why)
+
+    def _tell(self, host: str, why: str) -> None:
         self._counters.strangers += 1
         key = f"stranger {net.source_of(host)}"
         self._log.repeated("warn", key, "turned away", host=host, why=why)
 
     def _release(self, caller: Caller) -> None:
+        caller.is_released = True
         fd = caller.sock.fileno()
-        self._loop.remove_reader(fd)
+        if caller.shake is None:
+            self._loop.remove_reader(fd)
         del self._callers[fd]
-        if caller.deadline is not None:
-            caller.deadline.cancel()
+        for timer in (caller.deadline, caller.wait):
+            if timer is not None:
+                timer.cancel()
         left = self._per_source[caller.source] - 1
         if left:
             self._per_source[caller.source] = left

@@ -20,14 +20,14 @@ class ServerHandshake:
     Args:
         greeting: what to open with; its nonce is fresh for every connection.
         key: the stretched password, or None where there is none.
-        binding: TLS exporter bytes of this connection, empty without TLS.
     """
 
-    def __init__(self, greeting: Greeting, key: bytes | None = None, binding: bytes = b"") -> None:
+    def __init__(self, greeting: Greeting, key: bytes | None = None) -> None:
         self.greeting_line = wire.pack_greeting(greeting)
         """Bytes to send first, LF included."""
+        self.binding = b""
+        """TLS exporter bytes of this connection, empty without TLS; to be set before `accept`."""
         self._key = key
-        self._binding = binding
         self._lines = wire.LineBuffer()
         self._opening_line = b""
 
@@ -69,18 +69,23 @@ class ServerHandshake:
             raise TunnelError(f"dialect {hello.version} is not known", reason=Refusal.VERSION)
         if self._key is None:
             return wire.pack_answer(Welcome(session, idle, key=fresh_key)), fresh_key
-        script = proof.transcript(self.greeting_line[:-1], self._binding, self._opening_line)
+        script = proof.transcript(self.greeting_line[:-1], self.binding, self._opening_line)
         wanted = proof.client_proof(self._key, script)
         if hello.proof is None or not proof.is_same_proof(hello.proof, wanted):
-            what = "no password" if hello.proof is None else "a wrong password"
-            raise AuthError(f"the client came with {what}", reason=Refusal.AUTH)
+            if hello.proof is None:
+                raise AuthError("the client came with no password", reason=Refusal.AUTH)
+            raise AuthError(
+                "the client came with a wrong password, or somebody in between has changed the "
+                "handshake",
+                reason=Refusal.AUTH,
+            )
         answer = Welcome(session, idle, proof=proof.server_proof(self._key, script, session))
         return wire.pack_answer(answer), proof.session_key(self._key, script, session)
 
     def is_link_proven(self, claim: LinkClaim, session_key: bytes) -> bool:
         """Tell whether this connection belongs to the session that it names."""
         wanted = proof.link_proof(
-            session_key, self.greeting_line[:-1], self._binding, claim.session, claim.number
+            session_key, self.greeting_line[:-1], self.binding, claim.session, claim.number
         )
         return proof.is_same_proof(claim.proof, wanted)
 
@@ -159,15 +164,23 @@ class ClientHandshake:
             return None
         answer = wire.parse_answer(line)
         if isinstance(answer, Refuse):
-            kind = AuthError if answer.reason == Refusal.AUTH else TunnelError
-            raise kind(f"the server refused us: {answer.reason}", reason=answer.reason)
+            if answer.reason == Refusal.AUTH:
+                raise AuthError(
+                    "the server refused us: auth; it has another password, or somebody in between "
+                    "has changed the handshake",
+                    reason=answer.reason,
+                )
+            raise TunnelError(f"the server refused us: {answer.reason}", reason=answer.reason)
         if self._key is None:
             if answer.key is None:
                 raise PeerWireError("welcome: no session key")
             return answer, answer.key
         wanted = proof.server_proof(self._key, self._script, answer.session)
         if answer.proof is None or not proof.is_same_proof(answer.proof, wanted):
-            raise AuthError("the server could not prove that it has our password")
+            raise AuthError(
+                "the server could not prove that it has our password; somebody in between may "
+                "have changed the handshake"
+            )
         return answer, proof.session_key(self._key, self._script, answer.session)
 
     def claim_link(

@@ -6,7 +6,7 @@ may say what and when that of `session`. Imports nothing that could touch the wo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
@@ -85,7 +85,7 @@ class Hello:
 
     name: str
     nonce: bytes
-    proof: bytes | None = None
+    proof: bytes | None = field(default=None, repr=False)
     version: int = VERSION
 
 
@@ -95,7 +95,7 @@ class LinkClaim:
 
     session: str
     number: int
-    proof: bytes
+    proof: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +104,8 @@ class Welcome:
 
     session: str
     idle: int
-    proof: bytes | None = None
-    key: bytes | None = None
+    proof: bytes | None = field(default=None, repr=False)
+    key: bytes | None = field(default=None, repr=False)
     """Session key, only where no password exists to derive one from."""
 
 

@@ -29,11 +29,15 @@ from .message import (
     SeedLaunch,
 )
 from .pool import Demand, Link, Shelf
+from .record import Records
 from .relay import Relay, RelayResult
 from .session import Event, Lost, Role, Session
 
 if TYPE_CHECKING:
     from .client import Client
+
+TLS_READ_SIZE: Final = 16384
+"""Bytes per read of a TLS link's first bytes: a handshake's end and an id are well below it."""
 
 _FAILURES: Final = {
     errno.ECONNREFUSED: Failure.REFUSED,
@@ -57,6 +61,7 @@ class Pairing:
         session_id: str,
         key: bytes,
         idle: int,
+        tls: int,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._client = client
@@ -65,6 +70,8 @@ class Pairing:
         self._port = port
         self._id = session_id
         self._key = key
+        self.tls = tls
+        """TLS mode that the server greeted us with, and every link is to have."""
         self._number = 0
         self._is_closed = False
         self.session = Session(
@@ -115,30 +122,36 @@ class Pairing:
         sock = await self._connect()
         try:
             handshake, greeting = await self._client.greet(sock)
-            if not greeting.is_native:
-                raise PeerWireError("the server has changed its dialect")
+            if not greeting.is_native or greeting.tls != self.tls:
+                raise PeerWireError("the server has changed its dialect or its TLS mode")
+            records, binding = None, b""
+            if self.tls:
+                records = await self._client.secure(sock, self.tls, is_native=True)
+                binding = records.binding()
             self._number += 1
             number = self._number
-            line = handshake.claim_link(self._id, self._key, number)
-            await self._loop.sock_sendall(sock, line)
+            line = handshake.claim_link(self._id, self._key, number, binding)
+            await self._loop.sock_sendall(sock, line if records is None else records.seal(line))
         except BaseException:
             sock.close()
             raise
         self._client.counters.links += 1
-        return Link(sock, number, handshake.rest())
+        if records is None:
+            return Link(sock, number, handshake.rest())
+        return Link(sock, number, tls=records.connection)
 
     async def _dial_seed_link(self) -> Link:
         sock = await self._connect()
         try:
+            records = None
+            if self.tls:
+                records = await self._client.secure(sock, self.tls, is_native=False)
             async with asyncio.timeout(self._settings.handshake_timeout):
-                link_id = b""
-                # Not a byte more than the id: what follows may be a visitor's already.
-                while len(link_id) < SEED_ID_SIZE:
-                    data = await self._loop.sock_recv(sock, SEED_ID_SIZE - len(link_id))
-                    if not data:
-                        raise PeerWireError("the data port closed before giving an id")
-                    link_id += data
-            name = link_id.decode("ascii", errors="replace")
+                said = b"" if records is None else records.open(b"")
+                while len(said) < SEED_ID_SIZE:
+                    said += await self._read_seed_id(sock, SEED_ID_SIZE - len(said), records)
+            head = said[SEED_ID_SIZE:]
+            name = said[:SEED_ID_SIZE].decode("ascii", errors="replace")
             if not wire.is_seed_id(name):
                 raise PeerWireError("the data port gave no id of 8 hex characters")
         except TimeoutError as exc:
@@ -148,7 +161,16 @@ class Pairing:
             sock.close()
             raise
         self._client.counters.links += 1
-        return Link(sock, name)
+        return Link(sock, name, head, None if records is None else records.connection)
+
+    async def _read_seed_id(
+        self, sock: socket.socket, missing: int, records: Records | None
+    ) -> bytes:
+        # Without TLS not a byte more than the id: what follows may be a visitor's already.
+        data = await self._loop.sock_recv(sock, missing if records is None else TLS_READ_SIZE)
+        if not data or (records is not None and records.has_ended):
+            raise PeerWireError("the data port closed before giving an id")
+        return data if records is None else records.open(data)
 
     async def _connect(self) -> socket.socket:
         async with self.filler.connecting:
@@ -222,7 +244,7 @@ class Pairing:
             net.reset(link.sock)
             raise
         try:
-            relay = client.relays.join(link.sock, sock, head_a=link.head)
+            relay = client.relays.join(link.sock, sock, tls_a=link.tls, head_a=link.head)
         except EngineError as exc:
             net.reset(link.sock)
             net.reset(sock)

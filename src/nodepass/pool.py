@@ -16,13 +16,18 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from enum import Enum
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from . import net
-from .errors import PoolClosed, PoolTimeout
+from .errors import PoolClosed, PoolTimeout, TlsError
 from .message import Dialect, Idle
+from .record import Records
 from .session import Session, State
 from .watch import HangupWatch
+
+if TYPE_CHECKING:
+    from OpenSSL.SSL import Connection
 
 DEMAND_WINDOW: Final = 0.25
 """Seconds of launches that the idle links must cover: replacing one takes 2.5 round trips,
@@ -35,6 +40,11 @@ DECAY: Final = 0.75
 """What is kept of a surplus each quiet period: a lull of seconds must not undo the stock."""
 
 
+READ_SIZE: Final = 2048
+"""Bytes per read of an idle TLS link: two session tickets are 160."""
+LOOKS: Final = 3
+"""Reads of one link: its tickets, its end, and one for good measure. What is a visitor's need
+not be read here, and what is there to hold us up must not be."""
 MAX_ENDING: Final = 64
 """Ended links of one session that wait for a launch: those whose visitor left within a round
 trip, a handful; more are a far side that drops what we dial."""
@@ -51,6 +61,8 @@ class Link:
     """Number in the native dialect, id of 8 hex characters in the seed dialect."""
     head: bytes = b""
     """Bytes that came behind its opening line; owed to whom it is joined with."""
+    tls: Connection | None = field(default=None, repr=False)
+    """Its TLS, the handshake done; None = it carries plain bytes."""
     since: float = 0.0
     """Seconds of the loop's clock at which it was shelved."""
     ending: asyncio.TimerHandle | None = field(default=None, repr=False)
@@ -96,7 +108,7 @@ class Shelf:
         while self._idle:
             _, link = self._idle.popitem()
             self._watch.remove(link.sock)
-            if not net.has_ended(link.sock):
+            if not _has_ended(link):
                 return link
             self._bury(link)
         return None
@@ -131,18 +143,14 @@ class Shelf:
     def _check(self, link: Link) -> None:
         if link.name not in self._idle:
             return
-        try:
-            ended_clean = not link.sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
+        state = _state_of(link) if link.tls is None else _tls_state_of(link, Records(link.tls))
+        if state is LinkState.USABLE:
+            if link.tls is not None and not link.head:
+                self._watch.again(link.sock)
             return
-        except OSError:
-            ended_clean = False
-        else:
-            if not ended_clean:
-                return  # early bytes before the end: the launch is on its way
         del self._idle[link.name]
         self._watch.remove(link.sock)
-        if ended_clean and self._grace:
+        if state is LinkState.ENDED and self._grace:
             if len(self._ending) >= MAX_ENDING:
                 self._forget(next(iter(self._ending.values())))
             self._ending[link.name] = link
@@ -162,6 +170,51 @@ class Shelf:
         link.sock.close()
         self.lost += 1
         self._on_lost(link)
+
+
+class LinkState(Enum):
+    """What a look at an idle link that was hung up on tells."""
+
+    USABLE = "usable"
+    """Nothing is wrong, or early bytes came before the end: the launch is on its way."""
+    ENDED = "ended"
+    """The far side has cleanly ended and sent nothing."""
+    DEAD = "dead"
+
+
+def _has_ended(link: Link) -> bool:
+    if link.tls is None:
+        return net.has_ended(link.sock)
+    return _tls_state_of(link, Records(link.tls)) is not LinkState.USABLE
+
+
+def _state_of(link: Link) -> LinkState:
+    try:
+        return LinkState.USABLE if link.sock.recv(1, socket.MSG_PEEK) else LinkState.ENDED
+    except BlockingIOError:
+        return LinkState.USABLE
+    except OSError:
+        return LinkState.DEAD
+
+
+def _tls_state_of(link: Link, records: Records) -> LinkState:
+    """As `_state_of`; reads, because bytes may be session tickets and not a visitor's."""
+    try:
+        link.head += records.open(b"")  # an end that came along with its claim
+        for _ in range(LOOKS):
+            if link.head or records.has_ended:
+                break
+            data = link.sock.recv(READ_SIZE)
+            if not data:
+                return LinkState.DEAD  # a FIN alone: its process has died
+            link.head += records.open(data)
+        else:
+            return LinkState.USABLE  # the beginning of a large record: the engine's to read
+    except BlockingIOError:
+        return LinkState.USABLE
+    except (OSError, TlsError):
+        return LinkState.DEAD
+    return LinkState.USABLE if link.head else LinkState.ENDED
 
 
 class Demand:

@@ -8,6 +8,7 @@ Source: docs/protocol.md, "Proofs".
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 from typing import Final
@@ -16,8 +17,6 @@ from .errors import LocalWireError
 from .message import KEY_SIZE
 from .wire import without_proof
 
-EXPORTER_LABEL: Final = b"EXPORTER-Channel-Binding"
-"""RFC 9266; the bytes it yields are the binding `B` of the proofs."""
 SCRYPT_SALT: Final = b"nodepass/2"
 SCRYPT_COST: Final = 2**15
 """With r=8 this takes 32 MiB and about 0.1 s: once per process, costly per guess."""
@@ -41,8 +40,9 @@ def length_prefixed(*parts: bytes) -> bytes:
     return bytes(joined)
 
 
+@functools.lru_cache(maxsize=16)
 def stretch_password(password: str) -> bytes:
-    """Turn a password into the key `K`; slow on purpose, so call it once per process."""
+    """Turn a password into the key `K`; slow on purpose, so each is done once per process."""
     return hashlib.scrypt(
         password.encode("utf-8", "surrogateescape"),  # argv may hold bytes that are no UTF-8
         salt=SCRYPT_SALT,

@@ -5,7 +5,7 @@ Owns: the table of live sessions and their control channels. Finds nothing out a
 away again. Called by `server`.
 
     hello ──proof holds──> seated ──bye, silence, EOF, replaced by name──> unseated
-    silent caller + data connection of its address ──> seated as the seed client
+    silent caller + data connection of its address ──`dataport`──> seated as the seed client
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from . import net, wire
+from .caller import Caller
 from .control import Control
-from .entrance import Caller
 from .environment import Settings
-from .errors import TunnelError
+from .errors import AuthError, TlsError, TunnelError
 from .filler import Spawn
 from .log import Log
 from .message import (
     KEY_SIZE,
-    SEED_ID_SIZE,
     SESSION_SIZE,
     Dialect,
     Drain,
@@ -38,6 +37,7 @@ from .message import (
     Refusal,
     Refuse,
 )
+from .penalty import Penalties
 from .pool import Demand, Link, Member, Pool, Shelf, announce
 from .relay import Relay
 from .session import Event, Lost, Role, Session
@@ -55,7 +55,7 @@ class Client(Member):
     id: str = ""
     name: str = ""
     host: str = ""
-    key: bytes = b""
+    key: bytes = field(default=b"", repr=False)
     control: Control | None = None
     launched: dict[int | str, tuple[Relay, float]] = field(default_factory=dict)
     """Open relays by link, each with the time of its launch in seconds of the loop."""
@@ -69,6 +69,7 @@ class Roster:
         watch: tells of idle links that die.
         spawn: runs a task.
         shares: how many idle links may be asked for and kept.
+        penalties: told of failed proofs.
     """
 
     def __init__(
@@ -80,8 +81,10 @@ class Roster:
         watch: HangupWatch,
         spawn: Spawn,
         shares: net.Shares,
+        penalties: Penalties | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
+        self._penalties = Penalties() if penalties is None else penalties
         self._settings = settings
         self._log = log
         self._counters = counters
@@ -108,6 +111,15 @@ class Roster:
         return any(
             c.host == host and c.session.dialect is Dialect.NATIVE for c in self._clients.values()
         )
+
+    def seed_client(self) -> Client | None:
+        """Return the client that speaks the seed dialect; there is one at a time."""
+        return next((c for c in self._clients.values() if c.session.dialect is Dialect.SEED), None)
+
+    def seat_seed(self, caller: Caller) -> Client:
+        """Make a silent caller the seed client; its socket is ours from here on."""
+        session_id, name = secrets.token_hex(SESSION_SIZE), f"seed-{caller.host}"
+        return self._seat(caller, Dialect.SEED, session_id, name, b"", self._demand())
 
     def take_opening(self, caller: Caller, opening: Hello | LinkClaim) -> None:
         """Take a caller that has said what it is; its socket is ours from here on."""
@@ -142,19 +154,22 @@ class Roster:
             # A link of a session that has just ended is no attack; it has no key to prove.
             net.reset(caller.sock)
             if client is not None:
+                self._penalties.fail(caller.source, self._loop.time())
                 self._counters.strangers += 1
                 self._log.repeated(
                     "warn", f"link {caller.host}", "a link's proof was wrong", host=caller.host
                 )
             return
         is_taken = claim.number in client.shelf or claim.number in client.launched
-        if is_taken or self._is_stocked(client):
-            self._refuse_link(caller.sock, client)
+        if is_taken or self.is_stocked(client):
+            self.refuse_link(caller.sock, client)
             return
         self._counters.links += 1
-        self._pool.give(client, Link(caller.sock, claim.number, caller.handshake.rest()))
+        link = Link(caller.sock, claim.number, caller.handshake.rest(), caller.tls)
+        self._pool.give(client, link)
 
-    def _is_stocked(self, client: Client) -> bool:
+    def is_stocked(self, client: Client) -> bool:
+        """Tell whether a client has brought as many links as we keep; may drop another's."""
         if len(client.shelf) >= net.IDLE_ROOM * self._most_idle:
             return True
         if len(self._watch) < self._stock:
@@ -166,7 +181,8 @@ class Roster:
         fattest.shelf.retire(1)
         return False
 
-    def _refuse_link(self, sock: socket.socket, client: Client) -> None:
+    def refuse_link(self, sock: socket.socket, client: Client) -> None:
+        """Reset a link that there is no room for."""
         net.reset(sock)
         self._log.repeated("warn", "surplus", "a link too many", client=client.name)
 
@@ -182,23 +198,25 @@ class Roster:
                 idle=demand.wanted,
                 fresh_key=secrets.token_bytes(KEY_SIZE),
             )
-            caller.sock.send(welcome)
-        except TunnelError as exc:
-            self._refuse(caller, exc)
-            return
-        except OSError as exc:
+            caller.send(welcome)
+        except (OSError, TlsError) as exc:
             caller.sock.close()
             self._log.debug("a client left during its handshake", host=caller.host, why=str(exc))
             return
+        except TunnelError as exc:
+            if isinstance(exc, AuthError):
+                self._penalties.fail(caller.source, self._loop.time())
+            self._refuse(caller, exc)
+            return
         for other in list(self._clients.values()):
             if other.name == hello.name and other.session.dialect is Dialect.NATIVE:
-                self._replace(other)
+                self.replace(other)
         self._seat(caller, Dialect.NATIVE, session_id, hello.name, key, demand)
 
     def _refuse(self, caller: Caller, exc: TunnelError) -> None:
         try:
-            caller.sock.send(wire.pack_answer(Refuse(exc.reason)))
-        except OSError as error:
+            caller.send(wire.pack_answer(Refuse(exc.reason)))
+        except (OSError, TlsError) as error:
             self._log.debug("a refused client left first", host=caller.host, why=str(error))
         caller.sock.close()
         self._counters.strangers += 1
@@ -206,7 +224,8 @@ class Roster:
             "warn", f"refused {caller.host}", "client refused", host=caller.host, why=str(exc)
         )
 
-    def _replace(self, old: Client) -> None:
+    def replace(self, old: Client) -> None:
+        """End a session because a newer one takes its place."""
         self._log.bounded(
             "info",
             "replaced",
@@ -250,7 +269,8 @@ class Roster:
         assert client.control is not None
         interval = self._settings.report_interval
         try:
-            await client.control.open(caller.sock, interval, caller.handshake.rest())
+            head = caller.handshake.rest()
+            await client.control.open(caller.sock, interval, head, caller.records)
         except OSError as exc:
             for event in client.session.cut(str(exc), self._loop.time()):
                 self._on_event(client, event)
@@ -312,65 +332,6 @@ class Roster:
             client=client.name,
             why=event.why,
         )
-
-    # ------------------------------------------------------------- the seed dialect
-
-    def take_seed_link(self, sock: socket.socket, host: str, caller: Caller | None) -> None:
-        """Take a connection to the data port: only from where the seed client is.
-
-        Args:
-            caller: the newest silent caller of that address, if there is one; ours now.
-        """
-        current = next(
-            (c for c in self._clients.values() if c.session.dialect is Dialect.SEED), None
-        )
-        if caller is not None and current is not None:
-            is_dead = current.control is not None and current.control.is_stalled
-            if current.host == host and is_dead:
-                self._replace(current)
-            else:
-                # A probe from the same address, or a second client: whoever answers keeps
-                # the place, or any port check could take it.
-                self._turn_away_second_seed(caller, current)
-                caller = None
-        if caller is not None:
-            name = f"seed-{host}"
-            current = self._seat(
-                caller, Dialect.SEED, secrets.token_hex(SESSION_SIZE), name, b"", self._demand()
-            )
-        if current is None or current.host != host:
-            net.reset(sock)
-            self._counters.strangers += 1
-            self._log.repeated("warn", f"data {host}", "turned away at the data port", host=host)
-            return
-        if self._is_stocked(current):
-            self._refuse_link(sock, current)
-            return
-        link_id = self._fresh_seed_id(current)
-        try:
-            sock.send(link_id.encode())  # one segment: the Go client reads it in one call
-        except OSError:
-            sock.close()
-            return
-        self._counters.links += 1
-        self._pool.give(current, Link(sock, link_id))
-
-    def _turn_away_second_seed(self, caller: Caller, current: Client) -> None:
-        net.reset(caller.sock)
-        self._counters.strangers += 1
-        self._log.repeated(
-            "warn",
-            f"second seed {caller.host}",
-            "a second NodePass 1.0.3/1.0.4 client was turned away: there can be one at a time",
-            host=caller.host,
-            served=current.host,
-        )
-
-    def _fresh_seed_id(self, client: Client) -> str:
-        while True:
-            link_id = secrets.token_hex(SEED_ID_SIZE // 2)
-            if link_id not in client.shelf and link_id not in client.launched:
-                return link_id
 
     def _demand(self) -> Demand:
         least = min(self._settings.min_pool_capacity, self._most_idle)

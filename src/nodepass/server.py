@@ -12,19 +12,24 @@ import errno
 import functools
 import socket
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from . import net
 from .config import Mode
+from .dataport import DataPort
 from .entrance import Entrance
 from .errors import EngineError, PoolClosed, PoolTimeout
 from .message import Kind
+from .penalty import Penalties
 from .pool import Link, Member, Pool, announce
 from .relay import Relay, RelayResult
 from .roster import Client, Roster
 from .stats import TunnelStatistics, least_rtt
 from .tunnel import Tunnel
 from .watch import HangupWatch
+
+if TYPE_CHECKING:
+    from .tls import ServerTls
 
 NATIVE_PATIENCE: Final = 1.0
 """Seconds that a caller must have been silent to pass for a seed client where its address has
@@ -39,6 +44,9 @@ class Server(Tunnel):
     async def _open(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._visitors = 0
+        key = await self.stretch_password()
+        self._tls = await asyncio.to_thread(self._load_tls)
+        penalties = Penalties()
         shares = self.share_descriptors()
         self._limit = shares.visitors
         self._waiting = HangupWatch()
@@ -47,7 +55,14 @@ class Server(Tunnel):
         self.resources.callback(idle.close)
         self._pool = Pool()
         self._clients = Roster(
-            self.settings, self.log, self.counters, self._pool, idle, self.spawn, shares
+            self.settings,
+            self.log,
+            self.counters,
+            self._pool,
+            idle,
+            self.spawn,
+            shares,
+            penalties,
         )
         self.resources.callback(self._clients.close, "stopped")
         self.resources.callback(self._pool.close)
@@ -57,6 +72,10 @@ class Server(Tunnel):
             self._clients.take_opening,
             self._clients.has_source,
             self.counters,
+            self.relays,
+            key,
+            self._tls,
+            penalties,
         )
         self.resources.callback(self._entrance.close)
         tunnel, target = self.config.tunnel, self.config.target
@@ -65,7 +84,18 @@ class Server(Tunnel):
         )
         self._target = await self._listen(target.host, target.port, self._admit_visitor)
         self._data: net.Listener | None = None
+        self._seed_links: DataPort | None = None
         if self.config.compat:
+            self._seed_links = DataPort(
+                self.log,
+                self.counters,
+                self.settings.handshake_timeout,
+                self._clients,
+                self._pool,
+                self.relays,
+                self._tls,
+            )
+            self.resources.callback(self._seed_links.close)
             self._data = await self._listen(tunnel.host, self.config.data, self._admit_seed_link)
             self._entrance.data_port = self._data.address[1]
 
@@ -98,12 +128,38 @@ class Server(Tunnel):
             tunnel=net.join_address(*self._tunnel.address),
             target=net.join_address(*self._target.address),
             **data,
+            tls=self.config.tls,
             engine=self.relays.kind,
         )
-        self.log.warn(
-            "no password and no TLS: whoever reaches the tunnel port can become a client, and "
-            "whoever sees the wire can read it"
-        )
+        if self._tls is not None:
+            self.log.info("certificate", fingerprint=self._tls.fingerprint)
+        self._warn_of_risks()
+
+    def _load_tls(self) -> ServerTls | None:
+        if not self.config.tls:
+            return None
+        from .tls import ServerTls
+
+        selector = self.relays.alpn_selector
+        return ServerTls(self.config.tls, self.config.crt, self.config.key, self.log, selector)
+
+    def _reload(self, *, force: bool) -> bool:
+        if self._tls is None or self._tls.mode == 1:
+            return False
+        self._tls.reload(force=force)
+        return True
+
+    def _warn_of_risks(self) -> None:
+        has_password = self.config.password is not None
+        if not has_password and self._tls is None:
+            self.log.warn(
+                "no password and no TLS: whoever reaches the tunnel port can become a client, "
+                "and whoever sees the wire can read it"
+            )
+        elif not has_password:
+            self.log.warn("no password: whoever reaches the tunnel port can become a client")
+        elif self._tls is None:
+            self.log.warn("no TLS: whoever sees the wire can read it; add tls=1 or tls=2")
 
     async def _drain(self) -> None:
         self._target.close()
@@ -210,7 +266,7 @@ class Server(Tunnel):
     def _join(self, sock: socket.socket, visitor: str, member: Member, link: Link) -> None:
         assert isinstance(member, Client)
         try:
-            relay = self.relays.join(sock, link.sock, head_b=link.head)
+            relay = self.relays.join(sock, link.sock, tls_b=link.tls, head_b=link.head)
         except EngineError as exc:
             net.reset(link.sock)
             self._turn_away(sock, "error", "engine", exc)
@@ -262,7 +318,8 @@ class Server(Tunnel):
 
     def _admit_seed_link(self, sock: socket.socket, host: str, _port: int) -> None:
         patience = NATIVE_PATIENCE if self._clients.has_native(host) else 0.0
-        self._clients.take_seed_link(sock, host, self._entrance.promote(host, patience))
+        assert self._seed_links is not None
+        self._seed_links.take(sock, host, self._entrance.promote(host, patience))
 
     def _stop_resting(self) -> None:
         self._rest_timer.cancel()

@@ -19,6 +19,7 @@ from . import net
 from .config import Config, Mode
 from .errors import ConfigError, TunnelError
 from .log import Log
+from .proof import stretch_password
 from .relay import Reason, Relay, RelayResult, Relays
 from .stats import Counters, TunnelStatistics
 
@@ -55,6 +56,7 @@ class Tunnel(ABC):
         self.resources = contextlib.ExitStack()
         """How to give back what `_open` has taken; the last taken goes first."""
         self._report_timer: asyncio.TimerHandle | None = None
+        self._reload_timer: asyncio.TimerHandle | None = None
         self._last_report: dict[str, object] = {}
         self.is_stopping = False
 
@@ -94,6 +96,7 @@ class Tunnel(ABC):
                 raise
             self._is_running = True
             self._arm_report()
+            self._arm_reload()
 
     async def stop(self) -> None:
         """Serve no new visitors, let open relays finish in SHUTDOWN_TIMEOUT, end. Idempotent.
@@ -111,6 +114,10 @@ class Tunnel(ABC):
                 cut = len(self._open_relays)
                 await self._end()
                 self.log.info("stopped", **({"relays_cut": cut} if cut else {}))
+
+    def reload(self) -> bool:
+        """Read certificate files again; return whether there are any. Open relays go on."""
+        return self._is_running and not self.is_stopping and self._reload(force=True)
 
     async def wait_closed(self) -> None:
         """Wait until the tunnel has ended, or has failed to start."""
@@ -155,7 +162,19 @@ class Tunnel(ABC):
     def _look(self) -> TunnelStatistics:
         """Gather the statistics."""
 
+    def _reload(self, *, force: bool) -> bool:  # noqa: ARG002 - for those that have files
+        """Read certificate files that have changed, or all; return whether there are any."""
+        return False
+
     # ------------------------------------------------------- for server and client to use
+
+    async def stretch_password(self) -> bytes | None:
+        """Return the key of the proofs, None without a password."""
+        password = self.config.password
+        if password is None:
+            return None
+        # It takes 0.1 s on purpose, and other tunnels of this loop may be at work.
+        return await asyncio.to_thread(stretch_password, password.reveal())
 
     def share_descriptors(self) -> net.Shares:
         """Return how many visitors and idle links fit the limit of open files; warn if few."""
@@ -233,9 +252,10 @@ class Tunnel(ABC):
     async def _end(self) -> None:
         """Give everything back, whatever has been taken so far."""
         try:
-            if self._report_timer is not None:
-                self._report_timer.cancel()
-                self._report_timer = None
+            for timer in (self._report_timer, self._reload_timer):
+                if timer is not None:
+                    timer.cancel()
+            self._report_timer = self._reload_timer = None
             self.resources.close()
             if self._main is not None:
                 self._main.cancel()
@@ -265,3 +285,11 @@ class Tunnel(ABC):
             self._last_report = fields
             self.log.debug("report", **fields)
         self._arm_report()
+
+    def _arm_reload(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._reload_timer = loop.call_later(self.settings.reload_interval, self._look_at_files)
+
+    def _look_at_files(self) -> None:
+        self._reload(force=False)
+        self._arm_reload()

@@ -40,6 +40,12 @@ class HangupWatch:
         else:
             self._loop.add_reader(fd, self._readable, fd)
 
+    def again(self, sock: socket.socket) -> None:
+        """Go on watching after bytes that meant nothing and have been read."""
+        fd = sock.fileno()
+        if self._epoll is None and fd in self._callbacks:
+            self._loop.add_reader(fd, self._readable, fd)
+
     def remove(self, sock: socket.socket) -> None:
         """Forget a connection; must happen before it is closed or handed over."""
         fd = sock.fileno()

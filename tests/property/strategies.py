@@ -38,6 +38,8 @@ HEX = "0123456789abcdef"
 
 keys = st.binary(min_size=KEY_SIZE, max_size=KEY_SIZE)
 nonces = st.binary(min_size=NONCE_SIZE, max_size=NONCE_SIZE)
+bindings = st.just(b"") | st.binary(min_size=32, max_size=32)
+"""What proofs are bound to: nothing without TLS, else 32 bytes of its exporter."""
 sessions = st.text(HEX, min_size=16, max_size=16)
 seed_ids = st.text(HEX, min_size=8, max_size=8)
 words = st.text("abcdefghijklmnopqrstuvwxyz-", min_size=1, max_size=32)

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from tests.property.strategies import cuts, edited, garbage, keys, names, nonces, numbers, sessions
+from tests.property.strategies import (
+    bindings,
+    cuts,
+    edited,
+    garbage,
+    keys,
+    names,
+    nonces,
+    numbers,
+    sessions,
+)
 
 from nodepass import wire
 from nodepass.errors import AuthError, PeerWireError, TunnelError
@@ -15,7 +25,6 @@ from nodepass.handshake import ClientHandshake, ServerHandshake
 from nodepass.message import Greeting, Hello, LinkClaim, Welcome
 
 FRESH = bytes(range(32))
-BINDINGS = st.sampled_from([b"", b"b" * 32])
 TLS = st.integers(0, 2)
 
 
@@ -50,10 +59,12 @@ class Meeting:
 
 @st.composite
 def meetings(draw: st.DrawFn, password: st.SearchStrategy[bytes | None]) -> Meeting:
-    key, binding = draw(password), draw(BINDINGS)
+    key, binding = draw(password), draw(bindings)
     greeting = Greeting(draw(st.integers(0, 65535)), draw(TLS), draw(nonces), key is not None, 2)
+    server = ServerHandshake(greeting, key)
+    server.binding = binding
     return Meeting(
-        ServerHandshake(greeting, key, binding),
+        server,
         ClientHandshake(key, tls_floor=draw(st.integers(0, greeting.tls))),
         draw(sessions),
         draw(numbers),
@@ -167,6 +178,33 @@ def test_replayed_lines_are_noticed(first: Meeting, second: Meeting) -> None:
     except AuthError:
         return
     raise AssertionError("a proof was good for another connection")
+
+
+@given(meetings(keys), bindings)
+def test_two_tls_connections_never_meet(meeting: Meeting, other: bytes) -> None:
+    """F3: a middle man has one with each side, and their bindings differ."""
+    assume(other != meeting.binding)
+    meeting.server.binding = other
+    hello = meeting.hello(meeting.greeting())
+    assert hello is not None
+    try:
+        meeting.welcome(hello)
+    except AuthError:
+        return
+    raise AssertionError("a proof was good for another TLS connection")
+
+
+@given(meetings(st.none() | keys), numbers, keys, bindings)
+def test_a_link_holds_for_its_own_tls_connection(
+    meeting: Meeting, number: int, key: bytes, other: bytes
+) -> None:
+    server, client = meeting.server, meeting.client
+    assert client.receive_greeting(meeting.greeting()) is not None
+    claim = server.receive(client.claim_link(meeting.session, key, number, meeting.binding))
+    assert isinstance(claim, LinkClaim)
+    assert server.is_link_proven(claim, key)
+    server.binding = other
+    assert server.is_link_proven(claim, key) is (other == meeting.binding)
 
 
 @given(st.data(), meetings(st.none()), numbers, keys, st.integers(1, 3), st.booleans())

@@ -7,132 +7,28 @@ import contextlib
 import logging
 import re
 import socket
-from collections.abc import AsyncIterator
 
 import pytest
+from OpenSSL.SSL import Connection
 from tests.system.rig.peer import Listener, NativeServer, SeedServer
-from tests.system.rig.stream import Stream
 from tests.system.rig.timing import until, within
+from tests.unit.client_desk import (
+    accept,
+    hello_again,
+    is_reset,
+    paired,
+    running,
+    seeded,
+    signal,
+    take_links,
+    welcome_again,
+)
 
 from nodepass import net
-from nodepass.client import Client
-from nodepass.config import Config
 from nodepass.environment import Settings
 from nodepass.relay import Relay, Relays
-from nodepass.stats import TunnelStatistics
 
 both = pytest.mark.loops("asyncio", "uvloop")
-
-
-class Desk:
-    """A running client, and the target that it dials: connections wait until taken."""
-
-    def __init__(self, client: Client, target: Listener) -> None:
-        self.client = client
-        self.target = target
-        self.stack = contextlib.AsyncExitStack()
-
-    async def at_target(self) -> Stream:
-        async with within(5):
-            stream = await self.target.accept()
-        self.stack.callback(stream.close)
-        return stream
-
-    @property
-    def figures(self) -> TunnelStatistics:
-        return self.client.statistics()
-
-
-@contextlib.asynccontextmanager
-async def running(
-    port: int,
-    query: str = "",
-    *,
-    target: str = "",
-    relays: Relays | None = None,
-    **settings: object,
-) -> AsyncIterator[Desk]:
-    """Run a client of the server at this port; its pauses are short, its pool is two links."""
-    options: dict[str, object] = {
-        "threads": 1,
-        "semaphore_limit": 100,  # fits any machine's limit of open files
-        "min_pool_capacity": 2,
-        "service_cooldown": 0.05,
-        "shutdown_timeout": 0.2,
-        **settings,
-    }
-    listener = Listener()
-    where = target or f"127.0.0.1:{listener.port}"
-    url = f"client://127.0.0.1:{port}/{where}?name=me&{query or 'log=none'}"
-    config = Config.parse(url, {}, Settings(**options))  # type: ignore[arg-type]
-    try:
-        async with Client(config, relays=relays) as client:
-            desk = Desk(client, listener)
-            async with desk.stack, within(30):
-                yield desk
-    finally:
-        listener.close()
-
-
-@contextlib.asynccontextmanager
-async def paired(
-    query: str = "", *, idle: int = 2, **settings: object
-) -> AsyncIterator[tuple[NativeServer, Desk, dict[int, Stream]]]:
-    """Run a client that has its links ready at a native server."""
-    async with (
-        NativeServer() as server,
-        running(server.listener.port, query, **settings) as desk,  # type: ignore[arg-type]
-    ):
-        await server.welcome(idle)
-        yield server, desk, await take_links(server, max(idle, 2))
-
-
-async def take_links(server: NativeServer, count: int) -> dict[int, Stream]:
-    async with within(5):
-        return dict([await server.link() for _ in range(count)])
-
-
-@contextlib.asynccontextmanager
-async def seeded(query: str = "", **settings: object) -> AsyncIterator[tuple[SeedServer, Desk]]:
-    """Run a client that is greeted by a seed server and whose first two links are named."""
-    async with (
-        SeedServer() as server,
-        running(server.listener.port, query, **settings) as desk,  # type: ignore[arg-type]
-    ):
-        await server.greet(beat=0.05)
-        for _ in range(2):
-            await server.take()
-        yield server, desk
-
-
-async def hello_again(server: NativeServer) -> tuple[Stream, str]:
-    """Take the next control connection, past links that were still under way; and its name."""
-    async with within(5):
-        while True:
-            stream, _, line = await server.accept()
-            if line.startswith("hello://"):
-                return stream, line.removeprefix("hello://").partition("?")[0]
-
-
-async def welcome_again(server: NativeServer, idle: int = 0) -> str:
-    server._control, name = await hello_again(server)
-    await server.say(f"welcome://{server.session}?k={server.key.hex()}&idle={idle}")
-    return name
-
-
-async def signal(server: NativeServer) -> str:
-    async with within(5):
-        return await server.signal()
-
-
-async def is_reset(stream: Stream) -> bool:
-    async with within(5):
-        return await stream.is_reset()
-
-
-async def accept(listener: Listener) -> Stream:
-    async with within(5):
-        return await listener.accept()
 
 
 # --- finding a server --------------------------------------------------------------------------
@@ -144,8 +40,6 @@ async def accept(listener: Listener) -> Stream:
     [
         (b"", "is this the tunnel port"),
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "an HTTP server"),
-        (b"//9102#1\n", "uses tls=1, which is not in this build yet"),
-        (b"//0?v=2&n=" + b"00" * 16 + b"&a=0#2\n", "uses tls=2, which is not in this build yet"),
         (b"//0?v=2&n=" + b"00" * 16 + b"&a=1#0\n", "wants a password"),
         (b"//12", "no greeting within"),
         (b"x" * 300, "longer than 256 bytes"),
@@ -514,9 +408,16 @@ async def test_relay_without_a_result_is_no_longer_counted() -> None:
         made: list[Relay]
 
         def join(
-            self, a: socket.socket, b: socket.socket, *, head_a: bytes = b"", head_b: bytes = b""
+            self,
+            a: socket.socket,
+            b: socket.socket,
+            *,
+            tls_a: Connection | None = None,
+            tls_b: Connection | None = None,
+            head_a: bytes = b"",
+            head_b: bytes = b"",
         ) -> Relay:
-            relay = super().join(a, b, head_a=head_a, head_b=head_b)
+            relay = super().join(a, b, tls_a=tls_a, tls_b=tls_b, head_a=head_a, head_b=head_b)
             self.made = [relay]
             return relay
 

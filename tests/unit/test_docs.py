@@ -9,7 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from nodepass import proof, wire
+from nodepass import (
+    certificate,
+    dataport,
+    entrance,
+    keygen,
+    log,
+    password,
+    penalty,
+    proof,
+    record,
+    roster,
+    tls,
+    wire,
+)
 from nodepass.config import PARAMETERS, Config
 from nodepass.environment import VARIABLES, parse_duration
 from nodepass.message import (
@@ -32,6 +45,7 @@ from nodepass.message import (
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "nodepass"
 READMES = ("README.md", "README.zh-CN.md")
+GUIDES = (*READMES, "docs/security.md")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 PASSWORDS = ("NODEPASS_PASSWORD", "NODEPASS_PASSWORD_FILE")
 
@@ -51,7 +65,8 @@ def rows(text: str) -> dict[str, list[str]]:
 
 
 def test_all_documents_are_there() -> None:
-    assert {"README.md", "README.zh-CN.md", "protocol.md"} <= {path.name for path in DOCUMENTS}
+    names = {path.name for path in DOCUMENTS}
+    assert {"README.md", "README.zh-CN.md", "protocol.md", "security.md"} <= names
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -91,14 +106,45 @@ def test_nothing_is_made_up(name: str) -> None:
 def test_what_comes_later_is_marked(name: str) -> None:
     table = rows(read(name))
     later = ("尚不支持", "不起作用", "此版本只能") if "zh" in name else ("in this build",)
-    for option in ("tls", "crt", "key", "ca", "sni", "udp", "RELOAD_INTERVAL", *PASSWORDS):
-        assert any(word in table[option][-1] for word in later), option
+    marked = {option for option, row in table.items() if any(word in row[-1] for word in later)}
+    assert {"udp", "UDP_DATA_BUF_SIZE", "UDP_READ_TIMEOUT", "UDP_IDLE_TIMEOUT"} <= marked
+    assert not marked & {"tls", "crt", "key", "ca", "sni", "RELOAD_INTERVAL", *PASSWORDS}
+
+
+def test_both_readmes_have_the_same_tables_and_commands() -> None:
+    english, chinese = map(read, READMES)
+    assert list(rows(english)) == list(rows(chinese))
+    assert commands(english) == commands(chinese)
+
+
+def commands(text: str) -> list[str]:
+    """Return the lines of all blocks of shell, without comments."""
+    blocks = re.findall(r"(?ms)^```sh\n(.*?)^```", text)
+    lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_quick_start_says_what_keygen_prints(name: str) -> None:
+    section = re.split(r"(?m)^## ", read(name))[3]
+    lines = keygen.text(["rented.example.org"]).splitlines()
+    for part in (f":{keygen.TUNNEL_PORT}/", ":8080?tls=1", "127.0.0.1:80?tls=1"):
+        assert any(part in line for line in lines), part
+    assert "nodepass keygen rented.example.org" in section
+    assert {str(keygen.TUNNEL_PORT), "8080", "80"} <= set(re.findall(r"\d+", section))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_no_password_stands_here_to_be_pasted(path: Path) -> None:
+    for block in re.findall(r"(?ms)^ *```.*?^ *```", path.read_text(encoding="utf-8")):
+        assert not re.search(r"NODEPASS_PASSWORD=(?!\$)", block)
+        assert not re.search(r"(?:server|client)://[^\s/@\[]+@", block)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_urls_and_durations_are_good(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    for url in re.findall(r'"((?:server|client)://[^"…]+)"', text):
+    for _, url in re.findall(r"""(["'])((?:server|client)://[^"'…]+)\1""", text):
         Config.parse(url, {})
     for value in re.findall(r"_(?:TIMEOUT|INTERVAL|COOLDOWN)=([^\s`)]+)", text):
         assert parse_duration(value) > 0
@@ -146,6 +192,7 @@ def test_links_resolve(path: Path) -> None:
 
 SECTIONS = (
     "Greeting",
+    "TLS",
     "Opening",
     "Proofs",
     "Signals",
@@ -169,6 +216,7 @@ def test_sections_that_comments_name_are_there() -> None:
 
 NONCES = [bytes(range(start, start + 16)) for start in (0, 16, 32)]
 KEY = bytes(range(64, 96))
+BINDINGS = bytes(range(128, 160)), bytes(range(160, 192))
 SESSION = "0123456789abcdef"
 
 
@@ -177,9 +225,11 @@ def line(packed: bytes) -> str:
     return packed[:-1].decode()
 
 
-def link_lines(key: bytes, data_port: int, needs_password: bool) -> tuple[bytes, bytes]:
-    greeting = wire.pack_greeting(Greeting(data_port, 0, NONCES[2], needs_password, VERSION))
-    mac = proof.link_proof(key, greeting[:-1], b"", SESSION, 1)
+def link_lines(
+    key: bytes, data_port: int, needs_password: bool, mode: int = 0, binding: bytes = b""
+) -> tuple[bytes, bytes]:
+    greeting = wire.pack_greeting(Greeting(data_port, mode, NONCES[2], needs_password, VERSION))
+    mac = proof.link_proof(key, greeting[:-1], binding, SESSION, 1)
     return greeting, wire.pack_link_claim(LinkClaim(SESSION, 1, mac))
 
 
@@ -194,21 +244,30 @@ def plain_examples() -> Iterator[tuple[str, str]]:
     yield "LP", proof.length_prefixed(*covered).hex()
 
 
-def password_examples() -> Iterator[tuple[str, str]]:
+def password_examples(mode: int = 0) -> Iterator[tuple[str, str]]:
+    control, link = BINDINGS if mode else (b"", b"")
     key = proof.stretch_password("correct horse")
-    greeting = wire.pack_greeting(Greeting(0, 0, NONCES[0], True, VERSION))
-    script = proof.transcript(greeting[:-1], b"", wire.pack_hello(Hello("office", NONCES[1]))[:-1])
-    hello = Hello("office", NONCES[1], proof.client_proof(key, script))
+    greeting = wire.pack_greeting(Greeting(0, mode, NONCES[0], True, VERSION))
+    hello = wire.pack_hello(Hello("office", NONCES[1]))
+    script = proof.transcript(greeting[:-1], control, hello[:-1])
     session_key = proof.session_key(key, script, SESSION)
-    yield "K", key.hex()
+    yield ("B", control.hex()) if mode else ("K", key.hex())
     yield "server", line(greeting)
     yield "T", script.hex()
-    yield "client", line(wire.pack_hello(hello))
+    mac = proof.client_proof(key, script)
+    yield "client", line(wire.pack_hello(Hello("office", NONCES[1], mac)))
     mac = proof.server_proof(key, script, SESSION)
     yield "server", line(wire.pack_answer(Welcome(SESSION, 16, proof=mac)))
     yield "S", session_key.hex()
-    for who, packed in zip(("server", "client"), link_lines(session_key, 0, True), strict=True):
+    if mode:
+        yield "B", link.hex()
+    lines = link_lines(session_key, 0, True, mode, link)
+    for who, packed in zip(("server", "client"), lines, strict=True):
         yield who, line(packed)
+
+
+def tls_examples() -> Iterator[tuple[str, str]]:
+    return password_examples(mode=1)
 
 
 def signal_examples() -> Iterator[tuple[str, str]]:
@@ -231,6 +290,7 @@ def other_examples() -> Iterator[tuple[str, str]]:
 PARTS: tuple[Callable[[], Iterator[tuple[str, str]]], ...] = (
     plain_examples,
     password_examples,
+    tls_examples,
     signal_examples,
     other_examples,
 )
@@ -242,9 +302,58 @@ def test_worked_examples_reproduce() -> None:
     assert printed == [example for part in PARTS for example in part()]
 
 
+# --- figures -------------------------------------------------------------------------------------
+
+LIMITS = {
+    "docs/security.md": (
+        f"{entrance.MAX_CALLERS}, of one source {entrance.MAX_CALLERS_PER_SOURCE} (",
+        f" ({entrance.KNOWN_SHARE * entrance.MAX_CALLERS_PER_SOURCE} where a client is connected",
+        f"{penalty.FIRST_DELAY:g} s, then 0.5 s, 1 s, at most {penalty.LONGEST_DELAY:g} s",
+        f"forgotten after {penalty.FORGET_AFTER:g} s",
+        f"| sources remembered for that | {penalty.MAX_SOURCES} |",
+        f"some {entrance.MAX_CALLERS_PER_SOURCE / penalty.LONGEST_DELAY:g} guesses a second",
+        f"| sessions of one server | {roster.MAX_CLIENTS} |",
+        f"| first line | {wire.MAX_LINE} bytes |",
+        f"takes {dataport.MAX_SHAKES} TLS handshakes",
+        f"scrypt, N = 2^{proof.SCRYPT_COST.bit_length() - 1}, r = {proof.SCRYPT_BLOCK}, p = 1",
+        f"salt `{proof.SCRYPT_SALT.decode()}`",
+        f"1 to {password.PASSWORD_LIMIT} bytes",
+        f"daily from {tls.EXPIRY_WARNING.days} days before",
+        f"has {8 * keygen.SECRET_SIZE} random bits",
+    ),
+    "docs/protocol.md": (
+        f"| {entrance.MAX_CALLERS}, and an eighth",
+        f"| {entrance.MAX_CALLERS_PER_SOURCE}; from one with a connected client twice",
+        f"{penalty.FIRST_DELAY:g} s later, then 0.5 s, 1 s, at most {penalty.LONGEST_DELAY:g} s",
+        f"{penalty.FORGET_AFTER:g} s without a failure",
+        f"{penalty.MAX_SOURCES} sources",
+        f"| {dataport.MAX_SHAKES}, HANDSHAKE_TIMEOUT each |",
+        f"offers `{tls.ALPN.decode()}`",
+        f"| {record.MOST_FRUITLESS // 1024} KiB, at any time |",
+        f"`0x{entrance.TLS_FIRST_BYTE:x}`",
+        f'"{record.BINDING_LABEL.decode()}"',
+        f"1 to {password.PASSWORD_LIMIT} bytes",
+    ),
+    "docs/operations.md": (
+        f"From {tls.EXPIRY_WARNING.days} days before",
+        f"less than {tls.EXPIRY_WARNING.days} days are left",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_figures_are_those_of_the_code(name: str) -> None:
+    text = " ".join(read(name).split())
+    assert [figure for figure in LIMITS[name] if figure not in text] == []
+    assert (certificate.OWN_NAME, log.REPEAT_PAUSE) == ("nodepass", 60)  # "once a minute"
+    assert entrance.KNOWN_SHARE == 2  # "twice as many"
+
+
 # --- log lines -----------------------------------------------------------------------------------
 
-MESSAGE_AT = {"info": 0, "warn": 0, "error": 0, "fatal": 0, "repeated": 2}
+MESSAGE_AT = {
+    "info": 0, "warn": 0, "error": 0, "fatal": 0, "repeated": 2, "bounded": 2, "_warn_once": 0,
+}  # fmt: skip
 """Which argument of a Log method is the message."""
 
 
@@ -263,6 +372,7 @@ def printed_messages() -> Iterator[str]:
             place = MESSAGE_AT.get(node.func.attr)
             where = ast.unparse(node.func.value)
             is_log = where.rpartition(".")[2] in ("log", "_log") or where.startswith("Log(")
+            is_log |= node.func.attr == "_warn_once"
             if place is not None and is_log and len(node.args) > place:
                 yield literal(node.args[place])
 
@@ -274,13 +384,48 @@ def test_every_log_line_is_explained() -> None:
     assert sorted(message for message in messages if f"`{message}" not in text) == []
 
 
+FILLED = {
+    "{peer}": ("server", "client"),
+    "{what}": ("certificate", "ca"),
+    "{whose}": ("the server's certificate",),
+    "{_owner(place)}": ("the server's certificate",),
+    "{timeout:g}": ("5",),
+}
+"""What may stand in the places of messages that are put together."""
+
+
+def everything_printed() -> str:
+    """Return the source with its messages in one piece, once for each way to fill them."""
+    parts = [path.read_text(encoding="utf-8") for path in SOURCE.glob("*.py")]
+    plain = re.sub(r'"\s*\n\s*f?"', "", " ".join(parts))
+    filled = [plain.replace(hole, word) for hole, words in FILLED.items() for word in words]
+    return " ".join([plain, *filled])
+
+
 def test_no_log_line_is_explained_that_is_never_printed() -> None:
-    source = " ".join(
-        re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8"))
-        for path in SOURCE.glob("*.py")
-    )
+    source = everything_printed()
     tables = read("docs/operations.md").partition("## Log lines")[2].partition("## Watching")[0]
     heads = [re.split(r"  |…", name)[0].rstrip() for name in rows(tables)]
-    assert len(heads) > 25
+    assert len(heads) > 50
     unknown = [head for head in heads if not head.startswith(("nothing heard", "the other side"))]
     assert [head for head in unknown if head not in source] == []
+
+
+SYSTEM_SAYS = (
+    "connection refused", "timed out", "Too many open files", "cannot assign requested address",
+    "address already in use", "permission denied",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_common_log_lines_are_printed_somewhere(name: str) -> None:
+    source = everything_printed()
+    table = read(name).partition("#log-lines)")[2].partition("\n## ")[0]
+    for head in rows(table):
+        message = re.split(r"  |…", head)[0].removeprefix("nodepass: error: ")
+        assert message.rstrip("; ") in source, head
+        for why in re.findall(r'(?:why|reason)="([^"]*)"', head):
+            texts = [part.strip() for part in why.split("…") if part.strip()]
+            known = [text in source or text in SYSTEM_SAYS for text in texts]
+            is_fixed = why.startswith(("nothing heard for", "the other side said bye", "no idle"))
+            assert is_fixed or all(known), why

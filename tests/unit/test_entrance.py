@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
+import time
 
 import pytest
-from tests.engine.rig import tcp_pair
 from tests.system.rig.timing import until, within
+from tests.unit.street import Street
 
 from nodepass import net, wire
-from nodepass.entrance import MAX_CALLERS, MAX_CALLERS_PER_SOURCE, Caller, Entrance
-from nodepass.log import Log
+from nodepass.entrance import MAX_CALLERS, MAX_CALLERS_PER_SOURCE
 from nodepass.message import Hello, LinkClaim
-from nodepass.stats import Counters
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -25,64 +23,6 @@ CLAIM = wire.pack_link_claim(LinkClaim("ab" * 8, 7, b"p" * 32))
 def most() -> int:
     """Most callers at once on this machine."""
     return min(MAX_CALLERS, net.descriptor_limit() // 8)
-
-
-class Street:
-    """An entrance, and the far ends of who stands there."""
-
-    def __init__(self, timeout: float = 30.0, *, level: str = "none", data_port: int = 0) -> None:
-        self.counters = Counters()
-        self.openings: list[tuple[Caller, Hello | LinkClaim]] = []
-        self.known: set[str] = set()
-        self.entrance = Entrance(
-            Log("street", level),
-            timeout,
-            self._on_opening,
-            self.known.__contains__,
-            self.counters,
-        )
-        self.entrance.data_port = data_port
-        self._socks: list[socket.socket] = []
-
-    def come(self, host: str = "10.0.0.1", port: int = 999) -> socket.socket:
-        """Let somebody call from a host; return the far end."""
-        near, far = tcp_pair()
-        self._socks += [near, far]
-        self.entrance.admit(near, host, port)
-        return far
-
-    def leaving(self, host: str = "10.0.0.1") -> None:
-        """Let somebody call who has gone before the greeting."""
-        near, far = tcp_pair()
-        self._socks += [near, far]
-        near.shutdown(socket.SHUT_WR)
-        self.entrance.admit(near, host, 999)
-
-    def greeting(self, far: socket.socket) -> bytes:
-        """What the kernel of the far side has at once: the greeting is sent while admitting."""
-        return far.recv(1000)
-
-    def is_out(self, far: socket.socket) -> bool:
-        """Whether this far end was closed or reset, behind whatever was sent to it."""
-        try:
-            while far.recv(1000):
-                pass
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-        return True
-
-    def _on_opening(self, caller: Caller, opening: Hello | LinkClaim) -> None:
-        self.openings.append((caller, opening))
-
-    async def __aenter__(self) -> Street:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.entrance.close()
-        for sock in self._socks:
-            sock.close()
 
 
 # --- greeting and openings ---------------------------------------------------------------------
@@ -317,6 +257,130 @@ async def test_limit_goes_down_with_those_who_leave() -> None:
         await until(lambda: not len(street.entrance), 5, "the deadline of all")
         assert not street.is_out(street.come())
         assert street.counters.strangers == MAX_CALLERS_PER_SOURCE
+
+
+# --- penalties ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def long_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has failed waits for longer than a test takes."""
+    monkeypatch.setattr("nodepass.penalty.FIRST_DELAY", 60.0)
+    monkeypatch.setattr("nodepass.penalty.LONGEST_DELAY", 60.0)
+
+
+def fail(street: Street, source: str = "10.0.0.1") -> None:
+    street.penalties.fail(source, asyncio.get_running_loop().time())
+
+
+@both
+async def test_hello_of_who_has_failed_waits_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nodepass.penalty.FIRST_DELAY", 0.1)
+    async with Street() as street:
+        fail(street)
+        start = time.monotonic()
+        far = street.come()
+        far.send(HELLO + b"behind")
+        await until(lambda: street.openings, 5, "the opening")
+        assert time.monotonic() - start >= 0.1
+        caller, _ = street.openings[0]
+        assert caller.handshake.rest() == b"behind"
+        assert (len(street.entrance), street.counters.strangers) == (0, 0)
+
+
+@both
+async def test_hello_of_anybody_else_does_not_wait(long_penalty: None) -> None:
+    async with Street() as street:
+        fail(street)
+        street.come("10.0.0.1").send(HELLO)
+        street.come("10.0.0.2").send(HELLO)
+        await until(lambda: street.openings, 5, "the opening")
+        await asyncio.sleep(0.02)
+        assert [caller.host for caller, _ in street.openings] == ["10.0.0.2"]
+        assert len(street.entrance) == 1
+
+
+@both
+async def test_links_do_not_wait(long_penalty: None) -> None:
+    """Their proof is of 32 random bytes: there is nothing to guess."""
+    async with Street() as street:
+        fail(street)
+        street.come().send(CLAIM)
+        await until(lambda: street.openings, 5, "the opening")
+
+
+@both
+async def test_addresses_of_one_network_are_one_source(long_penalty: None) -> None:
+    async with Street() as street:
+        fail(street, net.source_of("2001:db8::1"))
+        street.come("2001:db8::2").send(HELLO)
+        street.come("2001:db8:0:1::2").send(HELLO)
+        await until(lambda: street.openings, 5, "the opening")
+        await asyncio.sleep(0.02)
+        assert [caller.host for caller, _ in street.openings] == ["2001:db8:0:1::2"]
+
+
+@both
+async def test_who_waits_still_counts_and_may_have_to_go(
+    long_penalty: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nodepass.entrance.MAX_CALLERS_PER_SOURCE", 3)
+    async with Street() as street:
+        fail(street)
+        waiting = [street.come() for _ in range(3)]
+        for far in waiting:
+            far.send(HELLO)
+        await until(lambda: all(c.wait for c in street.entrance._callers.values()), 5, "them")
+        late = street.come()
+        assert len(street.entrance) == 3
+        assert street.is_out(waiting[0])
+        assert not any(street.is_out(far) for far in [*waiting[1:], late])
+        assert street.counters.strangers == 1
+        assert street.openings == []
+
+
+@both
+async def test_who_waits_is_dropped_at_its_deadline(long_penalty: None) -> None:
+    async with Street() as street:
+        fail(street)
+        far = street.come()
+        far.send(HELLO)
+        (caller,) = street.entrance._callers.values()
+        await until(lambda: caller.wait, 5, "its wait")
+        deadline = caller.deadline
+        assert deadline is not None
+        assert not deadline.cancelled(), "its time goes on"
+        street.entrance._expire(caller)
+        await asyncio.sleep(0.01)
+        assert street.is_out(far)
+        assert caller.wait is not None
+        assert caller.wait.cancelled()
+        assert street.openings == []
+
+
+@both
+async def test_wait_ends_in_time_for_an_answer(long_penalty: None) -> None:
+    """Or one wrong password would shut its whole address out where time-outs are short."""
+    async with Street(timeout=0.4) as street:
+        fail(street)
+        street.come().send(HELLO)
+        await until(lambda: street.openings, 5, "the opening")
+        assert street.counters.strangers == 0
+
+
+@both
+async def test_who_waits_and_leaves_is_let_go(long_penalty: None) -> None:
+    async with Street() as street:
+        fail(street)
+        far = street.come()
+        far.send(HELLO)
+        (caller,) = street.entrance._callers.values()
+        await until(lambda: caller.wait, 5, "its wait")
+        net.reset(far)
+        street.entrance.close()
+        assert len(street.entrance) == 0
+        await asyncio.sleep(0.01)
+        assert street.openings == []
 
 
 # --- seed clients ------------------------------------------------------------------------------

@@ -25,7 +25,13 @@ SEED = Greeting(4323, 0)
 
 
 def server_of(key: bytes | None = None, binding: bytes = b"") -> ServerHandshake:
-    return ServerHandshake(OPEN if key is None else CLOSED, key, binding)
+    return bound(ServerHandshake(OPEN if key is None else CLOSED, key), binding)
+
+
+def bound(server: ServerHandshake, binding: bytes) -> ServerHandshake:
+    """Do what follows a TLS handshake."""
+    server.binding = binding
+    return server
 
 
 def hello_at(server: ServerHandshake, data: bytes) -> Hello:
@@ -221,7 +227,7 @@ def test_link_is_proven(binding: bytes) -> None:
     "server",
     [
         ServerHandshake(dataclasses.replace(OPEN, nonce=b"o" * 16)),
-        ServerHandshake(OPEN, binding=BINDING),
+        bound(ServerHandshake(OPEN), BINDING),
         ServerHandshake(dataclasses.replace(OPEN, tls=1)),
     ],
     ids=["another connection", "another TLS connection", "TLS taken away"],
@@ -243,6 +249,75 @@ def test_link_proof_holds_for_its_own_claim_only() -> None:
         dataclasses.replace(claim, proof=b"p" * 32),
     ):
         assert not server.is_link_proven(other, FRESH)
+
+
+def greeted(binding: bytes, nonce: bytes) -> tuple[ServerHandshake, ClientHandshake]:
+    """Return both sides of a further connection of the pair."""
+    server = ServerHandshake(dataclasses.replace(CLOSED, nonce=nonce), PASSWORD)
+    client = ClientHandshake(PASSWORD)
+    client.receive_greeting(server.greeting_line)
+    return bound(server, binding), client
+
+
+@pytest.mark.parametrize("bindings", [(b"", b""), (BINDING, b"l" * 32)], ids=["plain", "tls"])
+def test_links_of_a_session_that_was_made_with_a_password(bindings: tuple[bytes, bytes]) -> None:
+    """Their key is never sent; each is bound to its own greeting and its own TLS."""
+    control, own = bindings
+    server, client, line = opened(PASSWORD, binding=control)
+    welcome, server_key = accepted(server, hello_at(server, line))
+    answer = client.receive_answer(welcome)
+    assert answer is not None
+    assert answer[1] == server_key
+    assert server_key.hex().encode() not in welcome
+    link, link_client = greeted(own, b"1" * 16)
+    line = link_client.claim_link(SESSION, answer[1], 7, own)
+    assert link.is_link_proven(claim_at(link, line), server_key)
+    replayed, _ = greeted(own, b"2" * 16)
+    assert not replayed.is_link_proven(claim_at(replayed, line), server_key), "another greeting"
+    other_tls, _ = greeted(b"m" * 32, b"1" * 16)
+    assert not other_tls.is_link_proven(claim_at(other_tls, line), server_key), "another TLS"
+    assert not link.is_link_proven(claim_at(link, line), FRESH), "the key of no password"
+    assert not link.is_link_proven(claim_at(link, line), PASSWORD), "the password's own key"
+
+
+def test_session_keys_of_two_sessions_differ() -> None:
+    """Or a claim of an old session would be good for the new one."""
+    server, _, line = opened(PASSWORD)
+    hello = hello_at(server, line)
+    keys = [
+        server.accept(hello, session=session, idle=1, fresh_key=FRESH)[1]
+        for session in (SESSION, SESSION[::-1])
+    ]
+    assert keys[0] != keys[1]
+    assert FRESH not in keys
+
+
+def test_binding_may_be_set_when_tls_has_come_after_the_greeting() -> None:
+    server = server_of(PASSWORD)
+    client = ClientHandshake(PASSWORD)
+    assert client.receive_greeting(server.greeting_line) == CLOSED
+    server.binding = BINDING
+    hello = hello_at(server, client.hello("web", CLIENT_NONCE, BINDING))
+    assert client.receive_answer(accepted(server, hello)[0]) is not None
+
+
+def test_replayed_hello_is_refused_though_the_password_is_right() -> None:
+    _, _, line = opened(PASSWORD)
+    server, _ = greeted(b"", b"2" * 16)
+    with pytest.raises(AuthError, match="somebody in between") as caught:
+        accepted(server, hello_at(server, line))
+    assert caught.value.reason == Refusal.AUTH
+
+
+@pytest.mark.parametrize("lowered", [0, 1])
+def test_f03_lowered_tls_mode_is_noticed_without_a_floor(lowered: int) -> None:
+    """The middle man speaks to each side as the other would; the greeting betrays him."""
+    server = ServerHandshake(dataclasses.replace(CLOSED, tls=2), PASSWORD)
+    shown = dataclasses.replace(CLOSED, tls=lowered)
+    client = ClientHandshake(PASSWORD)
+    assert client.receive_greeting(wire.pack_greeting(shown)) == shown
+    with pytest.raises(AuthError):
+        accepted(server, hello_at(server, client.hello("web", CLIENT_NONCE)))
 
 
 # ----------------------------------------------------------------- the client's judgement

@@ -27,47 +27,72 @@ ALLOWED: dict[str, set[str]] = {
     "log": set(),
     "stats": set(),
     "message": set(),
-    "_pycopy": {"errors"},
+    # OpenSSL by its secret doors; its records; neither loads it before it is used
+    "_openssl": set(),
+    "record": {"errors"},
+    # the slow twin of the engine
+    "_pytls": {"_openssl", "record"},
+    "_pyflow": {"_pytls"},
+    "_pycopy": {"_pyflow", "_pytls", "errors"},
+    # what the user asks for
     "address": {"errors"},
+    "password": {"errors"},
     "environment": {"address", "errors"},
-    "config": {"address", "environment", "errors"},
+    "config": {"address", "environment", "errors", "password"},
     # pure bytes: no socket, no clock, no dice
     "wire": {"errors", "message"},
     "proof": {"errors", "message", "wire"},
     "handshake": {"errors", "message", "proof", "wire"},
     "session": {"errors", "message", "wire"},
-    # sockets
+    "penalty": set(),
+    # sockets, and beside them certificates and contexts
     "resolver": set(),
     "watch": set(),
     "net": {"errors", "resolver"},
+    "certificate": {"errors"},
+    "verdict": {"_openssl", "certificate"},
+    "tls": {"_openssl", "certificate", "errors", "log", "verdict"},
     "relay": {"_pycopy", "environment", "errors", "log"},
-    "control": {"errors", "log", "message", "net", "session"},
-    "pool": {"errors", "log", "message", "net", "session", "watch"},
+    "control": {"errors", "log", "message", "net", "record", "session"},
+    "pool": {"errors", "log", "message", "net", "record", "session", "watch"},
     "filler": {"errors", "log", "net", "pool", "session"},
-    "entrance": {"errors", "handshake", "log", "message", "net", "stats", "wire"},
+    "caller": {"handshake", "net", "record", "relay"},
+    "entrance": {
+        "caller", "errors", "handshake", "log", "message", "net", "penalty", "record", "relay",
+        "stats", "tls", "wire",
+    },
     # lifecycles
-    "tunnel": {"config", "errors", "log", "net", "relay", "stats"},
+    "tunnel": {"config", "errors", "log", "net", "proof", "relay", "stats"},
     "roster": {
-        "control", "entrance", "environment", "errors", "filler", "log", "message", "net", "pool",
-        "relay", "session", "stats", "watch", "wire",
+        "caller", "control", "environment", "errors", "filler", "log", "message", "net",
+        "penalty", "pool", "record", "relay", "session", "stats", "watch", "wire",
+    },
+    "dataport": {
+        "caller", "errors", "log", "message", "net", "pool", "record", "relay", "roster",
+        "stats", "tls",
     },
     "pairing": {
         "config", "control", "environment", "errors", "filler", "log", "message", "net", "pool",
-        "relay", "session", "stats", "wire",
+        "record", "relay", "session", "stats", "wire",
     },
     "server": {
-        "config", "entrance", "environment", "errors", "log", "message", "net", "pool", "relay",
-        "roster", "session", "stats", "tunnel", "watch", "wire",
+        "config", "dataport", "entrance", "environment", "errors", "log", "message", "net",
+        "penalty", "pool", "relay", "roster", "session", "stats", "tls", "tunnel", "watch", "wire",
     },
     "client": {
         "config", "environment", "errors", "handshake", "log", "message", "net", "pairing",
-        "relay", "session", "stats", "tunnel", "watch", "wire",
+        "record", "relay", "session", "stats", "tls", "tunnel", "watch", "wire",
     },
     # the program
     "demo": set(),
+    "title": set(),
     "process": {"client", "config", "environment", "errors", "log", "relay", "server"},
     "help": {"config", "environment"},
-    "cli": {"__init__", "config", "demo", "environment", "errors", "help", "process"},
+    "keygen": {"address", "config", "errors"},
+    "cli": {
+        "__init__", "config", "demo", "environment", "errors", "help", "keygen", "process",
+        "title",
+    },
     "__init__": {"client", "errors", "server"},
     "__main__": {"cli"},
 }  # fmt: skip
@@ -75,7 +100,7 @@ ALLOWED: dict[str, set[str]] = {
 # Only for annotations, so allowed to point upward.
 TYPES_ONLY: dict[str, set[str]] = {"relay": {"_fastcopy"}, "pairing": {"client"}}
 
-SANS_IO = ("message", "wire", "proof", "handshake", "session")
+SANS_IO = ("message", "wire", "proof", "handshake", "session", "penalty", "record")
 OUTSIDE = {
     "asyncio", "datetime", "io", "logging", "os", "random", "secrets", "select", "selectors",
     "socket", "ssl", "subprocess", "sys", "threading", "time", "uuid",
@@ -84,7 +109,7 @@ OUTSIDE = {
 PUBLIC = [
     "AuthError", "Client", "ConfigError", "DialError", "EngineClosed", "EngineError",
     "ListenError", "LocalWireError", "NodePassError", "PeerWireError", "PoolClosed", "PoolError",
-    "PoolTimeout", "Server", "TunnelError", "WireError", "__version__",
+    "PoolTimeout", "Server", "TlsError", "TunnelError", "WireError", "__version__",
 ]  # fmt: skip
 
 MODULES = sorted(path.stem for path in SOURCE.glob("*.py"))
@@ -164,6 +189,54 @@ def test_only_relay_knows_the_engine() -> None:
         and node.value in ("._fastcopy", "._pycopy", "nodepass._pycopy")
     }
     assert knows == {"relay"}
+
+
+HEAVY = {"OpenSSL", "cryptography"}
+LOADS_OPENSSL = {"certificate", "tls", "verdict"}
+"""Modules that cost 0.1 s to load; nobody loads them before TLS is wanted."""
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_openssl_is_loaded_by_those_who_need_it(module: str) -> None:
+    """Elsewhere by functions only; and `tls` and its kin likewise."""
+    top = {name for node in tree(module).body for name in loaded_by(node)}
+    heavy = {name for name in top if name.split(".")[0] in HEAVY}
+    kin = {name for name in top if name.removeprefix("nodepass.") in LOADS_OPENSSL}
+    assert module in LOADS_OPENSSL or not heavy | kin, f"{module} loads {heavy | kin} at once"
+
+
+def loaded_by(node: ast.stmt) -> list[str]:
+    """What one statement of a module's outer level imports at run time."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return imported_from(node) if isinstance(node, ast.ImportFrom) else []
+
+
+def test_a_start_without_tls_loads_no_openssl() -> None:
+    engines = [name for name in ("_fastcopy", "_pycopy") if name in IMPORTABLE]
+    names = ["cli", "process", "client", "server", "_openssl", "record", *engines]
+    script = f"""
+import importlib, sys
+for name in {names}:
+    importlib.import_module("nodepass." + name)
+print(sorted({HEAVY} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+SECRETS = ("_ssl", "_context", "_into_ssl", "_from_ssl", "cryptography.hazmat.bindings")
+"""Names that pyOpenSSL and cryptography may move in any release."""
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "_openssl"])
+def test_only_openssl_py_knows_what_may_move(module: str) -> None:
+    attributes = {node.attr for node in ast.walk(tree(module)) if isinstance(node, ast.Attribute)}
+    foreign = {name for name, _ in imports(module) if name.startswith(SECRETS[-1])}
+    assert not attributes & set(SECRETS), f"{module}: ask `_openssl` for it"
+    assert not foreign, f"{module}: ask `_openssl` for it"
 
 
 def test_server_and_client_do_not_know_each_other() -> None:

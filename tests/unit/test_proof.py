@@ -50,6 +50,20 @@ def test_stretch_password() -> None:
     assert proof.stretch_password("gänsefüßchen").hex() == wanted
 
 
+def test_password_is_stretched_once_per_process() -> None:
+    """Each tunnel of a process asks for it, and 32 MiB for 0.1 s are not to be spent twice."""
+    proof.stretch_password.cache_clear()
+    first = proof.stretch_password("one of several tunnels")
+    assert proof.stretch_password("one of several tunnels") is first
+    assert proof.stretch_password.cache_info().misses == 1
+
+
+def test_stretched_passwords_differ_as_their_letters_do() -> None:
+    made = {proof.stretch_password(word) for word in ("secret", "Secret", "secret ", "\udcff")}
+    assert len(made) == 4
+    assert {len(key) for key in made} == {32}
+
+
 @pytest.mark.parametrize(
     ("made", "wanted"),
     [

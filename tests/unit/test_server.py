@@ -10,121 +10,24 @@ import resource
 import secrets
 import socket
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from tests.system.rig.peer import NativeClient, SeedClient
-from tests.system.rig.stream import Stream, connect
+from OpenSSL.SSL import Connection
+from tests.system.rig.stream import connect
 from tests.system.rig.timing import free_port, until, within
+from tests.unit.server_desk import config, is_reset, launched, serving
 
 from nodepass import net, roster
 from nodepass import server as server_module
-from nodepass.config import Config
 from nodepass.environment import Settings
 from nodepass.errors import ListenError, TunnelError
 from nodepass.relay import Relay, Relays
 from nodepass.server import Server
-from nodepass.stats import TunnelStatistics
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
 NONCE = "00" * 16
-
-
-class Desk:
-    """A running server and the connections that a test has made to it."""
-
-    def __init__(self, server: Server) -> None:
-        self.server = server
-        self.tunnel = server.config.tunnel.port
-        self.target = server.config.target.port
-        self._stack = contextlib.AsyncExitStack()
-
-    def knock(self, port: int, source: str = "") -> Stream:
-        """Connect without a turn of the loop, so that the server has not answered yet."""
-        sock = socket.create_connection(
-            ("127.0.0.1", port), 5, source_address=(source, 0) if source else None
-        )
-        stream = Stream(sock)
-        self._stack.callback(stream.close)
-        return stream
-
-    async def visit(self) -> Stream:
-        return self.knock(self.target)
-
-    async def call(self, source: str = "") -> Stream:
-        """Connect to the tunnel port and read the greeting."""
-        stream = await self._stack.enter_async_context(await connect(self.tunnel, source=source))
-        assert (await stream.read_line()).startswith(b"//")
-        return stream
-
-    async def client(self, name: str = "by-hand") -> NativeClient:
-        return await self._stack.enter_async_context(NativeClient(self.tunnel, name))
-
-    async def seed(self, source: str = "127.0.0.1") -> SeedClient:
-        return await self._stack.enter_async_context(SeedClient(self.tunnel, source))
-
-    async def links(self, client: NativeClient, *numbers: int) -> list[Stream]:
-        """Open links one after another, each in its place before the next."""
-        opened = []
-        for number in numbers:
-            before = self.figures.links
-            opened.append(await self.link(client, number))
-            await until(lambda before=before: self.figures.links > before, 5, f"link {number}")  # type: ignore[misc]
-        return opened
-
-    async def link(self, client: NativeClient, number: int, proof: str = "") -> Stream:
-        return await self._stack.enter_async_context(await client.link(number, proof))
-
-    async def data(self, source: str = "127.0.0.1") -> Stream:
-        """Connect to the data port as anybody could."""
-        caller = await connect(self.tunnel)
-        async with caller:
-            port = int((await caller.read_line())[2:].split(b"?")[0])
-        return self.knock(port, source)
-
-    @property
-    def figures(self) -> TunnelStatistics:
-        return self.server.statistics()
-
-    async def idle(self, count: int) -> None:
-        await until(lambda: self.figures.links_idle == count, 5, f"{count} idle links")
-
-    async def aclose(self) -> None:
-        await self._stack.aclose()
-
-
-def config(query: str = "", **settings: object) -> Config:
-    url = f"server://127.0.0.1:{free_port()}/127.0.0.1:{free_port()}?{query or 'log=none'}"
-    return Config.parse(url, {}, Settings(threads=1, **settings))  # type: ignore[arg-type]
-
-
-@contextlib.asynccontextmanager
-async def serving(
-    query: str = "", *, relays: Relays | None = None, **settings: object
-) -> AsyncIterator[Desk]:
-    settings.setdefault("shutdown_timeout", 0.2)
-    async with Server(config(query, **settings), relays=relays) as server:
-        desk = Desk(server)
-        try:
-            async with within(30):
-                yield desk
-        finally:
-            await desk.aclose()
-
-
-async def is_reset(stream: Stream) -> bool:
-    async with within(5):
-        return await stream.is_reset()
-
-
-async def launched(client: NativeClient) -> int:
-    """Wait for a launch; return the number of its link."""
-    async with within(5):
-        text = await client.signal()
-    assert text.startswith("tcp://"), text
-    return int(text.removeprefix("tcp://").partition("?")[0])
 
 
 # --- visitors ----------------------------------------------------------------------------------
@@ -292,9 +195,16 @@ async def test_relay_without_a_result_is_no_longer_counted() -> None:
         made: list[Relay]
 
         def join(
-            self, a: socket.socket, b: socket.socket, *, head_a: bytes = b"", head_b: bytes = b""
+            self,
+            a: socket.socket,
+            b: socket.socket,
+            *,
+            tls_a: Connection | None = None,
+            tls_b: Connection | None = None,
+            head_a: bytes = b"",
+            head_b: bytes = b"",
         ) -> Relay:
-            relay = super().join(a, b, head_a=head_a, head_b=head_b)
+            relay = super().join(a, b, tls_a=tls_a, tls_b=tls_b, head_a=head_a, head_b=head_b)
             self.made = [relay]
             return relay
 
@@ -696,7 +606,7 @@ async def test_seed_caller_beside_a_native_client_needs_patience(
     monkeypatch.setattr(server_module, "NATIVE_PATIENCE", 0.1)
     async with serving() as desk:
         native = await desk.client()
-        late_link, greeting = await native._greeted()
+        late_link, greeting = await native.greeted()
         data = await desk.data()
         assert await is_reset(data)
         assert greeting

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import threading
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -480,3 +481,69 @@ async def test_no_report_where_nobody_would_see_it() -> None:
     async with Toy(config(log="info", report=0.001)) as toy:
         await asyncio.sleep(0.02)
         assert toy.looks == 0
+
+
+# --- passwords and files -----------------------------------------------------------------------
+
+
+@both
+async def test_password_is_stretched_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes 0.1 s, and other tunnels of this loop are at work."""
+    threads: list[threading.Thread] = []
+
+    def stretch(password: str) -> bytes:
+        threads.append(threading.current_thread())
+        return password.encode()
+
+    monkeypatch.setattr(tunnel_module, "stretch_password", stretch)
+    toy = Toy(Config.parse("server://secret@127.0.0.1:1/127.0.0.1:2?log=none", {}, Settings()))
+    assert await toy.stretch_password() == b"secret"
+    assert threads
+    assert threads[0] is not threading.current_thread()
+    assert "secret" not in repr(toy)
+    assert await Toy().stretch_password() is None
+
+
+class Filed(Toy):
+    """A tunnel that has files."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(Config.parse("server://127.0.0.1:1/127.0.0.1:2?log=none", {}, settings))
+        self.reloads: list[bool] = []
+
+    def _reload(self, *, force: bool) -> bool:
+        self.reloads.append(force)
+        return True
+
+
+@both
+async def test_reload_is_for_tunnels_that_run() -> None:
+    filed = Filed(Settings(threads=1))
+    assert not filed.reload()
+    async with filed:
+        assert filed.reload()
+        assert filed.reloads == [True], "whether they look changed or not"
+        _, _, _ = filed.carry()
+        stopping = asyncio.create_task(filed.stop())
+        await asyncio.sleep(0.01)
+        assert not filed.reload(), "it takes no new connections any more"
+        filed.close_ends()
+        await stopping
+    assert not filed.reload()
+    assert filed.reloads == [True]
+
+
+@both
+async def test_files_are_looked_at_again_and_again() -> None:
+    filed = Filed(Settings(threads=1, reload_interval=0.01))
+    async with filed:
+        await until(lambda: len(filed.reloads) >= 3, 5, "three looks")
+    assert not any(filed.reloads), "only what has changed"
+    looks = len(filed.reloads)
+    await asyncio.sleep(0.05)
+    assert len(filed.reloads) == looks
+
+
+async def test_tunnel_without_files_has_nothing_to_reload() -> None:
+    async with Toy() as toy:
+        assert not toy.reload()
