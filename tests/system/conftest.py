@@ -25,6 +25,12 @@ def engine(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=["", "?tls=1"], ids=["plain", "tls"])
+def tls(request: pytest.FixtureRequest) -> str:
+    """Query of the server's URL: without TLS and with it."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def many_descriptors() -> Iterator[None]:
     """Lift the soft limit on descriptors: bursts of 1000 visitors are held in this process."""

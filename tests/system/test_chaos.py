@@ -1,7 +1,8 @@
-"""Links are reset at random while visitors transfer: whole or reset, never cut clean (F20).
+"""Links are broken at random while visitors transfer: whole or reset, never cut clean (F20).
 
-A FIN in the middle cannot be told from the target's own on a plain link, so the proxy here
-only resets; what a visitor sees as a clean end must be the whole body.
+A FIN in the middle cannot be told from the target's own on a plain link, nor a changed byte
+from the target's own, so there the proxy only resets; with TLS it does all three. What a
+visitor sees as a clean end must be the whole body.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.system.rig.arena import Arena
+from tests.system.rig.proxy import Channel
 from tests.system.rig.stream import Stream, connect, exchange
 from tests.system.rig.target import body_of, digest_of
 from tests.system.rig.timing import free_port, until, within
@@ -19,7 +21,7 @@ from tests.system.rig.timing import free_port, until, within
 VISITORS: Final = 20
 """Visitors at a time; each comes again as soon as it is done."""
 
-DURATION: Final = 4.0
+DURATION: Final = 3.0
 """Seconds of chaos, unscaled: enough for some hundred cuts."""
 
 PAUSE: Final = 0.02
@@ -47,7 +49,18 @@ async def _come_and_go(port: int, end: float, outcomes: list[str]) -> None:
             outcomes.append("whole" if digest_of(heard) == WHOLE else f"{len(heard)} bytes")
 
 
-async def test_f20_chaos_leaves_streams_whole_or_reset(tmp_path: Path, engine: str) -> None:
+def _break(channel: Channel, luck: random.Random, tls: str) -> None:
+    if not tls:
+        channel.cut(reset=True)
+    elif luck.random() < 0.3:
+        channel.is_to_tamper = True
+    else:
+        channel.cut(reset=luck.random() < 0.5)
+
+
+async def test_f20_chaos_leaves_streams_whole_or_reset(
+    tmp_path: Path, engine: str, tls: str
+) -> None:
     failures: list[str] = []
     outcomes: list[str] = []
 
@@ -62,7 +75,7 @@ async def test_f20_chaos_leaves_streams_whole_or_reset(tmp_path: Path, engine: s
     async with Arena(tmp_path, engine, **env) as arena, within(45):
         tunnel_port, port = free_port(), free_port()
         proxy = arena.proxy(tunnel_port)
-        server = await arena.server(port, tunnel_port)
+        server = await arena.server(port, tunnel_port, tls)
         client = await arena.client(proxy.port, arena.target(target).port)
         await until(lambda: len(proxy.open_channels) == 9, 5, "eight idle links")
         await until(lambda: all(c.up for c in proxy.open_channels), 5, "them to claim a session")
@@ -76,16 +89,21 @@ async def test_f20_chaos_leaves_streams_whole_or_reset(tmp_path: Path, engine: s
             while loop.time() < end:
                 await asyncio.sleep(luck.random() * 2 * PAUSE)
                 if channels := proxy.open_channels:
-                    luck.choice(channels).cut(reset=True)
+                    _break(luck.choice(channels), luck, tls)
+        for channel in proxy.open_channels:
+            channel.is_to_tamper = False
         assert not failures, failures[:5]
         assert set(outcomes) == {"whole", "reset"}, set(outcomes)
+        await client.logged("tunnel up", count=client.count("tunnel lost") + 1)
         for _ in range(10):
             assert digest_of(await exchange(port, BODY)) == WHOLE
         await until(lambda: server.fds("socket:") == before[0], 5, f"{before[0]} sockets again")
         await until(lambda: client.fds("socket:") == before[1], 5, f"{before[1]} sockets again")
 
 
-async def test_visitors_resetting_at_random_harm_nobody(tmp_path: Path, engine: str) -> None:
+async def test_visitors_resetting_at_random_harm_nobody(
+    tmp_path: Path, engine: str, tls: str
+) -> None:
     """Half of the visitors leave by RST at any moment; the others get what they came for."""
     failures: list[str] = []
     async with Arena(tmp_path, engine) as arena, within(45):
@@ -95,7 +113,7 @@ async def test_visitors_resetting_at_random_harm_nobody(tmp_path: Path, engine: 
             await stream.write(BODY)
 
         service = arena.target(target)
-        tunnel = await arena.tunnel(service)
+        tunnel = await arena.tunnel(service, server=tls)
 
         async def leave(seed: int) -> None:
             luck = random.Random(seed)

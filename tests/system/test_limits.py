@@ -108,32 +108,6 @@ async def _served(port: int) -> None:
 # --- F23: secrets -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("query", ["", "?log=debug"])
-@pytest.mark.parametrize("mode", ["server", "client"])
-async def test_f23_password_is_masked(tmp_path: Path, mode: str, query: str) -> None:
-    """Passwords come with a later build: refused by a clear line that does not show it."""
-    async with Arena(tmp_path) as arena, within(20):
-        process = arena.nodepass(
-            f"{mode}://{SECRET}@127.0.0.1:{free_port()}/127.0.0.1:{free_port()}{query}"
-        )
-        process.spawn()
-        assert await process.ended() == 2
-        assert "not in this build yet" in process.log
-        assert SECRET not in process.log
-        assert process.log.count("\n") == 1, process.log
-
-
-async def test_f23_password_variable_is_masked(tmp_path: Path) -> None:
-    async with Arena(tmp_path, NODEPASS_PASSWORD=SECRET) as arena, within(20):
-        process = arena.nodepass(
-            f"server://127.0.0.1:{free_port()}/127.0.0.1:{free_port()}?log=debug"
-        )
-        process.spawn()
-        assert await process.ended() == 2
-        assert "not in this build yet" in process.log
-        assert SECRET not in process.log
-
-
 @pytest.mark.parametrize(
     "url",
     ["server://{}@127.0.0.1:99999/127.0.0.1:1", "client://{}@127.0.0.1/x", "ftp://{}@x:1/y:2"],

@@ -10,7 +10,21 @@ from pathlib import Path
 
 import pytest
 from tests.system.rig.arena import Arena
-from tests.system.rig.stream import connect, exchange
+from tests.system.rig.authority import self_signed
+from tests.system.rig.secure import (
+    LibrarySide,
+    PythonSide,
+    Side,
+    TlsFault,
+    TlsStream,
+    Truncated,
+    library_client,
+    library_server,
+    python_client,
+    python_server,
+    secure,
+)
+from tests.system.rig.stream import Stream, connect, exchange
 from tests.system.rig.target import (
     BANNER,
     answer_after_eof,
@@ -126,3 +140,87 @@ async def test_kernel_takes_a_closed_window_for_silence(tmp_path: Path) -> None:
                 while True:
                     await visitor.write(bytes(1_000_000))
             assert caught.value.errno == errno.ETIMEDOUT
+
+
+# --- TLS by hand ------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["python", "library"])
+def server_side(request: pytest.FixtureRequest, tmp_path: Path) -> Side:
+    files = self_signed(tmp_path, "127.0.0.1")
+    if request.param == "python":
+        return PythonSide(python_server(files, alpn="nodepass/2"), is_server=True)
+    return LibrarySide(library_server(files), is_server=True)
+
+
+@pytest.fixture(params=["python", "library"])
+def client_side(request: pytest.FixtureRequest) -> Side:
+    if request.param == "python":
+        return PythonSide(python_client(alpn="nodepass/2"))
+    return LibrarySide(library_client())
+
+
+async def _pair(server_side: Side, client_side: Side) -> tuple[TlsStream, TlsStream]:
+    near, far = socket.socketpair()
+    async with asyncio.TaskGroup() as both:
+        server = both.create_task(secure(Stream(near), server_side))
+        client = both.create_task(secure(Stream(far), client_side))
+    return server.result(), client.result()
+
+
+async def test_tls_passes_bytes_and_ends_each_way_by_itself(
+    server_side: Side, client_side: Side
+) -> None:
+    server, client = await _pair(server_side, client_side)
+    async with server, client, within(10):
+        sending = asyncio.create_task(client.write(BODY))
+        assert await server.digest(len(BODY)) == (len(BODY), digest_of(BODY))
+        await sending
+        client.finish(fin=False)
+        assert await server.read() == b""
+        await server.write(BODY[:100_000])
+        server.finish()
+        assert await client.read_all() == BODY[:100_000]
+
+
+async def test_tls_tells_a_cut_from_an_end(server_side: Side, client_side: Side) -> None:
+    server, client = await _pair(server_side, client_side)
+    async with server, client, within(10):
+        await client.write(b"half")
+        Stream.finish(client)
+        assert await server.read_exactly(4) == b"half"
+        with pytest.raises(Truncated):
+            await server.read()
+
+
+async def test_tls_refuses_a_changed_byte(server_side: Side, client_side: Side) -> None:
+    server, client = await _pair(server_side, client_side)
+    async with server, client, within(10):
+        client.side.write(b"something")
+        record = bytearray(client.side.give())
+        record[-1] ^= 1
+        await Stream.write(client, bytes(record))
+        with pytest.raises(TlsFault):
+            await server.read()
+
+
+async def test_both_libraries_name_the_same_certificate(tmp_path: Path) -> None:
+    files = self_signed(tmp_path, "127.0.0.1")
+    names = set()
+    for side in (PythonSide(python_client()), LibrarySide(library_client())):
+        server, client = await _pair(LibrarySide(library_server(files), is_server=True), side)
+        async with server, client:
+            names.add(client.side.fingerprint())
+    assert len(names) == 1
+
+
+async def test_exporter_is_the_same_at_both_ends_and_new_each_time(tmp_path: Path) -> None:
+    context = library_server(self_signed(tmp_path, "127.0.0.1"))
+    seen = set()
+    for _ in range(2):
+        ends = LibrarySide(context, is_server=True), LibrarySide(library_client())
+        server, client = await _pair(*ends)
+        async with server, client:
+            assert ends[0].binding() == ends[1].binding()
+            seen.add(ends[0].binding())
+    assert len(seen) == 2

@@ -1,4 +1,9 @@
-"""The seed dialect in both roles, against peers that do what the Go program does."""
+"""The seed dialect in both roles, against peers that do what the Go program does.
+
+With TLS that means what Go's crypto/tls does: control stays plain, the data port speaks TLS
+1.3 at once, a server sends session tickets, 8 characters of id follow the handshake at once,
+and a half-close is a close_notify without FIN.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,9 @@ from pathlib import Path
 
 import pytest
 from tests.system.rig.arena import Arena
+from tests.system.rig.authority import Authority, Issued, self_signed
 from tests.system.rig.peer import SeedClient, SeedServer
+from tests.system.rig.secure import PythonSide, TlsStream, Truncated, python_server, secure
 from tests.system.rig.stream import Stream, connect, exchange
 from tests.system.rig.target import answer_after_eof, body_of, digest_of, echo
 from tests.system.rig.timing import free_port, until, within
@@ -18,17 +25,37 @@ BODY = body_of(7, 5_000_000)
 DATA = Path(__file__).parents[1] / "data"
 
 
+@pytest.fixture(params=[0, 1], ids=["plain", "tls"])
+def tls(request: pytest.FixtureRequest) -> int:
+    """TLS mode of the server."""
+    return int(request.param)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Issued:
+    return self_signed(tmp_path, "127.0.0.1")
+
+
+def go_ends(link: Stream) -> None:
+    """End one direction as Go does: close_notify alone in TLS, FIN without it."""
+    if isinstance(link, TlsStream):
+        link.finish(fin=False)
+    else:
+        link.finish()
+
+
 # --- our server, their client -----------------------------------------------------------
 
 
-async def test_server_talks_as_recorded(tmp_path: Path, engine: str) -> None:
+async def test_server_talks_as_recorded(tmp_path: Path, engine: str, tls: int) -> None:
     """The TCP part of tests/data/seed-server.json, row by row."""
     rows = json.loads((DATA / "seed-server.json").read_text())
     spoken = {row["text"] for row in rows}
     assert {"hello tcp", "answer", "late"} <= spoken
     async with Arena(tmp_path, engine, REPORT_INTERVAL="1s") as arena, within(20):
-        server = await arena.server(port := free_port(), tunnel_port := free_port())
+        server = await arena.server(port := free_port(), tunnel_port := free_port(), f"?tls={tls}")
         async with SeedClient(tunnel_port) as client:
+            assert client.tls == tls
             for _ in range(3):
                 await client.dial()
             await server.logged("client connected .*dialect=seed")
@@ -42,7 +69,7 @@ async def test_server_talks_as_recorded(tmp_path: Path, engine: str) -> None:
                 visitor.finish()
                 assert await link.read() == b"", "the visitor's FIN arrives"
                 await link.write(b"late")
-                link.finish()
+                go_ends(link)
                 assert await visitor.read_all() == b"late"
 
 
@@ -70,9 +97,11 @@ async def test_server_does_not_expect_words_from_a_seed_client(tmp_path: Path) -
             assert await visitor == b""
 
 
-async def test_server_serves_many_through_a_seed_client(tmp_path: Path, engine: str) -> None:
+async def test_server_serves_many_through_a_seed_client(
+    tmp_path: Path, engine: str, tls: int
+) -> None:
     async with Arena(tmp_path, engine) as arena, within(30):
-        await arena.server(port := free_port(), tunnel_port := free_port())
+        await arena.server(port := free_port(), tunnel_port := free_port(), f"?tls={tls}")
         async with SeedClient(tunnel_port) as client:
 
             async def refill_and_echo() -> None:
@@ -86,7 +115,7 @@ async def test_server_serves_many_through_a_seed_client(tmp_path: Path, engine: 
 
             async def echo_and_finish(link: Stream) -> None:
                 await echo(link)
-                link.finish()
+                go_ends(link)
 
             serving = asyncio.create_task(refill_and_echo())
             answers = await asyncio.gather(
@@ -141,7 +170,7 @@ async def _served_by(client: SeedClient, port: int) -> None:
     link = await client.launched()
     assert await link.read_all() == b"hello"
     await link.write(b"served")
-    link.close()
+    go_ends(link)
     assert await visitor == b"served"
 
 
@@ -162,13 +191,62 @@ async def test_server_without_compat_turns_seed_clients_away(tmp_path: Path) -> 
             assert await client.control.is_reset() in (True, False), "an end of some kind"
 
 
+async def test_server_verified_by_a_seed_client(tmp_path: Path) -> None:
+    """Mode 2: Go verifies chain and name of the data port; the control channel stays plain."""
+    authority = Authority(tmp_path / "authority")
+    shown = authority.issue("127.0.0.1")
+    async with Arena(tmp_path) as arena, within(20):
+        query = f"?tls=2&crt={shown.crt}&key={shown.key}"
+        await arena.server(port := free_port(), tunnel_port := free_port(), query)
+        async with SeedClient(tunnel_port, ca=authority.ca) as client:
+            assert client.tls == 2
+            await client.dial()
+            await _served_by(client, port)
+
+
+async def test_server_data_port_that_is_not_spoken_tls_to(tmp_path: Path) -> None:
+    """A seed client whose links say nothing, or nonsense, harms nobody but itself."""
+    async with Arena(tmp_path, HANDSHAKE_TIMEOUT="500ms") as arena, within(20):
+        server = await arena.server(port := free_port(), tunnel_port := free_port(), "?tls=1")
+        async with SeedClient(tunnel_port) as client:
+            mute = [client.keep(await connect(client.data_port)) for _ in range(30)]
+            await mute[0].write(b"not TLS at all, whatever the greeting has said")
+            await server.logged("client connected .*dialect=seed")
+            await server.logged("WARN.*TLS failed.*the data port.*does not speak TLS")
+            await client.dial()
+            await _served_by(client, port)
+            for stream in mute[1:]:
+                async with within(3):
+                    await stream.is_reset()  # an end of some kind
+
+
+async def test_f20_truncated_seed_link_resets_the_visitor(tmp_path: Path, engine: str) -> None:
+    async with Arena(tmp_path, engine) as arena, within(20):
+        await arena.server(port := free_port(), tunnel_port := free_port(), "?tls=1")
+        async with SeedClient(tunnel_port) as client:
+            await client.dial()
+            async with await connect(port) as visitor:
+                link = await client.launched()
+                await link.write(b"half of it")
+                assert await visitor.read_exactly(10) == b"half of it"
+                Stream.finish(link)  # FIN and no close_notify
+                async with within(3):
+                    assert await visitor.is_reset()
+
+
 # --- our client, their server -----------------------------------------------------------
 
 
-async def test_client_talks_as_recorded(tmp_path: Path, engine: str) -> None:
+async def test_client_talks_as_recorded(
+    tmp_path: Path, engine: str, tls: int, files: Issued
+) -> None:
     """The TCP part of tests/data/seed-client.json, row by row."""
     env = {"MIN_POOL_CAPACITY": "2"}
-    async with Arena(tmp_path, engine, **env) as arena, SeedServer() as server, within(20):
+    async with (
+        Arena(tmp_path, engine, **env) as arena,
+        SeedServer(files=files) as server,
+        within(20),
+    ):
         heard: list[bytes] = []
 
         async def target(stream: Stream) -> None:
@@ -179,7 +257,7 @@ async def test_client_talks_as_recorded(tmp_path: Path, engine: str) -> None:
             f"client://127.0.0.1:{server.listener.port}/127.0.0.1:{arena.target(target).port}"
         )
         client.spawn()
-        await server.greet(query="?nonce=00ff")
+        await server.greet(tls, query="?nonce=00ff")
         first, second = await server.take(), await server.take()
         await client.logged("tunnel up .*dialect=seed")
         link = await server.launch(first)
@@ -194,35 +272,41 @@ async def test_client_talks_as_recorded(tmp_path: Path, engine: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["//{}#1", "tcp://{}"])
-async def test_client_half_close_and_digests(tmp_path: Path, engine: str, form: str) -> None:
-    async with Arena(tmp_path, engine) as arena, SeedServer() as server, within(30):
+async def test_client_half_close_and_digests(
+    tmp_path: Path, engine: str, form: str, tls: int, files: Issued
+) -> None:
+    async with Arena(tmp_path, engine) as arena, SeedServer(files=files) as server, within(30):
         target = arena.target(answer_after_eof)
         client = arena.nodepass(
             f"client://127.0.0.1:{server.listener.port}/127.0.0.1:{target.port}"
         )
         client.spawn()
-        await server.greet()
+        await server.greet(tls)
         for size in (0, 1, len(BODY)):
             link = await server.launch(await server.take(), form)
             await link.write(BODY[:size])
-            link.finish()
+            go_ends(link)
             answer = await link.read_all()
             assert answer.decode() == f"{size} {digest_of(BODY[:size])}\n"
 
 
-async def test_f06_launch_overtakes_the_link_id(tmp_path: Path, engine: str) -> None:
+async def test_f06_launch_overtakes_the_link_id(
+    tmp_path: Path, engine: str, tls: int, files: Issued
+) -> None:
     """The signal arrives before the id of its link is written: the claim waits for it."""
     async with Arena(tmp_path, engine) as arena, SeedServer() as server, within(20):
         client = arena.nodepass(
             f"client://127.0.0.1:{server.listener.port}/127.0.0.1:{arena.target(echo).port}"
         )
         client.spawn()
-        await server.greet()
+        await server.greet(tls)
         await client.logged("tunnel up")
         link = server.keep(await server.data.accept())
         await server.say("//0123abcd#1")
         await server.say("ping://1")  # any later line: the launch has been read by then
         await asyncio.sleep(0.1)
+        if tls:
+            link = await secure(link, PythonSide(python_server(files), is_server=True))
         await link.write(b"0123abcd")
         await link.write(b"hello")
         async with within(3):
@@ -294,17 +378,57 @@ async def test_f24_refused_target_resets_a_seed_link(tmp_path: Path) -> None:
             assert await link.is_reset()
 
 
-async def test_client_says_that_tls_is_not_in_this_build(tmp_path: Path) -> None:
+async def test_client_verifies_a_seed_server(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "authority")
+    good, bad = authority.issue("127.0.0.1"), authority.issue("elsewhere", label="bad")
+    for shown, is_good in ((good, True), (bad, False)):
+        async with Arena(tmp_path) as arena, SeedServer(files=shown) as server, within(20):
+            client = arena.dialling(
+                server.listener.port, arena.target(echo).port, f"?ca={authority.ca}&log=debug"
+            )
+            await server.greet(2)
+            if is_good:
+                link = await server.launch(await server.take())
+                await link.write(b"x")
+                assert await link.read() == b"x"
+            else:
+                with pytest.raises((OSError, Truncated)):
+                    await server.take()
+                await client.logged("cannot make a link.*is for elsewhere, not for 127")
+
+
+async def test_client_with_a_floor_refuses_a_plain_seed_server(tmp_path: Path) -> None:
     async with Arena(tmp_path) as arena, SeedServer() as server, within(20):
-        client = arena.nodepass(
-            f"client://127.0.0.1:{server.listener.port}/127.0.0.1:{free_port()}"
-        )
-        client.spawn()
-        await server.greet(tls=1)
-        await client.logged("(?i)(WARN|ERROR).*tls")
-        assert client.is_running, "the server may be started anew without it"
-        await server.greet(tls=0)
-        await client.logged("tunnel up .*dialect=seed")
+        client = arena.dialling(server.listener.port, free_port(), "?tls=1")
+        await server.greet()
+        await client.logged("(WARN|ERROR).*tls=0.*less than")
+        await server.greet()  # it tries again, and refuses again
+        assert "tunnel up" not in client.log
+
+
+async def test_client_with_a_floor_warns_of_a_plain_control_channel(
+    tmp_path: Path, files: Issued
+) -> None:
+    """What a floor is worth with a seed server: its links have TLS, its signals have not."""
+    async with Arena(tmp_path) as arena, SeedServer(files=files) as server, within(20):
+        client = arena.dialling(server.listener.port, arena.target(echo).port, "?tls=1")
+        await server.greet(1)
+        link = await server.launch(await server.take())
+        await link.write(b"x")
+        assert await link.read() == b"x"
+        await client.logged("WARN.*control channel is plain.*compat=0")
+
+
+async def test_client_names_a_data_port_that_speaks_no_tls(tmp_path: Path) -> None:
+    async with Arena(tmp_path) as arena, SeedServer() as server, within(20):
+        client = arena.dialling(server.listener.port, free_port(), "?log=debug")
+        await server.greet(1)
+        for _ in range(2):
+            async with server.keep(await server.data.accept()) as link:
+                await link.write(b"0123abcd")
+                await link.is_reset()
+        await client.logged("cannot make a link.*server does not speak TLS")
+        assert client.is_running
 
 
 async def test_client_without_compat_refuses_a_seed_server(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ async def _transfer(port: int, seed: int, failures: list[str]) -> None:
             await asyncio.gather(sending, return_exceptions=True)
 
 
-async def test_f21_200_random_transfers_at_once(tmp_path: Path, engine: str) -> None:
+async def test_f21_200_random_transfers_at_once(tmp_path: Path, engine: str, tls: str) -> None:
     failures: list[str] = []
 
     async def target(stream: Stream) -> None:
@@ -102,7 +102,7 @@ async def test_f21_200_random_transfers_at_once(tmp_path: Path, engine: str) -> 
             failures.append(f"target: {error!r}")
 
     async with Arena(tmp_path, engine, **STEADY) as arena, within(48):
-        tunnel = await arena.tunnel(arena.target(target))
+        tunnel = await arena.tunnel(arena.target(target), server=tls)
         await _transfer(tunnel.port, 10_000, failures)  # what is opened once and kept is open now
         await _idle(tunnel)
         before = _sockets(tunnel)
@@ -152,7 +152,7 @@ async def test_f21_no_descriptor_is_left_behind(tmp_path: Path, engine: str) -> 
 # --- F27: visitors that never read ------------------------------------------------------
 
 
-async def test_f27_slow_readers_do_not_fill_memory(tmp_path: Path, engine: str) -> None:
+async def test_f27_slow_readers_do_not_fill_memory(tmp_path: Path, engine: str, tls: str) -> None:
     async with Arena(tmp_path, engine) as arena, AsyncExitStack() as stack, within(45):
         sent = [0]
 
@@ -160,7 +160,7 @@ async def test_f27_slow_readers_do_not_fill_memory(tmp_path: Path, engine: str) 
             sent[0] += size
 
         target = arena.target(source(bytes(1_000_000), count))
-        tunnel = await arena.tunnel(target)
+        tunnel = await arena.tunnel(target, server=tls)
         async with await connect(tunnel.port) as warm:
             await warm.read_exactly(10_000_000)
         before = tunnel.server.rss(), tunnel.client.rss()

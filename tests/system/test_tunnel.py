@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import signal
-import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ from tests.system.rig.target import (
     serve_body,
     speak_first,
 )
-from tests.system.rig.timing import free_port, until, within
+from tests.system.rig.timing import free_port, has_ipv6, until, within
 
 if TYPE_CHECKING:
     from tests.system.rig.process import Nodepass
@@ -61,7 +60,7 @@ async def test_target_speaks_first(tmp_path: Path, engine: str) -> None:
 
 
 async def test_ipv6_from_end_to_end(tmp_path: Path) -> None:
-    if not _has_ipv6():
+    if not has_ipv6():
         pytest.skip("this machine has no IPv6 loopback")
     async with Arena(tmp_path) as arena, within(20):
         target = arena.target(echo, host="::1")
@@ -74,15 +73,6 @@ async def test_ipv6_from_end_to_end(tmp_path: Path) -> None:
         assert await exchange(port, BODY[:100_000], "::1") == BODY[:100_000]
 
 
-def _has_ipv6() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6) as probe:
-            probe.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
-
-
 async def test_empty_host_listens_on_every_address(tmp_path: Path) -> None:
     async with Arena(tmp_path) as arena, within(20):
         target = arena.target(echo)
@@ -91,7 +81,7 @@ async def test_empty_host_listens_on_every_address(tmp_path: Path) -> None:
         client = arena.nodepass(f"client://localhost:{tunnel_port}/localhost:{target.port}")
         await server.start()
         await client.start()
-        for host in ["127.0.0.1", "127.0.0.2", *(["::1"] if _has_ipv6() else [])]:
+        for host in ["127.0.0.1", "127.0.0.2", *(["::1"] if has_ipv6() else [])]:
             assert await exchange(port, b"hello", host) == b"hello"
 
 

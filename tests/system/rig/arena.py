@@ -7,14 +7,19 @@ printed.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import Final, NamedTuple, Self, Unpack
 
+from .authority import Issued
+from .middle import MiddleMan, Tricks
 from .process import Nodepass
 from .proxy import Proxy
-from .stream import CHUNK
+from .secure import LibrarySide, library_server, secure
+from .stream import CHUNK, Stream
 from .target import Handler, Target
 from .timing import free_port
 
@@ -33,6 +38,15 @@ class Tunnel(NamedTuple):
     """Where the client dials, seen from the server."""
 
 
+async def _greet(files: Issued, stream: Stream) -> None:
+    await stream.write(f"//0?v=2&n={secrets.token_hex(16)}&a=0#2\n".encode())
+    await secure(stream, LibrarySide(library_server(files), is_server=True))
+
+
+def _at(password: str) -> str:
+    return f"{password}@" if password else ""
+
+
 class Arena:
     """Owner of a test's processes, targets and proxies."""
 
@@ -40,7 +54,7 @@ class Arena:
         self._folder = folder
         self._env = {**QUICK, **({"NODEPASS_ENGINE": engine} if engine else {}), **env}
         self._processes: list[Nodepass] = []
-        self._services: list[Target | Proxy] = []
+        self._services: list[Target | Proxy | MiddleMan] = []
 
     def target(self, handler: Handler, *, host: str = "127.0.0.1", port: int = 0) -> Target:
         """Serve a handler."""
@@ -54,6 +68,16 @@ class Arena:
         self._services.append(proxy)
         return proxy
 
+    def middle_man(self, upstream: int, **tricks: Unpack[Tricks]) -> MiddleMan:
+        """Put a middle man before a tunnel port."""
+        man = MiddleMan(upstream, **tricks)
+        self._services.append(man)
+        return man
+
+    def tls_greeter(self, files: Issued) -> Target:
+        """Serve a greeting of mode 2 and a certificate that our own server would not show."""
+        return self.target(partial(_greet, files))
+
     def nodepass(self, *urls: str, **env: str) -> Nodepass:
         """Prepare a process; the test starts it."""
         process = Nodepass(*urls, env={**self._env, **env}, folder=self._folder)
@@ -61,23 +85,51 @@ class Arena:
         return process
 
     async def server(
-        self, target_port: int, tunnel_port: int, query: str = "", **env: str
+        self,
+        target_port: int,
+        tunnel_port: int,
+        query: str = "",
+        *,
+        password: str = "",
+        **env: str,
     ) -> Nodepass:
         """Start a server; its visitors go to target_port."""
         process = self.nodepass(
-            f"server://127.0.0.1:{tunnel_port}/127.0.0.1:{target_port}{query}", **env
+            f"server://{_at(password)}127.0.0.1:{tunnel_port}/127.0.0.1:{target_port}{query}",
+            **env,
         )
         await process.start()
         return process
 
+    def dialling(
+        self,
+        tunnel_port: int,
+        target_port: int,
+        query: str = "",
+        *,
+        password: str = "",
+        **env: str,
+    ) -> Nodepass:
+        """Start a client that may never find its server."""
+        process = self.nodepass(
+            f"client://{_at(password)}127.0.0.1:{tunnel_port}/127.0.0.1:{target_port}{query}",
+            **env,
+        )
+        process.spawn()
+        return process
+
     async def client(
-        self, tunnel_port: int, target_port: int, query: str = "", **env: str
+        self,
+        tunnel_port: int,
+        target_port: int,
+        query: str = "",
+        *,
+        password: str = "",
+        **env: str,
     ) -> Nodepass:
         """Start a client, and wait until it has found its server."""
-        process = self.nodepass(
-            f"client://127.0.0.1:{tunnel_port}/127.0.0.1:{target_port}{query}", **env
-        )
-        await process.start()
+        process = self.dialling(tunnel_port, target_port, query, password=password, **env)
+        await process.ready()
         return process
 
     async def tunnel(
@@ -86,6 +138,7 @@ class Arena:
         *,
         server: str = "",
         client: str = "",
+        password: str = "",
         env: Mapping[str, str] | None = None,
     ) -> Tunnel:
         """Start a pair in front of a target; `server` and `client` are their query strings."""
@@ -93,13 +146,11 @@ class Arena:
         far = target if isinstance(target, int) else target.port
         settings = dict(env or {})
         listening = self.nodepass(
-            f"server://127.0.0.1:{tunnel_port}/127.0.0.1:{port}{server}", **settings
-        )
-        dialling = self.nodepass(
-            f"client://127.0.0.1:{tunnel_port}/127.0.0.1:{far}{client}", **settings
+            f"server://{_at(password)}127.0.0.1:{tunnel_port}/127.0.0.1:{port}{server}",
+            **settings,
         )
         listening.spawn()  # interpreters start side by side; the client retries until it is there
-        dialling.spawn()
+        dialling = self.dialling(tunnel_port, far, client, password=password, **settings)
         await listening.ready()
         await dialling.ready()
         return Tunnel(listening, dialling, port, tunnel_port)

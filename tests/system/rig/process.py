@@ -24,6 +24,9 @@ PACKAGE: Final = Path(next(iter(nodepass.__path__))).parent
 TICK: Final = os.sysconf("SC_CLK_TCK")
 """Units of CPU time per second in /proc/<pid>/stat."""
 
+TCP_LISTEN: Final = 10
+"""State in /proc/net/tcp: include/net/tcp_states.h."""
+
 READY: Final = {"server": "server listening", "client": "tunnel up"}
 """What each mode logs once it can serve."""
 
@@ -132,14 +135,27 @@ class Nodepass:
 
     def fds(self, kind: str = "") -> int:
         """Count open descriptors whose name starts with kind ("socket:", "pipe:")."""
-        count = 0
-        folder = Path(f"/proc/{self.pid}/fd")
-        for entry in folder.iterdir():
+        return sum(name.startswith(kind) for name in self._open_names())
+
+    def listening(self) -> set[int]:
+        """Return the TCP ports that it listens on."""
+        ours = self._open_names()
+        ports = set()
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/{self.pid}/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if int(fields[3], 16) == TCP_LISTEN and f"socket:[{fields[9]}]" in ours:
+                    ports.add(int(fields[1].rpartition(":")[2], 16))
+        return ports
+
+    def _open_names(self) -> list[str]:
+        names = []
+        for entry in Path(f"/proc/{self.pid}/fd").iterdir():
             try:
-                count += str(entry.readlink()).startswith(kind)
+                names.append(str(entry.readlink()))
             except OSError:  # closed between the two calls
                 continue
-        return count
+        return names
 
     # --- its end ----------------------------------------------------------------------
 

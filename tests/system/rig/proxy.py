@@ -1,7 +1,7 @@
 """A proxy that stands between server and client and breaks things on request.
 
 It forwards byte for byte, half-close and reset included, until told otherwise: delay, stall,
-cut by FIN or RST, swallow, small pieces. Every connection keeps byte counters.
+cut by FIN or RST, tamper, small pieces. Every connection keeps byte counters.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class Channel:
         self._proxy = proxy
         self._moving = asyncio.Event()
         self._moving.set()
+        self.is_to_tamper = False
+        """Flip one bit of whatever is forwarded next."""
 
     def stall(self) -> None:
         """Forward nothing more, FIN included: a NAT mapping that has vanished."""
@@ -101,6 +103,10 @@ class Channel:
             if not data:
                 sink.finish()
                 return
+            if self.is_to_tamper:
+                self.is_to_tamper = False
+                middle = len(data) // 2
+                data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
             await sink.write(data)
             if is_up:
                 self.up += len(data)

@@ -41,10 +41,13 @@ class Stream:
         if self._held:
             data, self._held = self._held[:size], self._held[size:]
             return data
-        data = await asyncio.get_running_loop().sock_recv(self.sock, size)
+        data = await self._receive(size)
         if not data and self._was_reset():
             raise ConnectionResetError(errno.ECONNRESET, "reset, and a write has been told before")
         return data
+
+    async def _receive(self, size: int) -> bytes:
+        return await asyncio.get_running_loop().sock_recv(self.sock, size)
 
     def _was_reset(self) -> bool:
         """Tell whether an end that looks clean is a reset.
@@ -69,7 +72,7 @@ class Stream:
     async def read_line(self) -> bytes:
         """Return one line with its LF; b"" when the stream ends first."""
         while b"\n" not in self._held:
-            data = await asyncio.get_running_loop().sock_recv(self.sock, CHUNK)
+            data = await self._receive(CHUNK)
             if not data:
                 return b""
             self._held += data
@@ -99,6 +102,11 @@ class Stream:
         """Half-close: say that nothing more will be sent."""
         self._is_finished = True
         self.sock.shutdown(socket.SHUT_WR)
+
+    def take_held(self) -> bytes:
+        """Hand over what has been read from the kernel and not yet from here."""
+        held, self._held = self._held, b""
+        return held
 
     async def is_reset(self) -> bool:
         """Read on to the end; tell whether it was a reset rather than a clean end."""

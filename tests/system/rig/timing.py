@@ -71,3 +71,13 @@ def free_port(host: str = "127.0.0.1") -> int:
         _given.add(port)
         return port
     raise AssertionError("no free port between 20000 and 31999")
+
+
+def has_ipv6() -> bool:
+    """Tell whether this machine has an IPv6 loopback."""
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
