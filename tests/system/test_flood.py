@@ -19,7 +19,7 @@ from tests.system.rig.arena import Arena
 from tests.system.rig.middle import MiddleMan
 from tests.system.rig.stream import exchange
 from tests.system.rig.target import body_of, echo
-from tests.system.rig.timing import free_port, limit, until, within
+from tests.system.rig.timing import free_port, limit, settled, until, within
 
 ATTACKERS: Final = 1000
 
@@ -104,6 +104,7 @@ async def test_flood_of_attackers_leaves_visitors_served(tmp_path: Path, query: 
             await _request(port)
         calm = [await _request(port) for _ in range(CALM)]
         before = server.rss(), client.rss()
+        await settled(lambda: server.fds("socket:"), 5, "a steady pool")
         sockets = server.fds("socket:")
         async with _under_attack(tunnel_port, tape) as flood:
             stormy: list[float] = []

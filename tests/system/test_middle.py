@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Unpack
@@ -194,7 +194,7 @@ async def _until_end(stream: Stream) -> bytes:
 @pytest.mark.parametrize("tls", [0, 1])
 async def test_f03_replayed_session_opens_nothing(tmp_path: Path, tls: int) -> None:
     """All that a client has said is said again, word for word, while its session lives."""
-    async with Arena(tmp_path, **SHORT) as arena, within(30):
+    async with Arena(tmp_path, **SHORT) as arena, AsyncExitStack() as stack, within(30):
         target, tunnel_port, port = arena.target(echo), free_port(), free_port()
         server = await arena.server(port, tunnel_port, f"?tls={tls}", password=SECRET)
         man = arena.middle_man(tunnel_port)
@@ -206,7 +206,7 @@ async def test_f03_replayed_session_opens_nothing(tmp_path: Path, tls: int) -> N
             assert len(_openings(man, b"link://")) >= 5
         replayed = []
         for talk in list(man.talks):
-            stranger = await connect(tunnel_port)
+            stranger = await stack.enter_async_context(await connect(tunnel_port))
             replayed.append(stranger)
             assert await stranger.read_line() != talk.greeting, "a fresh greeting each time"
             await stranger.write(bytes(talk.up))
@@ -215,7 +215,7 @@ async def test_f03_replayed_session_opens_nothing(tmp_path: Path, tls: int) -> N
         for _ in range(20):
             assert await exchange(port, VISITOR) == VISITOR
         for stranger in replayed:
-            async with stranger, within(10):
+            async with within(10):
                 answer = await _until_end(stranger)
             if tls:  # at most the server's part of a handshake that cannot go on
                 assert VISITOR not in answer

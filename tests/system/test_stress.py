@@ -12,7 +12,7 @@ from typing import Final
 from tests.system.rig.arena import Arena, Tunnel
 from tests.system.rig.stream import Stream, connect, exchange
 from tests.system.rig.target import Target, body_of, digest_of, echo, serve_body, source
-from tests.system.rig.timing import until, within
+from tests.system.rig.timing import settled, until, within
 
 TRANSFERS: Final = 200
 """Visitors at once: faults.md, F21."""
@@ -121,13 +121,7 @@ def _sockets(tunnel: Tunnel) -> tuple[int, int]:
 async def _idle(tunnel: Tunnel) -> None:
     """Wait until the pool is full: control, eight links, and the listeners of the server."""
     await until(lambda: tunnel.client.fds("socket:") >= 9, 5, "eight idle links")
-    seen: list[tuple[int, int]] = []
-
-    def is_steady() -> bool:
-        seen.append(_sockets(tunnel))
-        return len(seen) >= 20 and len(set(seen[-20:])) == 1
-
-    await until(is_steady, 5, "a steady pool")
+    await settled(lambda: _sockets(tunnel), 5, "a steady pool")
 
 
 async def test_f21_no_descriptor_is_left_behind(tmp_path: Path, engine: str) -> None:
@@ -178,13 +172,7 @@ async def test_f27_slow_readers_do_not_fill_memory(tmp_path: Path, engine: str, 
 
 async def _still(sent: list[int]) -> None:
     """Wait until the kernel's buffers are full everywhere: nothing moves for a while."""
-    seen: list[int] = []
-
-    def is_still() -> bool:
-        seen.append(sent[0])
-        return len(seen) >= 30 and len(set(seen[-30:])) == 1
-
-    await until(is_still, 20, "the sources to be stuck")
+    await settled(lambda: sent[0], 20, "the sources to be stuck", looks=30)
 
 
 async def test_f27_paused_reader_is_not_cut_off(tmp_path: Path, engine: str) -> None:

@@ -27,7 +27,7 @@ from tests.system.rig.target import (
     serve_body,
     speak_first,
 )
-from tests.system.rig.timing import free_port, has_ipv6, until, within
+from tests.system.rig.timing import free_port, has_ipv6, settled, until, within
 
 BODY: Final = body_of(31, 8_000_000)
 
@@ -418,19 +418,19 @@ async def test_tls_links_leave_nothing_behind(tmp_path: Path, engine: str) -> No
         tunnel = await arena.tunnel(arena.target(echo), server="?tls=1")
         processes = tunnel.server, tunnel.client
 
+        def sockets_now() -> list[int]:
+            return [process.fds("socket:") for process in processes]
+
         async def visits(count: int) -> None:
             for _ in range(count):
                 assert await exchange(tunnel.port, b"hello") == b"hello"
 
         await visits(200)
         await until(lambda: tunnel.client.fds("socket:") >= 5, 5, "four idle links")
-        sockets = [process.fds("socket:") for process in processes]
+        await settled(sockets_now, 5, "a steady pool")
+        sockets = sockets_now()
         memory = [process.rss() for process in processes]
         await visits(400)
         grown = [process.rss() - old for process, old in zip(processes, memory, strict=True)]
         assert max(grown) < 400 * 8 * 1024, f"bytes grown: {grown}; a connection has 35 KiB"
-        await until(
-            lambda: [process.fds("socket:") for process in processes] == sockets,
-            5,
-            f"sockets to be {sockets} again",
-        )
+        await until(lambda: sockets_now() == sockets, 5, f"sockets to be {sockets} again")

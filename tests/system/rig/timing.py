@@ -55,6 +55,17 @@ async def until(is_met: Callable[[], object], seconds: float, what: str) -> floa
     return time.monotonic() - start
 
 
+async def settled(look: Callable[[], object], seconds: float, what: str, looks: int = 20) -> None:
+    """Poll a figure until so many looks in a row have shown the same; arguments as `until`."""
+    seen: list[object] = []
+
+    def is_settled() -> bool:
+        seen.append(look())
+        return len(seen) >= looks and all(value == seen[-1] for value in seen[-looks:])
+
+    await until(is_settled, seconds, what)
+
+
 def free_port(host: str = "127.0.0.1") -> int:
     """Find a port that nobody listens on and that no earlier call has named."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
