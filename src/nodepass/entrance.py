@@ -166,8 +166,14 @@ class Entrance:
         # A client needs a round trip, a stranger may stay for HANDSHAKE_TIMEOUT: whoever has
         # stood here longest is the one least likely to be wanted. Turning the newcomer away
         # instead would let a silent crowd shut out every client behind its address.
-        oldest = next(caller for caller in self._callers.values() if caller.source == source)
-        self._drop(oldest, "too many unfinished handshakes")
+        crowd = [caller for caller in self._callers.values() if caller.source == source]
+        victim = crowd[0]
+        if victim.wait is not None:
+            # Somebody guesses in a hurry. Whoever has to serve his penalty along with him, for
+            # they share an address, must not always be gone before it is over.
+            waiting = [caller for caller in crowd if caller.wait is not None]
+            victim = waiting[secrets.randbelow(len(waiting))]
+        self._drop(victim, "too many unfinished handshakes")
 
     def _sweep(self) -> None:
         """Hear those whose line has come but not had its turn of the loop yet.

@@ -333,10 +333,48 @@ async def test_who_waits_still_counts_and_may_have_to_go(
         await until(lambda: all(c.wait for c in street.entrance._callers.values()), 5, "them")
         late = street.come()
         assert len(street.entrance) == 3
-        assert street.is_out(waiting[0])
-        assert not any(street.is_out(far) for far in [*waiting[1:], late])
+        assert [street.is_out(far) for far in waiting].count(True) == 1
+        assert not street.is_out(late)
         assert street.counters.strangers == 1
         assert street.openings == []
+
+
+@both
+async def test_guessers_do_not_always_push_out_who_waits_with_them(
+    long_penalty: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A right client behind a guesser's address: as the oldest it would never get its turn."""
+    monkeypatch.setattr("nodepass.entrance.MAX_CALLERS_PER_SOURCE", 3)
+    chosen: list[int] = []
+
+    def choose_last(count: int) -> int:
+        chosen.append(count)
+        return count - 1
+
+    monkeypatch.setattr("secrets.randbelow", choose_last)
+    async with Street() as street:
+        fail(street)
+        right = street.come()
+        right.send(HELLO)
+        for _ in range(12):
+            street.come().send(HELLO)
+            await until(lambda: all(c.wait for c in street.entrance._callers.values()), 5, "them")
+        assert not street.is_out(right)
+        assert chosen == [3] * 10
+
+
+@both
+async def test_the_silent_go_before_those_who_wait(
+    long_penalty: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nodepass.entrance.MAX_CALLERS_PER_SOURCE", 2)
+    async with Street() as street:
+        fail(street)
+        silent, waiting = street.come(), street.come()
+        waiting.send(HELLO)
+        await until(lambda: any(c.wait for c in street.entrance._callers.values()), 5, "it")
+        street.come()
+        assert (street.is_out(silent), street.is_out(waiting)) == (True, False)
 
 
 @both
