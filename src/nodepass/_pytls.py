@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from . import _openssl
-from .record import Records
+from .record import Records, reason_of
 
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection
@@ -60,10 +60,7 @@ def is_usable(value: object) -> bool:
 
 def fault(exc: Exception) -> TlsFault:
     """Return the fault behind a pyOpenSSL error."""
-    errors = exc.args[0] if exc.args else None
-    if isinstance(errors, list) and errors:
-        return TlsFault(_codes().get(errors[0][-1], 0))
-    return TlsFault(0)
+    return TlsFault(_codes().get(reason_of(exc), 0))
 
 
 @functools.cache
@@ -71,7 +68,8 @@ def _codes() -> dict[str, int]:
     """Map OpenSSL's words to its numbers, of which pyOpenSSL keeps only the words."""
     try:
         packed = [ERR_LIB_SSL << ERR_LIB_SHIFT | reason for reason in range(1, MAX_REASON)]
-        return {_openssl.describe(code): code for code in packed}
+        # Numbers that mean nothing have no words.
+        return {words: code for code in packed if (words := _openssl.describe(code))}
     except _openssl.Moved:
         return {}
 
@@ -81,10 +79,6 @@ class Leg:
 
     __slots__ = ("active", "parked", "sock")
 
-    has_more = False
-    """Whether `receive` has something to say although the socket may stay silent."""
-    is_stalled = False
-    """Whether what is parked waits for something else than room in the socket."""
     can_outlive_reset = False
     """Whether what a reset connection has said can still be told whole from cut."""
 
@@ -93,6 +87,16 @@ class Leg:
         self.active = 0.0
         """When the socket last took something, on the monotonic clock."""
         self.parked = memoryview(b"")
+
+    @property
+    def has_more(self) -> bool:
+        """Whether `receive` has something to say although the socket may stay silent."""
+        return False
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether what is parked waits for something else than room in the socket."""
+        return False
 
     @property
     def backlog(self) -> int:
@@ -173,7 +177,7 @@ class TlsLeg(Leg):
         self._queue(self._records.flush())
 
     @property
-    def has_more(self) -> bool:  # type: ignore[override]
+    def has_more(self) -> bool:
         """True before the first look inside, and from the end on."""
         return not self._has_looked or self._records.has_ended or self._failure is not None
 
@@ -182,7 +186,7 @@ class TlsLeg(Leg):
         return sum(len(data) for data, _ in self._outbox) + len(self._unsealed)
 
     @property
-    def is_stalled(self) -> bool:  # type: ignore[override]
+    def is_stalled(self) -> bool:
         return bool(self._unsealed) and not self._outbox
 
     def receive(self, room: memoryview) -> memoryview:

@@ -7,7 +7,6 @@ by `tls`.
 
 from __future__ import annotations
 
-import os
 import re
 import stat
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
 from .errors import ConfigError
 
@@ -215,10 +215,9 @@ def _public_key(certificate: x509.Certificate) -> bytes:
         return b""  # of a kind that no key of ours can match
 
 
-def _plain(key: object) -> bytes:
+def _plain(key: PublicKeyTypes) -> bytes:
     spki = serialization.PublicFormat.SubjectPublicKeyInfo
-    encoded: bytes = key.public_bytes(serialization.Encoding.DER, spki)  # type: ignore[attr-defined]
-    return encoded
+    return key.public_bytes(serialization.Encoding.DER, spki)
 
 
 def _check_dates(crt: str, leaf: x509.Certificate, now: datetime) -> None:
@@ -256,16 +255,6 @@ def names_of(certificate: x509.Certificate) -> list[str]:
         return []
     names = alternative.value.get_values_for_type(x509.DNSName)
     return names + [str(a) for a in alternative.value.get_values_for_type(x509.IPAddress)]
-
-
-def is_exposed(path: str) -> bool:
-    """Tell whether every user of this machine may read a file."""
-    if os.name != "posix":
-        return False  # elsewhere the mode bits do not say who may read
-    try:
-        return bool(Path(path).stat().st_mode & stat.S_IROTH)
-    except OSError:
-        return False
 
 
 class Files:

@@ -2,7 +2,7 @@
 
 Owns: every accepted connection from the greeting to its first whole line, the deadlines, and
 the limits on strangers (docs/protocol.md, "Limits before anyone is trusted"). Runs on
-callbacks alone: no task, no timer beyond one, so that a stranger costs next to nothing and
+callbacks alone: no task, and a timer or two, so that a stranger costs next to nothing and
 one silent connection delays nobody. Called by `server`.
 
     caller ── [TLS ──] one whole line [── penalty] ──> on_opening(caller, hello or link claim)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 import select
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
 from .errors import ConfigError
 
-__all__ = ["PASSWORD_LIMIT", "Secret", "checked", "from_environment", "utf8"]
+__all__ = ["PASSWORD_LIMIT", "Secret", "checked", "from_environment", "is_exposed", "utf8"]
 
 PASSWORD_LIMIT = 1024
 """Bytes of a password; enough for a key file, and an end to reading a device."""
@@ -103,6 +104,16 @@ def _head(path: str) -> bytes:
         return data
     finally:
         os.close(fd)
+
+
+def is_exposed(path: str) -> bool:
+    """Tell whether every user of this machine may read the file of a password or a key."""
+    if os.name != "posix":
+        return False  # elsewhere the mode bits do not say who may read
+    try:
+        return bool(Path(path).stat().st_mode & stat.S_IROTH)
+    except OSError:
+        return False
 
 
 def checked(option: str, text: str) -> Secret:

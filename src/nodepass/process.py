@@ -17,16 +17,15 @@ import asyncio
 import contextlib
 import os
 import signal
-import stat
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from .config import Config, Mode
 from .environment import Settings
 from .errors import NodePassError
 from .log import LEVELS, Log, mask, setup
+from .password import FILE_VARIABLE, is_exposed
 
 __all__ = ["run", "serve"]
 
@@ -65,14 +64,13 @@ def run(configs: Sequence[Config], settings: Settings, exposed: str | None = Non
 
 def _warn_of_open_file(configs: Sequence[Config]) -> None:
     """Say if everybody on this machine may read the password that is used."""
-    path = os.environ.get("NODEPASS_PASSWORD_FILE")
-    if path is None or os.name != "posix" or all(c.password is None for c in configs):
+    path = os.environ.get(FILE_VARIABLE)
+    if path is None or all(config.password is None for config in configs):
         return
-    with contextlib.suppress(OSError):
-        if Path(path).stat().st_mode & stat.S_IROTH:
-            Log("cli", _most_talkative(configs)).warn(
-                "every user of this machine can read the password; chmod 600 its file", file=path
-            )
+    if is_exposed(path):
+        Log("cli", _most_talkative(configs)).warn(
+            "every user of this machine can read the password; chmod 600 its file", file=path
+        )
 
 
 def _deafen() -> None:

@@ -73,7 +73,7 @@ class Records:
         except SSL.ZeroReturnError:
             self.has_ended = True
         except SSL.Error as exc:
-            raise TlsError(f"a TLS record is bad: {_reason(exc)}") from exc
+            raise TlsError(f"a TLS record is bad: {reason_of(exc)}") from exc
         return b"".join(parts)
 
     def seal(self, data: bytes) -> bytes:
@@ -89,7 +89,7 @@ class Records:
             while view:
                 view = view[self.connection.send(view[:READ_SIZE].tobytes()) :]
         except SSL.Error as exc:
-            raise TlsError(f"TLS cannot be written to: {_reason(exc)}") from exc
+            raise TlsError(f"TLS cannot be written to: {reason_of(exc)}") from exc
         return self.flush()
 
     def flush(self) -> bytes:
@@ -117,7 +117,7 @@ class Records:
         return bytes(connection.export_keying_material(BINDING_LABEL, BINDING_SIZE))
 
 
-def _reason(exc: Exception) -> str:
+def reason_of(exc: Exception) -> str:
     """Return OpenSSL's own words from a pyOpenSSL error."""
     errors = exc.args[0] if exc.args else None
     if isinstance(errors, list) and errors:

@@ -15,7 +15,7 @@ import os
 import socket
 from collections.abc import Callable
 from enum import IntEnum
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Final, Generic, NamedTuple, Protocol, TypeVar, cast
 
 from .environment import Settings
 from .log import Log
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from OpenSSL.SSL import Connection
 
     from ._fastcopy import Completion, EngineStatistics
+
+R = TypeVar("R")
 
 CLOSE_GRACE: Final = 5.0
 """Seconds that closing may wait for engine threads: a hundred times what they need."""
@@ -111,15 +113,26 @@ class Engine(Protocol):
     def close(self, deadline: float = 5.0) -> bool: ...
 
 
-class Relay:
-    """One joined pair; `result` resolves when the engine is done with it."""
+class _Work(Generic[R]):
+    """What the engine has been given; `result` resolves when it is done with it."""
 
     __slots__ = ("_engine", "result", "token")
 
-    def __init__(self, engine: Engine, token: int, result: asyncio.Future[RelayResult]) -> None:
+    def __init__(self, engine: Engine, token: int, result: asyncio.Future[R]) -> None:
         self._engine = engine
         self.token = token
         self.result = result
+
+    def abort(self) -> None:
+        """End it at once; the result follows. A no-op once that is there."""
+        if not self.result.done():
+            self._engine.abort(self.token)
+
+
+class Relay(_Work[RelayResult]):
+    """One joined pair; aborted, both sides are reset."""
+
+    __slots__ = ()
 
     def live(self) -> tuple[int, int]:
         """Return bytes delivered so far, up and down."""
@@ -129,11 +142,6 @@ class Relay:
             return self.result.result()[:2]
         return self._engine.live(self.token) or (0, 0)
 
-    def abort(self) -> None:
-        """Reset both sides; the result follows. A no-op once it is there."""
-        if not self.result.done():
-            self._engine.abort(self.token)
-
     def finish(self, completion: Completion) -> None:
         """Take the engine's word that all is over."""
         if not self.result.done():
@@ -141,27 +149,20 @@ class Relay:
             self.result.set_result(RelayResult(up, down, Reason(reason), side, code))
 
 
-class Handshake:
+class Handshake(_Work[HandshakeResult]):
     """One TLS handshake; socket and connection are the engine's until `result` is there."""
 
-    __slots__ = ("_engine", "connection", "result", "token")
+    __slots__ = ("connection",)
 
     def __init__(
         self,
         engine: Engine,
-        connection: Connection,
         token: int,
         result: asyncio.Future[HandshakeResult],
+        connection: Connection,
     ) -> None:
-        self._engine = engine
+        super().__init__(engine, token, result)
         self.connection = connection
-        self.token = token
-        self.result = result
-
-    def abort(self) -> None:
-        """Give up; the result follows. A no-op once it is there."""
-        if not self.result.done():
-            self._engine.abort(self.token)
 
     def finish(self, completion: Completion) -> None:
         """Take the engine's word that all is over."""
@@ -270,7 +271,7 @@ class Relays:
         """
         crew = self._tls()
         token = crew.engine.handshake(sock.fileno(), connection)
-        handshake = Handshake(crew.engine, connection, token, self._loop.create_future())
+        handshake = Handshake(crew.engine, token, self._loop.create_future(), connection)
         crew.open[token] = handshake
         return handshake
 

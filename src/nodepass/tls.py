@@ -28,7 +28,6 @@ from .certificate import (
     Files,
     date,
     fingerprint,
-    is_exposed,
     load,
     make_self_signed,
     names_of,
@@ -36,6 +35,8 @@ from .certificate import (
 )
 from .errors import ConfigError, TlsError
 from .log import Log
+from .password import is_exposed
+from .record import reason_of
 from .verdict import Asked, explain
 
 __all__ = ["ALPN", "ClientTls", "ServerTls", "check_alpn", "explain", "fingerprint_of"]
@@ -189,7 +190,7 @@ class ServerTls:
                     context.add_extra_chain_cert(intermediate)
                 context.use_privatekey(certificate.key)
             except (SSL.Error, crypto.Error) as exc:
-                raise ConfigError("crt", f"OpenSSL refuses it: {_reason(exc)}") from exc
+                raise ConfigError("crt", f"OpenSSL refuses it: {reason_of(exc)}") from exc
         if self._alpn_selector is None:
             # Nothing in common is no failure here: an exception would haunt the context's other
             # connections. `check_alpn` refuses what comes of it.
@@ -337,7 +338,7 @@ class ClientTls:
             for anchor in read_certificates("ca", ca):
                 store.add_cert(crypto.X509.from_cryptography(anchor))
         except crypto.Error as exc:
-            raise ConfigError("ca", f"OpenSSL refuses it: {_reason(exc)}") from exc
+            raise ConfigError("ca", f"OpenSSL refuses it: {reason_of(exc)}") from exc
         return context
 
 
@@ -362,12 +363,6 @@ def _keep_old(log: Log, what: str, exc: ConfigError, *, is_asked: bool) -> None:
         log.error(message, why=str(exc))
     else:
         log.repeated("error", f"{what}-reload", message, why=str(exc))
-
-
-def _reason(exc: Exception) -> str:
-    """Return OpenSSL's own words from a pyOpenSSL error."""
-    errors = exc.args[0] if exc.args else None
-    return str(errors[0][-1]) if isinstance(errors, list) and errors else str(exc)
 
 
 def fingerprint_of(connection: SSL.Connection) -> str:

@@ -19,7 +19,6 @@ from nodepass.certificate import (
     ago,
     date,
     fingerprint,
-    is_exposed,
     load,
     make_self_signed,
     names_of,
@@ -340,27 +339,6 @@ def test_names_of_nobody(tmp_path: Path) -> None:
 
 
 # --- files ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(os.name != "posix", reason="mode bits mean nothing here")
-def test_is_exposed(tmp_path: Path) -> None:
-    path = tmp_path / "key"
-    path.touch(mode=0o600)
-    assert not is_exposed(str(path))
-    path.chmod(0o640)
-    assert not is_exposed(str(path)), "a group may be meant to read it"
-    path.chmod(0o644)
-    assert is_exposed(str(path))
-    assert not is_exposed(str(tmp_path / "missing"))
-
-
-def test_is_exposed_says_nothing_elsewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "key"
-    path.touch(mode=0o644)
-    monkeypatch.setattr("nodepass.certificate.os.name", "nt")
-    assert not is_exposed(str(path))
 
 
 def test_files(tmp_path: Path) -> None:

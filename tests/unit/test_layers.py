@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "net": {"errors", "resolver"},
     "certificate": {"errors"},
     "verdict": {"_openssl", "certificate"},
-    "tls": {"_openssl", "certificate", "errors", "log", "verdict"},
+    "tls": {"_openssl", "certificate", "errors", "log", "password", "record", "verdict"},
     "relay": {"_pycopy", "environment", "errors", "log"},
     "control": {"errors", "log", "message", "net", "record", "session"},
     "pool": {"errors", "log", "message", "net", "record", "session", "watch"},
@@ -86,7 +86,9 @@ ALLOWED: dict[str, set[str]] = {
     # the program
     "demo": set(),
     "title": set(),
-    "process": {"client", "config", "environment", "errors", "log", "relay", "server"},
+    "process": {
+        "client", "config", "environment", "errors", "log", "password", "relay", "server",
+    },
     "help": {"config", "environment"},
     "keygen": {"address", "config", "errors"},
     "cli": {

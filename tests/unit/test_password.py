@@ -14,7 +14,14 @@ import pytest
 
 from nodepass import password
 from nodepass.errors import ConfigError
-from nodepass.password import PASSWORD_LIMIT, Secret, checked, from_environment, utf8
+from nodepass.password import (
+    PASSWORD_LIMIT,
+    Secret,
+    checked,
+    from_environment,
+    is_exposed,
+    utf8,
+)
 
 VARIABLE, FILE = "NODEPASS_PASSWORD", "NODEPASS_PASSWORD_FILE"
 
@@ -145,3 +152,24 @@ def test_pipe_that_is_written_to_late(tmp_path: Path) -> None:
     writer.join()
     assert secret is not None
     assert secret.reveal() == "swordfish"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="mode bits mean nothing here")
+def test_is_exposed(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.touch(mode=0o600)
+    assert not is_exposed(str(path))
+    path.chmod(0o640)
+    assert not is_exposed(str(path)), "a group may be meant to read it"
+    path.chmod(0o644)
+    assert is_exposed(str(path))
+    assert not is_exposed(str(tmp_path / "missing"))
+
+
+def test_is_exposed_says_nothing_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "key"
+    path.touch(mode=0o644)
+    monkeypatch.setattr("nodepass.password.os.name", "nt")
+    assert not is_exposed(str(path))
