@@ -14,7 +14,8 @@ from setuptools import Extension, setup
 
 SOURCE = "src/nodepass"
 INCLUDED = (
-    "sys", "atomic", "slab", "ring", "pipe", "loop", "flow", "tcp", "tls", "handshake", "order",
+    "sys", "atomic", "slab", "ring", "cell", "mail", "pipe", "loop", "flow", "tcp", "tls",
+    "handshake", "udp", "gate", "link", "out", "raw", "order",
 )  # fmt: skip
 
 DIRECTIVES = {

@@ -5,9 +5,9 @@
 # A field without an atomic accessor is handed over whole through a ring (release/acquire)
 # and never touched by both sides at once.
 
-from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from nodepass._linux cimport epoll_event, pthread_t
+from nodepass._linux cimport epoll_event, iovec, mmsghdr, pthread_t, sockaddr_in6
 
 cdef enum:
     NONE_SLOT = 0xFFFFFFFF      # "no flow" in every intrusive list
@@ -19,9 +19,30 @@ cdef enum:                      # reasons of a completion; mirrored as REASON_* 
     R_ABORTED = 2
     R_IDLE = 3
 
-cdef enum:                      # low bit of an order in a worker's inbox
+cdef enum:                      # low bits of an order in a worker's inbox
     ORDER_ADMIT = 0
     ORDER_ABORT = 1
+    ORDER_TOUCH = 2             # look at Udp.wishes
+    ORDER_BITS = 2
+
+cdef enum:                      # Udp.wishes
+    WISH_LIMIT = 1              # take over Udp.wished_ms
+    WISH_SHUT = 2
+    WISH_RELIEVE = 4
+
+cdef enum:                      # what an item of an outbox is about; above its slot
+    EVENT_ENDED = 0
+    EVENT_PEER = 1
+    EVENT_SHIFT = 32
+
+cdef enum:                      # what a flow is
+    KIND_RELAY = 0              # two streams
+    KIND_HANDSHAKE = 1          # one leg, lent by [c]: never closed here
+    # UDP; all from here on have a Udp beside them. udp.pxi, gate.pxi
+    KIND_GATE = 2               # leg 0: a bound socket
+    KIND_PEER = 3               # no leg: a source without a link, or the room for one
+    KIND_BOUND = 4              # leg 0: none, the gate's is used; leg 1: its link
+    KIND_DIALLED = 5            # leg 0: a link; leg 1: a connected socket
 
 # FlowState, moved by flow_move() only:
 #
@@ -56,7 +77,9 @@ cdef enum:                      # which of Flow.links a list uses
     LINK_ALL = 0
     LINK_READY = 1              # also the grave: a dead flow is never ready
     LINK_WHEEL = 2
-    LINK_KINDS = 3
+    LINK_BLOCKED = 3            # of a gate: relays that wait for room in its socket
+    LINK_YOUNG = 4              # of a gate: relays that may give way to others
+    LINK_KINDS = 5
 
 cdef struct Leg:
     int fd                      # owned; -1 once closed
@@ -103,7 +126,7 @@ cdef struct Flow:
     uint8_t abort_asked         # [c]
     uint8_t is_ready            # on the ready list
     uint8_t is_breaking         # a leg is dead; its last words are being delivered
-    uint8_t is_handshake        # one leg, lent by [c]: never closed here
+    uint8_t kind                # KIND_*
     uint8_t is_shaken           # its handshake is done
     uint8_t reason
     uint8_t side
@@ -120,6 +143,106 @@ cdef struct List:
     uint32_t first
     uint32_t last
     uint32_t count
+
+cdef struct Key:                # who sent a datagram, and to which of our addresses
+    uint8_t source[16]          # IPv4 as ::ffff:a.b.c.d
+    uint8_t local[16]           # zero unless the gate is bound to all addresses
+    uint32_t scope              # of a link-local source
+    uint16_t port               # network order
+    uint16_t zero
+
+cdef struct Queue:              # bytes in pages, see cell.pxi
+    uint32_t first              # cell; NONE_SLOT: empty
+    uint32_t last
+    uint32_t start              # offset in `first`
+    uint32_t stop               # offset in `last`
+    size_t bytes
+
+cdef enum:                      # Udp.tally, in the order of UdpCounts
+    T_DATAGRAMS_UP = 0
+    T_DATAGRAMS_DOWN = 1
+    T_BYTES_UP = 2
+    T_BYTES_DOWN = 3
+    T_TOO_LARGE = 4
+    T_SLOW_LINK = 5
+    T_NO_LINK = 6
+    T_OVERRUN = 7
+    T_UNSENT = 8
+    T_REFUSED = 9
+    TALLIES = 10
+
+cdef enum:
+    MAX_WAITING = 4096          # peers of a gate without a link
+
+cdef struct Gate:               # of a gate's flow; made and freed by [c]
+    uint32_t* buckets           # GATE_BUCKETS; slot + 1 of a peer or relay, 0: none
+    uint64_t seed               # of the hash: secret, or strangers could choose one bucket
+    uint32_t lent               # [c]: peers given out and not yet polled
+    uint32_t waiting            # [c]: how many that should be
+    uint32_t spare_count
+    uint32_t spares[MAX_WAITING]
+    List blocked
+    List young
+    uint8_t is_shut
+    uint8_t is_wildcard         # replies have to name their source address
+    uint8_t is_inet             # AF_INET, not AF_INET6
+    uint8_t gso
+
+cdef struct Udp:                # beside the Flow of the same slot, for the UDP kinds
+    uint32_t wishes             # atomic: [c] sets bits, [w] takes them
+    uint32_t wished_ms          # atomic: behind WISH_LIMIT
+    uint64_t tally[TALLIES]     # atomic: [w] writes, udp_counts() reads
+    Gate* own                   # of a gate
+    uint64_t peer               # of a fresh bound relay: token of its peer
+    Key key                     # of a peer: [w] writes before it is announced
+    uint32_t gate               # slot
+    uint32_t gate_generation
+    uint32_t next               # in its bucket: slot + 1, 0: none
+    uint32_t limit              # longest datagram
+    uint32_t socket_lost        # SO_RXQ_OVFL as it was last seen
+    uint32_t batch_first        # of the batch that is being sorted; NONE_SLOT: nothing
+    uint32_t batch_last
+    uint64_t born_ms
+    uint64_t refused_ms         # first refusal in a row, 0: none
+    Queue queue                 # frames for the link
+    Queue rest                  # from the link: the beginning of a frame, or what waits for room
+    uint32_t raw_ms             # read time-out of a raw relay
+    uint8_t is_raw
+    uint8_t is_shot             # raw: the one datagram is on its way
+    uint8_t is_answered         # raw: so is the answer
+    uint8_t is_listed           # in the table of its gate
+    uint8_t is_met              # [c]: its Newcomer was polled
+    uint8_t is_cooling
+    uint8_t is_blocked          # waits for room in the UDP socket
+    uint8_t has_local
+    uint8_t is_grown            # off the list of the young
+    uint8_t is_closing          # of a gate
+    uint8_t gso
+
+cdef enum:
+    MAIL_BATCH = 64             # datagrams per system call: engine.md, targets.md
+    MAIL_ROOM = 65536           # bytes: any datagram, and any run of them that GRO has joined
+    MAIL_STRIDE = 67712         # apart by 34 lines more, or all would share a few cache sets
+    MAIL_PIECES = 1024          # datagrams in one sending system call (UIO_MAXIOV of the kernel)
+    MAIL_CONTROL = 16           # words of ancillary data: three short messages need 12
+
+cdef struct Mail:               # the batch in work; one per worker
+    mmsghdr incoming[MAIL_BATCH]
+    mmsghdr outgoing[MAIL_BATCH]
+    iovec rooms[MAIL_BATCH]
+    iovec pieces[MAIL_PIECES]
+    sockaddr_in6 names[MAIL_BATCH]
+    sockaddr_in6 name           # of whom all outgoing ones are for
+    uint64_t controls[MAIL_BATCH][MAIL_CONTROL]
+    uint64_t control[MAIL_BATCH][MAIL_CONTROL]
+    Key keys[MAIL_BATCH]
+    uint32_t next[MAIL_BATCH]   # the next of the same relay, NONE_SLOT: none
+    uint32_t segments[MAIL_BATCH]   # bytes of each joined datagram, 0: it is just one
+    uint32_t frames[MAIL_BATCH]     # datagrams of an outgoing message
+    uint32_t touched[MAIL_BATCH]    # slots of those that this batch is for
+    uint32_t touched_count
+    uint32_t used               # of `incoming`: to be made ready again
+    uint8_t is_ready            # the pointers stand
 
 cdef struct Ring:               # one producer, one consumer; see ring.pxi
     uint64_t* cells
@@ -145,6 +268,11 @@ cdef struct Counters:           # atomic: [w] writes, statistics() reads
     uint64_t fds_open
     uint64_t heads_open
     uint64_t handshakes_failed
+    uint64_t peers_waiting
+    uint64_t datagrams_up
+    uint64_t datagrams_down
+    uint64_t datagrams_dropped
+    uint64_t datagram_bytes_held
 
 cdef enum:
     MAX_EVENTS = 256            # per epoll_wait; 3 KiB, and one call empties 128 busy flows
@@ -186,6 +314,14 @@ cdef struct Worker:
     uint32_t free_buffers
     int32_t buffer_stack[MAX_BUFFERS]
     Pipe pool[MAX_POOLED_PIPES]
+    char* cells                 # MAX_CELLS x CELL_BYTES, touched lazily
+    uint32_t* cell_next
+    uint32_t* cell_stack        # used before and free
+    uint32_t cells_free         # of the stack
+    uint32_t cells_fresh        # first never used
+    char* mailbags              # MAIL_BATCH x MAIL_STRIDE, touched lazily
+    Mail* mail
+    uint8_t must_ring           # a newcomer waits for poll()
     uint32_t pooled
     uint32_t pipes_large        # of PIPE_BYTES, in use or pooled
     uint64_t pipes_dry_until_ms
@@ -202,7 +338,8 @@ cdef struct Core:               # everything that must outlive the Python object
     uint32_t references         # atomic: the Engine and every worker thread
     uint32_t threads            # that relays are given to
     uint32_t crew               # threads + 1: the last worker, started on demand, has handshakes
-    uint32_t capacity           # flows
+    uint32_t capacity           # slots
+    uint32_t flow_limit         # of them for all but peers
     uint32_t use_splice
     uint32_t large_pipes        # per worker
     int notify                  # eventfd, rung by workers, watched by asyncio
@@ -216,6 +353,10 @@ cdef struct Core:               # everything that must outlive the Python object
     uint64_t total              # [c]
     uint64_t refused            # [c]
     uint64_t handshakes         # [c]
+    uint32_t lent               # [c]: of `open_count`, room for peers
+    uint32_t announced          # [c]: of `lent`, those that have had their Newcomer
+    uint32_t gates              # [c]
+    Udp* udps                   # beside `flows`
     Worker* workers
 
 cdef struct Handles:            # of a Connection; see handles() in _openssl.py
@@ -235,3 +376,8 @@ cdef struct Size:
     size_t inbox
     size_t outbox
     size_t buffers
+    size_t udps
+    size_t cells
+    size_t cell_links
+    size_t mailbags
+    size_t mail

@@ -36,6 +36,54 @@ class Completion(NamedTuple):
     detail: int
     """OpenSSL's packed error code behind EBADMSG, 0 if there is none."""
 
+class UdpCounts(NamedTuple):
+    """What became of datagrams; "up" is from the visitor towards the target."""
+
+    datagrams_up: int
+    """Carried: handed to the kernel, or to a link that takes them."""
+    datagrams_down: int
+    bytes_up: int
+    """Bytes of those datagrams, without frames."""
+    bytes_down: int
+    too_large: int
+    """Dropped: longer than the limit; or that the kernel refused to send for its size."""
+    slow_link: int
+    """Dropped: so many waited for room in the link already; or it broke before they were sent."""
+    no_link: int
+    """Dropped at a gate: no link came in time, too many peers wait, or one was just lost."""
+    overrun: int
+    """Dropped by the kernel, whose receive buffer was full."""
+    unsent: int
+    """Dropped: the kernel would not send it (a firewall, no route, no buffers)."""
+    refused: int
+    """Answers by ICMP that nobody listens at the target; no datagram is counted twice for it."""
+
+class UdpCompletion(NamedTuple):
+    """How a gate, a waiting peer or a UDP relay ended."""
+
+    token: int
+    """What udp_serve(), udp_bind() or udp_dial() returned, or a Newcomer's."""
+    counts: UdpCounts
+    """Of a gate: what was dropped before it reached a relay. Of a waiting peer: zeros."""
+    reason: int
+    """One of REASON_*. FINISHED: the link was closed by the far side, or all is done."""
+    side: int
+    """Who caused it, as in Completion: 1 visitor or link, 2 link or target."""
+    code: int
+    """The errno behind a reset; ECONNREFUSED: nobody listens at the target."""
+    detail: int
+    """OpenSSL's packed error code behind EBADMSG, 0 if there is none."""
+
+class Newcomer(NamedTuple):
+    """A source that its gate did not know: it waits for udp_bind(), its datagrams with it."""
+
+    token: int
+    gate: int
+    """Token of its gate."""
+    host: str
+    """Numeric address of the source; IPv4 is plain also on a dual-stack socket."""
+    port: int
+
 @dataclass(frozen=True, slots=True)
 class EngineStatistics:
     """A snapshot of an engine's counters and balances."""
@@ -73,6 +121,17 @@ class EngineStatistics:
     """Handshakes begun."""
     handshakes_failed: int
     """Those that ended with REASON_RESET."""
+    gates_open: int
+    """Of udp_serve(), and not yet polled."""
+    peers_waiting: int
+    """UDP peers without a link, or that have lost it a moment ago; and not yet polled."""
+    datagrams_up: int
+    """Datagrams carried from visitors towards the target."""
+    datagrams_down: int
+    datagrams_dropped: int
+    """Datagrams lost on the way, whatever the cause."""
+    datagram_bytes_held: int
+    """Bytes of datagrams that wait: for a link, for room in it, or for their second half."""
 
 def tls_trouble() -> str | None:
     """Say what is missing for TLS here; the first call loads OpenSSL.
@@ -172,6 +231,133 @@ class Engine:
             errno of the socket.
         """
 
+    def udp_serve(
+        self, fd: int, *, datagram: int = 8192, waiting: int = 512, gso: bool = False
+    ) -> int:
+        """Open a gate: receive on a bound non-blocking UDP socket.
+
+        Args:
+            fd: descriptor; its buffer sizes are the caller's business.
+            datagram: longest datagram carried, 1..65535 bytes; longer ones are dropped.
+            waiting: how many sources may wait for a link at once, 1..4096.
+            gso: let the kernel cut runs of equal datagrams, where it can.
+
+        Returns:
+            A token, > 0. The descriptor is the engine's from now on.
+
+        Raises:
+            EngineError: refused; the caller still owns the descriptor.
+            EngineClosed: after close(), or in a forked child.
+            ValueError: a limit is out of range.
+
+        After: a Newcomer for each source not known yet comes out of poll(). abort() closes the
+            gate with all its peers and relays; one UdpCompletion follows for each.
+        """
+    def udp_shut(self, gate: int) -> None:
+        """Let no more sources in; those that a gate knows go on. Unknown tokens are left alone.
+
+        Args:
+            gate: what udp_serve() returned.
+        """
+    def udp_relieve(self, gate: int) -> None:
+        """End some short exchanges that are over by all appearance, to make room for others.
+
+        Args:
+            gate: what udp_serve() returned; unknown tokens are left alone.
+
+        After: at most 64 relays end with REASON_IDLE: of those that were not answered more than
+            once, or are younger than 2 s, the oldest that have been silent for 1 s since
+            their answer, or for 5 s without one.
+        """
+    def udp_bind(
+        self,
+        peer: int,
+        fd: int,
+        *,
+        tls: Connection | None = None,
+        head: bytes = b"",
+        idle: float = 0.0,
+        raw: bool = False,
+    ) -> int:
+        """Carry the datagrams of a waiting peer over a link, in frames of docs/protocol.md.
+
+        Args:
+            peer: token of its Newcomer.
+            fd: descriptor of the link, a connected non-blocking stream socket.
+            tls: see relay().
+            head: plaintext already read from the link.
+            idle: seconds without a datagram in either direction that end it; 0 = never.
+            raw: seed dialect: only the oldest waiting datagram goes over the link, without a
+                frame; what comes back until its end, or until `idle` is over, is the one
+                answer. If more are waiting, the same Newcomer comes again.
+
+        Returns:
+            A token, > 0. The descriptor and the Connection are the engine's from now on.
+
+        Raises:
+            EngineError: refused; the caller still owns everything. ENOENT: nobody waits by
+                that token.
+            EngineClosed: after close(), or in a forked child.
+            ValueError: the idle limit is out of range.
+
+        After: a UdpCompletion with this token comes out of poll(); another one with the peer's,
+            as soon as it waits no more.
+        """
+    def udp_dial(
+        self,
+        fd: int,
+        target: int,
+        *,
+        tls: Connection | None = None,
+        head: bytes = b"",
+        datagram: int = 8192,
+        idle: float = 0.0,
+        raw: bool = False,
+        gso: bool = False,
+    ) -> int:
+        """Carry the frames of a link as datagrams of a connected UDP socket, and back.
+
+        Args:
+            fd: descriptor of the link, a connected non-blocking stream socket.
+            target: descriptor of a connected non-blocking UDP socket.
+            tls: see relay().
+            head: plaintext already read from the link.
+            datagram: longest datagram taken from the target, 1..65535 bytes.
+            idle: seconds without a datagram in either direction that end it; 0 = never.
+            raw: seed dialect: what comes over the link is one datagram; the first answer of the
+                target goes back without a frame, and the link is closed behind it.
+            gso: let the kernel cut runs of equal datagrams, where it can.
+
+        Returns:
+            A token, > 0. Both descriptors and the Connection are the engine's from now on.
+
+        Raises:
+            EngineError: refused; the caller still owns everything.
+            EngineClosed: after close(), or in a forked child.
+            ValueError: a limit is out of range.
+
+        After: one UdpCompletion with this token comes out of poll(). A target that refuses
+            everything for 2 s ends it with REASON_RESET, side 2, ECONNREFUSED.
+        """
+    def udp_limit(self, token: int, idle: float) -> None:
+        """Change the idle limit of a UDP relay; unknown tokens are left alone.
+
+        Args:
+            token: what udp_bind() or udp_dial() returned.
+            idle: seconds; 0 = never.
+
+        Raises:
+            ValueError: the idle limit is out of range.
+        """
+    def udp_counts(self, token: int) -> UdpCounts | None:
+        """Return the running counts of a gate or a UDP relay.
+
+        Args:
+            token: what udp_serve(), udp_bind() or udp_dial() returned.
+
+        Returns:
+            None once its completion was polled.
+        """
     def live(self, token: int) -> tuple[int, int] | None:
         """Return the running byte counts of a flow.
 
@@ -192,8 +378,8 @@ class Engine:
         After: its completion follows, with REASON_ABORTED unless the flow ended first.
         """
 
-    def poll(self) -> list[Completion]:
-        """Collect the flows and handshakes that have ended.
+    def poll(self) -> list[Completion | UdpCompletion | Newcomer]:
+        """Collect what has ended, and the sources that gates did not know.
 
         Returns:
             Every waiting Completion, possibly none; never blocks. Also works after

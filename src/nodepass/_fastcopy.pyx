@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import errno as _errno
 import os
+import socket as _socket
 import time
 import warnings
 import weakref
@@ -19,15 +20,20 @@ from nodepass.errors import EngineClosed, EngineError
 
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.errno cimport (
+    EADDRNOTAVAIL,
+    EAFNOSUPPORT,
     EAGAIN,
     EBADF,
     EBADMSG,
+    ECONNREFUSED,
     ECONNRESET,
     EINTR,
     EINVAL,
     EIO,
+    EMSGSIZE,
     ENOBUFS,
     ENODATA,
+    ENODEV,
     ENOMEM,
     ENOSYS,
     ENOTCONN,
@@ -36,7 +42,7 @@ from libc.errno cimport (
     EPROTOTYPE,
     errno,
 )
-from libc.stdint cimport int32_t, uint32_t, uint64_t, uint8_t
+from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
@@ -47,15 +53,22 @@ include "fastcopy/sys.pxi"
 include "fastcopy/atomic.pxi"
 include "fastcopy/slab.pxi"
 include "fastcopy/ring.pxi"
+include "fastcopy/cell.pxi"
+include "fastcopy/mail.pxi"
 include "fastcopy/pipe.pxi"
 include "fastcopy/loop.pxi"
 include "fastcopy/flow.pxi"
 include "fastcopy/tcp.pxi"
 include "fastcopy/tls.pxi"
 include "fastcopy/handshake.pxi"
+include "fastcopy/udp.pxi"
+include "fastcopy/gate.pxi"
+include "fastcopy/link.pxi"
+include "fastcopy/out.pxi"
+include "fastcopy/raw.pxi"
 include "fastcopy/order.pxi"
 
-ABI = 2
+ABI = 3
 REASON_FINISHED = R_FINISHED
 REASON_RESET = R_RESET
 REASON_ABORTED = R_ABORTED
@@ -64,6 +77,20 @@ REASON_IDLE = R_IDLE
 Completion = collections.namedtuple(
     "Completion", ("token", "up", "down", "reason", "side", "code", "detail"), module=__name__
 )
+
+
+UdpCounts = collections.namedtuple(
+    "UdpCounts",
+    (
+        "datagrams_up", "datagrams_down", "bytes_up", "bytes_down", "too_large", "slow_link",
+        "no_link", "overrun", "unsent", "refused",
+    ),
+    module=__name__,
+)
+UdpCompletion = collections.namedtuple(
+    "UdpCompletion", ("token", "counts", "reason", "side", "code", "detail"), module=__name__
+)
+Newcomer = collections.namedtuple("Newcomer", ("token", "gate", "host", "port"), module=__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -89,6 +116,12 @@ class EngineStatistics:
     tls_in_use: int
     handshakes: int
     handshakes_failed: int
+    gates_open: int
+    peers_waiting: int
+    datagrams_up: int
+    datagrams_down: int
+    datagrams_dropped: int
+    datagram_bytes_held: int
 
 
 cdef enum:
@@ -125,6 +158,7 @@ def _large_pipe_budget(int threads):
     return min(MAX_PIPES, pages * os.sysconf("SC_PAGE_SIZE") // 2 // PIPE_BYTES // threads)
 
 
+cdef bytes _MAPPED = b"\0" * 10 + b"\xff\xff"    # how IPv6 writes IPv4: RFC 4291
 cdef object _tls_trouble = None     # not looked yet; then a text, empty if there is none
 
 
@@ -181,6 +215,41 @@ cdef int _take_handles(str operation, object connection, Handles* handles) excep
     return 0
 
 
+cdef int _check_idle(double seconds) except -1:
+    if not 0.0 <= seconds <= 4e6:               # milliseconds must fit into 32 bits
+        raise ValueError(f"idle: {seconds} is not within 0..4000000 seconds")
+    return 0
+
+
+cdef inline uint32_t _milliseconds(double seconds):
+    return <uint32_t>(seconds * 1000 + 0.999)
+
+
+cdef int _check_datagram(int size) except -1:
+    if not 1 <= size <= MAX_DATAGRAM:
+        raise ValueError(f"datagram: {size} is not within 1..{MAX_DATAGRAM}")
+    return 0
+
+
+cdef object _counts(Udp* udp):
+    cdef int i
+    return UdpCounts(*[load_relaxed64(&udp.tally[i]) for i in range(TALLIES)])
+
+
+cdef object _newcomer(Core* core, uint32_t slot):
+    cdef Udp* udp = &core.udps[slot]
+    cdef bytes source = (<const char*>&udp.key.source[0])[:16]
+    cdef Flow* gate = &core.flows[udp.gate]
+    port = int.from_bytes((<const char*>&udp.key.port)[:2], "big")
+    if source.startswith(_MAPPED):
+        host = _socket.inet_ntop(_socket.AF_INET, source[12:])
+    else:
+        host = _socket.inet_ntop(_socket.AF_INET6, source)
+        if udp.key.scope:
+            host = f"{host}%{udp.key.scope}"
+    return Newcomer(token_of(&core.flows[slot], slot), token_of(gate, udp.gate), host, port)
+
+
 cdef class Engine:
     """Native threads that join pairs of sockets and move bytes between them.
 
@@ -204,6 +273,7 @@ cdef class Engine:
     cdef dict connections
     cdef PyObject* pinned
     cdef uint32_t tls_in_use
+    cdef dict gates             # slots of the gates that are not polled yet
     cdef object __weakref__
 
     def __cinit__(self):
@@ -212,6 +282,7 @@ cdef class Engine:
         self.forks = 0
         self.is_closed = True
         self.connections = {}
+        self.gates = {}
         self.pinned = NULL
         self.tls_in_use = 0
 
@@ -330,7 +401,6 @@ cdef class Engine:
         cdef const char* down = first_down
         cdef int rc
         cdef uint32_t slot
-        cdef uint32_t i
         cdef Flow* flow
         cdef Worker* w
         cdef Handles handles[2]
@@ -340,25 +410,21 @@ cdef class Engine:
             _take_handles("relay", tls_a, &handles[0])
         if tls_b is not None:
             _take_handles("relay", tls_b, &handles[1])
-        if not 0.0 <= seconds <= 4e6:           # milliseconds must fit into 32 bits
-            raise ValueError(f"idle: {idle} is not within 0..4000000 seconds")
-        rc = sys_check_socket(a)
+        _check_idle(seconds)
+        rc = sys_check_socket(a, SOCK_STREAM)
         if rc == 0:
-            rc = sys_check_socket(b)
+            rc = sys_check_socket(b, SOCK_STREAM)
         if rc == 0 and (a == b or (tls_a is not None and tls_a is tls_b)):
             rc = -EINVAL
         if rc < 0:
             raise EngineError("relay", -rc)
-        slot = slot_take(self.core)
+        slot = slot_take(self.core, 0)
         if slot == NONE_SLOT:
             self.core.refused += 1
             raise EngineError("relay", _errno.ENOBUFS)
         flow = &self.core.flows[slot]
-        w = &self.core.workers[0]
-        for i in range(1, self.core.threads):
-            if self.core.workers[i].load < w.load:
-                w = &self.core.workers[i]
-        flow_prepare(flow, a, b, w.index, <uint32_t>(seconds * 1000 + 0.999))
+        w = worker_choose(self.core)
+        flow_prepare(flow, a, b, w.index, _milliseconds(seconds))
         if tls_a is not None:
             flow_secure(flow, 0, &handles[0])
         if tls_b is not None:
@@ -403,20 +469,20 @@ cdef class Engine:
         cdef Handles handles
         self.check("handshake")
         _take_handles("handshake", tls, &handles)
-        rc = sys_check_socket(descriptor)
+        rc = sys_check_socket(descriptor, SOCK_STREAM)
         w = &self.core.workers[self.core.threads]
         if rc == 0 and not w.is_started:
             rc = worker_start(w)
         if rc < 0:
             raise EngineError("handshake", -rc)
-        slot = slot_take(self.core)
+        slot = slot_take(self.core, 0)
         if slot == NONE_SLOT:
             self.core.refused += 1
             raise EngineError("handshake", _errno.ENOBUFS)
         flow = &self.core.flows[slot]
         flow_prepare(flow, descriptor, -1, w.index, 0)
         flow_secure(flow, 0, &handles)
-        flow.is_handshake = 1
+        flow.kind = KIND_HANDSHAKE
         self.core.handshakes += 1
         return self.submit(w, flow, slot, (tls,))
 
@@ -432,6 +498,256 @@ cdef class Engine:
         w.load += 1
         order_put(w, flow, slot, ORDER_ADMIT)
         return token
+
+    def udp_serve(self, fd, *, datagram=8192, waiting=512, gso=False):
+        """Open a gate: receive on a bound non-blocking UDP socket.
+
+        Args:
+            fd: descriptor; its buffer sizes are the caller's business.
+            datagram: longest datagram carried, 1..65535 bytes; longer ones are dropped.
+            waiting: how many sources may wait for a link at once, 1..4096.
+            gso: let the kernel cut runs of equal datagrams, where it can.
+
+        Returns:
+            A token, > 0. The descriptor is the engine's from now on.
+
+        Raises:
+            EngineError: refused; the caller still owns the descriptor.
+            EngineClosed: after close(), or in a forked child.
+            ValueError: a limit is out of range.
+
+        After: a Newcomer for each source not known yet comes out of poll(). abort() closes the
+            gate with all its peers and relays; one UdpCompletion follows for each.
+        """
+        cdef int descriptor = fd
+        cdef int size = datagram
+        cdef int rc
+        cdef uint32_t slot
+        cdef Flow* flow
+        cdef Udp* udp
+        self.check("udp_serve")
+        _check_datagram(size)
+        if not 1 <= waiting <= MAX_WAITING:
+            raise ValueError(f"waiting: {waiting} is not within 1..{MAX_WAITING}")
+        rc = sys_check_socket(descriptor, SOCK_DGRAM)
+        slot = self.take_slot("udp_serve", rc)
+        flow = &self.core.flows[slot]
+        udp = &self.core.udps[slot]
+        flow_prepare(flow, descriptor, -1, worker_choose(self.core).index, 0)
+        flow.kind = KIND_GATE
+        udp_prepare(udp, size)
+        rc = gate_make(udp, int.from_bytes(os.urandom(8), "little"))
+        if rc == 0:
+            rc = gate_set_up(descriptor, udp.own)
+        if rc < 0:
+            gate_free(udp)
+            flow_undo(flow)
+            slot_give(self.core, slot)
+            raise EngineError("udp_serve", -rc)
+        udp_set_up(descriptor)
+        udp.own.gso = bool(gso) and udp_has_gso(descriptor)
+        udp.own.waiting = waiting
+        self.core.total += 1
+        self.core.gates += 1
+        token = self.submit(&self.core.workers[flow.worker], flow, slot, ())
+        self.gates[slot] = True
+        self.lend()
+        return token
+
+    def udp_shut(self, gate):
+        """Let no more sources in; those that a gate knows go on. Unknown tokens are left alone.
+
+        Args:
+            gate: what udp_serve() returned.
+        """
+        self.wish(gate, KIND_GATE, WISH_SHUT)
+
+    def udp_relieve(self, gate):
+        """End some short exchanges that are over by all appearance, to make room for others.
+
+        Args:
+            gate: what udp_serve() returned; unknown tokens are left alone.
+
+        After: at most 64 relays end with REASON_IDLE: of those that were not answered more than
+            once, or are younger than 2 s, the oldest that have been silent for 1 s since
+            their answer, or for 5 s without one.
+        """
+        self.wish(gate, KIND_GATE, WISH_RELIEVE)
+
+    def udp_bind(self, peer, fd, *, tls=None, head=b"", idle=0.0, raw=False):
+        """Carry the datagrams of a waiting peer over a link, in frames of docs/protocol.md.
+
+        Args:
+            peer: token of its Newcomer.
+            fd: descriptor of the link, a connected non-blocking stream socket.
+            tls: see relay().
+            head: plaintext already read from the link.
+            idle: seconds without a datagram in either direction that end it; 0 = never.
+            raw: seed dialect: only the oldest waiting datagram goes over the link, without a
+                frame; what comes back until its end, or until `idle` is over, is the one
+                answer. If more are waiting, the same Newcomer comes again.
+
+        Returns:
+            A token, > 0. The descriptor and the Connection are the engine's from now on.
+
+        Raises:
+            EngineError: refused; the caller still owns everything. ENOENT: nobody waits by
+                that token.
+            EngineClosed: after close(), or in a forked child.
+            ValueError: the idle limit is out of range.
+
+        After: a UdpCompletion with this token comes out of poll(); another one with the peer's,
+            as soon as it waits no more.
+        """
+        cdef Flow* waiting
+        self.check("udp_bind")
+        _check_idle(idle)
+        waiting = self.find(peer)
+        if waiting == NULL or waiting.kind != KIND_PEER:
+            raise EngineError("udp_bind", _errno.ENOENT)
+        return self.carry("udp_bind", KIND_BOUND, waiting, fd, -1, tls, head, idle, raw, 0, False)
+
+    def udp_dial(
+        self, fd, target, *, tls=None, head=b"", datagram=8192, idle=0.0, raw=False, gso=False
+    ):
+        """Carry the frames of a link as datagrams of a connected UDP socket, and back.
+
+        Args:
+            fd: descriptor of the link, a connected non-blocking stream socket.
+            target: descriptor of a connected non-blocking UDP socket.
+            tls: see relay().
+            head: plaintext already read from the link.
+            datagram: longest datagram taken from the target, 1..65535 bytes.
+            idle: seconds without a datagram in either direction that end it; 0 = never.
+            raw: seed dialect: what comes over the link is one datagram; the first answer of the
+                target goes back without a frame, and the link is closed behind it.
+            gso: let the kernel cut runs of equal datagrams, where it can.
+
+        Returns:
+            A token, > 0. Both descriptors and the Connection are the engine's from now on.
+
+        Raises:
+            EngineError: refused; the caller still owns everything.
+            EngineClosed: after close(), or in a forked child.
+            ValueError: a limit is out of range.
+
+        After: one UdpCompletion with this token comes out of poll(). A target that refuses
+            everything for 2 s ends it with REASON_RESET, side 2, ECONNREFUSED.
+        """
+        cdef int rc
+        self.check("udp_dial")
+        _check_datagram(datagram)
+        _check_idle(idle)
+        rc = sys_check_socket(target, SOCK_DGRAM)
+        if rc < 0:
+            raise EngineError("udp_dial", -rc)
+        return self.carry(
+            "udp_dial", KIND_DIALLED, NULL, fd, target, tls, head, idle, raw, datagram, gso
+        )
+
+    # Make and submit a UDP relay; `peer` is the one that a bound relay takes over.
+    cdef object carry(
+        self, str operation, int kind, Flow* peer, int link, int target, object tls, bytes head,
+        double idle, bint raw, uint32_t limit, bint gso
+    ):
+        cdef Handles handles
+        cdef uint32_t slot
+        cdef Flow* flow
+        cdef Udp* udp
+        cdef Worker* w
+        cdef int side = 0 if kind == KIND_DIALLED else 1
+        cdef int rc
+        cdef const char* first = head
+        if tls is not None:
+            _take_handles(operation, tls, &handles)
+        rc = sys_check_socket(link, SOCK_STREAM)
+        slot = self.take_slot(operation, rc)
+        flow = &self.core.flows[slot]
+        udp = &self.core.udps[slot]
+        w = worker_choose(self.core) if peer == NULL else &self.core.workers[peer.worker]
+        flow_prepare(flow, link if side == 0 else -1, link if side == 1 else target, w.index,
+                     _milliseconds(idle))
+        flow.kind = <uint8_t>kind
+        udp_prepare(udp, limit)
+        udp.is_raw = raw
+        udp.raw_ms = flow.idle_ms
+        if tls is not None:
+            flow_secure(flow, side, &handles)
+        rc = flow_park_head(flow, side, first, len(head))
+        if rc < 0:
+            flow_undo(flow)
+            slot_give(self.core, slot)
+            raise EngineError(operation, -rc)
+        if peer != NULL:
+            udp.peer = token_of(peer, <uint32_t>(peer - self.core.flows))
+            udp.gate = self.core.udps[peer - self.core.flows].gate
+        else:
+            udp_set_up(target)
+            udp.gso = gso and udp_has_gso(target)
+        self.core.total += 1
+        return self.submit(w, flow, slot, () if tls is None else (tls,))
+
+    # A free slot, or the error that there is none, or that a descriptor will not do.
+    cdef uint32_t take_slot(self, str operation, int rc) except? 0xFFFFFFFF:
+        cdef uint32_t slot
+        if rc < 0:
+            raise EngineError(operation, -rc)
+        slot = slot_take(self.core, 0)
+        if slot == NONE_SLOT:
+            self.core.refused += 1
+            raise EngineError(operation, _errno.ENOBUFS)
+        return slot
+
+    # Give every gate as much room for peers as it was promised, if there are slots.
+    cdef int lend(self) except -1:
+        cdef uint32_t slot
+        for slot in self.gates:
+            while self.core.udps[slot].own.lent < self.core.udps[slot].own.waiting:
+                if not gate_lend(self.core, slot):
+                    return 0
+        return 0
+
+    def udp_limit(self, token, idle):
+        """Change the idle limit of a UDP relay; unknown tokens are left alone.
+
+        Args:
+            token: what udp_bind() or udp_dial() returned.
+            idle: seconds; 0 = never.
+
+        Raises:
+            ValueError: the idle limit is out of range.
+        """
+        cdef Flow* flow
+        self.check("udp_limit")
+        _check_idle(idle)
+        flow = self.find(token)
+        if flow != NULL and flow.kind > KIND_PEER:
+            store_relaxed32(&self.core.udps[flow - self.core.flows].wished_ms, _milliseconds(idle))
+            self.wish(token, flow.kind, WISH_LIMIT)
+
+    def udp_counts(self, token):
+        """Return the running counts of a gate or a UDP relay.
+
+        Args:
+            token: what udp_serve(), udp_bind() or udp_dial() returned.
+
+        Returns:
+            None once its completion was polled.
+        """
+        cdef Flow* flow = self.find(token)
+        if flow == NULL or flow.kind < KIND_GATE:
+            return None
+        return _counts(&self.core.udps[flow - self.core.flows])
+
+    cdef int wish(self, object token, int kind, uint32_t bit) except -1:
+        cdef Flow* flow
+        cdef uint32_t slot
+        self.check("udp")
+        flow = self.find(token)
+        if flow != NULL and flow.kind == kind:
+            slot = <uint32_t>(flow - self.core.flows)
+            udp_wish(&self.core.workers[flow.worker], flow, &self.core.udps[slot], slot, bit)
+        return 0
 
     def live(self, token):
         """Return the running byte counts of a flow.
@@ -478,7 +794,7 @@ cdef class Engine:
         return flow if load_relaxed32(&flow.generation) == <uint32_t>(value >> 32) else NULL
 
     def poll(self):
-        """Collect the flows and handshakes that have ended.
+        """Collect what has ended, and the sources that gates did not know.
 
         Returns:
             Every waiting Completion, possibly none; never blocks. Also works after
@@ -488,10 +804,10 @@ cdef class Engine:
             EngineClosed: in a forked child.
         """
         cdef list result = []
-        cdef uint64_t slot = 0
+        cdef uint64_t item = 0
+        cdef uint32_t slot
         cdef uint32_t i
         cdef Worker* w
-        cdef Flow* flow
         if self.is_inherited() or self.core == NULL:
             raise EngineClosed("poll", _errno.ECHILD)
         if self.core.notify >= 0:
@@ -499,19 +815,54 @@ cdef class Engine:
             exchange32(&self.core.notify_rung, 0)
         for i in range(self.core.crew):
             w = &self.core.workers[i]
-            while ring_get(&w.outbox, &slot):
-                flow = &self.core.flows[slot]
-                token = token_of(flow, <uint32_t>slot)
-                result.append(Completion(
-                    token, load_relaxed64(&flow.ways[0].delivered),
-                    load_relaxed64(&flow.ways[1].delivered), flow.reason, flow.side, flow.code,
-                    flow.detail,
-                ))
-                if flow.legs[0].tls != NULL or flow.legs[1].tls != NULL:
-                    self.tls_in_use -= <uint32_t>len(self.connections.pop(token))
-                w.load -= 1
-                slot_give(self.core, <uint32_t>slot)
+            while ring_get(&w.outbox, &item):
+                slot = <uint32_t>item
+                if item >> EVENT_SHIFT == EVENT_PEER:
+                    result.append(self.meet(slot))
+                else:
+                    self.part(w, slot, result)
+        if not self.is_closed:
+            self.lend()
         return result
+
+    # A source has come to a gate, or comes again because more of its datagrams want links.
+    cdef object meet(self, uint32_t slot):
+        cdef Udp* udp = &self.core.udps[slot]
+        if not udp.is_met:
+            udp.is_met = 1
+            self.core.announced += 1
+        return _newcomer(self.core, slot)
+
+    # A flow is over: report it and free its slot.
+    cdef int part(self, Worker* w, uint32_t slot, list result) except -1:
+        cdef Flow* flow = &self.core.flows[slot]
+        cdef Udp* udp = &self.core.udps[slot]
+        token = token_of(flow, slot)
+        if flow.kind < KIND_GATE:
+            result.append(Completion(
+                token, load_relaxed64(&flow.ways[0].delivered),
+                load_relaxed64(&flow.ways[1].delivered), flow.reason, flow.side, flow.code,
+                flow.detail,
+            ))
+        elif flow.kind != KIND_PEER or udp.is_met:
+            result.append(UdpCompletion(
+                token, _counts(udp), flow.reason, flow.side, flow.code, flow.detail
+            ))
+        if flow.legs[0].tls != NULL or flow.legs[1].tls != NULL:
+            self.tls_in_use -= <uint32_t>len(self.connections.pop(token))
+        if flow.kind == KIND_GATE:
+            del self.gates[slot]
+            self.core.gates -= 1
+            gate_free(udp)
+        if flow.kind == KIND_PEER:
+            self.core.lent -= 1
+            self.core.announced -= udp.is_met
+            if udp.gate in self.gates:
+                self.core.udps[udp.gate].own.lent -= 1
+        else:
+            w.load -= 1
+        slot_give(self.core, slot)
+        return 0
 
     def statistics(self):
         """Return a snapshot of all counters; also after close().
@@ -528,7 +879,7 @@ cdef class Engine:
             counters_add(&total, &self.core.workers[i].counters)
         return EngineStatistics(
             threads=self.core.threads,
-            flows_open=self.core.open_count,
+            flows_open=self.core.open_count - self.core.lent + self.core.announced,
             flows_total=self.core.total,
             flows_refused=self.core.refused,
             bytes_up=total.bytes_up,
@@ -546,6 +897,12 @@ cdef class Engine:
             tls_in_use=self.tls_in_use,
             handshakes=self.core.handshakes,
             handshakes_failed=total.handshakes_failed,
+            gates_open=self.core.gates,
+            peers_waiting=total.peers_waiting,
+            datagrams_up=total.datagrams_up,
+            datagrams_down=total.datagrams_down,
+            datagrams_dropped=total.datagrams_dropped,
+            datagram_bytes_held=total.datagram_bytes_held,
         )
 
     def close(self, deadline=5.0):

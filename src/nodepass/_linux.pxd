@@ -1,7 +1,7 @@
 # What the kernel and the C library offer and libc.* of Cython does not declare.
 # Declarations only; everything here is called without the GIL.
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from "<sys/types.h>" nogil:
     ctypedef int pid_t
@@ -51,6 +51,7 @@ cdef extern from "<sys/epoll.h>" nogil:
     int EPOLL_CLOEXEC
     int EPOLL_CTL_ADD
     int EPOLL_CTL_DEL
+    int EPOLL_CTL_MOD
     uint32_t EPOLLIN
     uint32_t EPOLLOUT
     uint32_t EPOLLPRI
@@ -74,10 +75,96 @@ cdef extern from "<sys/socket.h>" nogil:
     int SO_ERROR
     int SO_LINGER
     int SO_TYPE
+    int SO_DOMAIN
     int SOCK_STREAM
+    int SOCK_DGRAM
+    int AF_INET
+    int AF_INET6
+    int MSG_TRUNC
+    int MSG_CTRUNC
     int MSG_DONTWAIT
     int MSG_NOSIGNAL
     int MSG_PEEK
+
+# The types of the fields differ between C libraries; assignments convert.
+cdef extern from "<sys/socket.h>" nogil:
+    cdef struct sockaddr:
+        unsigned short sa_family
+    cdef struct iovec:
+        void* iov_base
+        size_t iov_len
+    cdef struct msghdr:
+        void* msg_name
+        socklen_t msg_namelen
+        iovec* msg_iov
+        size_t msg_iovlen
+        void* msg_control
+        size_t msg_controllen
+        int msg_flags
+    cdef struct mmsghdr:
+        msghdr msg_hdr
+        unsigned int msg_len
+    cdef struct cmsghdr:
+        size_t cmsg_len
+        int cmsg_level
+        int cmsg_type
+    cmsghdr* CMSG_FIRSTHDR(msghdr* header)
+    cmsghdr* CMSG_NXTHDR(msghdr* header, cmsghdr* part)
+    unsigned char* CMSG_DATA(cmsghdr* part)
+    size_t CMSG_SPACE(size_t size)
+    size_t CMSG_LEN(size_t size)
+    int getsockname(int fd, sockaddr* name, socklen_t* size)
+    int recvmmsg(int fd, mmsghdr* messages, unsigned int count, int flags, void* timeout)
+    int sendmmsg(int fd, mmsghdr* messages, unsigned int count, int flags)
+
+cdef extern from "<netinet/in.h>" nogil:
+    cdef struct in_addr:
+        uint32_t s_addr
+    cdef struct in6_addr:
+        uint8_t s6_addr[16]
+    cdef struct sockaddr_in:
+        unsigned short sin_family
+        uint16_t sin_port
+        in_addr sin_addr
+    cdef struct sockaddr_in6:
+        unsigned short sin6_family
+        uint16_t sin6_port
+        in6_addr sin6_addr
+        uint32_t sin6_scope_id
+    cdef struct in_pktinfo:
+        int ipi_ifindex
+        in_addr ipi_spec_dst
+    cdef struct in6_pktinfo:
+        in6_addr ipi6_addr
+        unsigned int ipi6_ifindex
+    int IPPROTO_IP
+    int IPPROTO_IPV6
+    int IP_PKTINFO
+    int IPV6_PKTINFO
+    int IPV6_RECVPKTINFO
+
+# Younger than the oldest C library that wheels are built for; numbers of include/uapi/linux.
+cdef extern from *:
+    """
+    #include <sys/socket.h>
+    #include <netinet/in.h>
+    #ifndef SOL_UDP
+    #define SOL_UDP 17
+    #endif
+    #ifndef UDP_SEGMENT
+    #define UDP_SEGMENT 103
+    #endif
+    #ifndef UDP_GRO
+    #define UDP_GRO 104
+    #endif
+    #ifndef SO_RXQ_OVFL
+    #define SO_RXQ_OVFL 40
+    #endif
+    """
+    int SOL_UDP
+    int UDP_SEGMENT
+    int UDP_GRO
+    int SO_RXQ_OVFL
 
 cdef extern from "<sys/mman.h>" nogil:
     void* mmap(void* where, size_t size, int protection, int flags, int fd, off_t offset)

@@ -8,22 +8,24 @@ Per direction a flow either watches its source for reading, or, while bytes are 
 its destination for writing; never both, so back-pressure is the kernel's. A socket that is
 not being read cannot tell of its death, and libuv stops watching one on which it sees an
 error: so a watch asks every socket for its error ten times a second.
+
+UDP: `_pyserve` has the methods, `_pygate` gates and their relays, `_pydial` relays to targets,
+`_pyudp` what both do with their links, `_pyport` the sockets and counts.
 """
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import errno
 import functools
 import os
-import socket
 import warnings
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from . import _pytls
+from ._pydesk import STREAM, Watched, check_head, check_idle, check_range, make_leg
 from ._pyflow import (
     REASON_ABORTED,
     REASON_FINISHED,
@@ -33,24 +35,25 @@ from ._pyflow import (
     Flow,
     arm_reset,
 )
-from ._pytls import Handshake, Leg, TlsFault, TlsLeg, is_usable
-from .errors import EngineClosed, EngineError
+from ._pygate import Newcomer
+from ._pyport import UdpCounts
+from ._pyserve import UdpHalf
+from ._pytls import Handshake, TlsFault, TlsLeg, is_usable
+from ._pyudp import UdpCompletion
+from .errors import EngineError
 
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection
 
 __all__ = [
     "ABI", "REASON_ABORTED", "REASON_FINISHED", "REASON_IDLE", "REASON_RESET", "Completion",
-    "Engine", "EngineStatistics", "alpn_selector", "tls_trouble",
+    "Engine", "EngineStatistics", "Newcomer", "UdpCompletion", "UdpCounts", "alpn_selector",
+    "tls_trouble",
 ]  # fmt: skip
 
-ABI: Final = 2
+ABI: Final = 3
 
-BUFFER_BYTES: Final = 524288  # one recv; the native size, and the bound per direction
-WATCH_SECONDS: Final = 0.1  # step of the idle limit, as the native engine's wheel
-MAX_THREADS: Final = 256  # the native engine's limits, checked alike
-MAX_FLOWS: Final = 1 << 24
-MAX_IDLE: Final = 4e6  # seconds
+MAX_THREADS: Final = 256  # the native engine's limit, checked alike
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -99,6 +102,12 @@ class EngineStatistics:
     tls_in_use: int
     handshakes: int
     handshakes_failed: int
+    gates_open: int
+    peers_waiting: int
+    datagrams_up: int
+    datagrams_down: int
+    datagrams_dropped: int
+    datagram_bytes_held: int
 
 
 def count_tls(flow: Flow) -> int:
@@ -106,44 +115,27 @@ def count_tls(flow: Flow) -> int:
     return sum(1 for leg in flow.legs if isinstance(leg, TlsLeg))
 
 
-class Engine:
+class Engine(UdpHalf[Completion]):
     """Callbacks in the running event loop that join pairs of sockets.
 
     Arguments and methods are those of the native Engine, documented in _fastcopy.pyi; `threads`
     is checked and otherwise unused, `splice` is unused. Needs a running event loop.
     """
 
-    _is_closed = True  # until everything is open; __del__ also runs after a refused argument
-
     def __init__(self, threads: int = 1, *, flows: int = 65536, splice: bool = True) -> None:
-        if not 1 <= threads <= MAX_THREADS:
-            raise ValueError(f"threads: {threads} is not within 1..{MAX_THREADS}")
-        if not 1 <= flows <= MAX_FLOWS:
-            raise ValueError(f"flows: {flows} is not within 1..{MAX_FLOWS}")
+        check_range("threads", threads, MAX_THREADS)
         del splice
-        self.loop = asyncio.get_running_loop()
-        self.buffer = memoryview(bytearray(BUFFER_BYTES))
-        self.turns = 0
-        self._capacity = flows
+        super().__init__(flows)
         self._flows: dict[int, Flow] = {}
         self._shakes: dict[int, Handshake] = {}
-        self._ended: list[Completion] = []
+        self._ended: dict[int, tuple[int, int]] = {}
+        """Bytes up and down of flows and handshakes that nobody has polled yet."""
         self._waiting = 0
         """Flows among those that have ended."""
         self._tls_waiting = 0
         """Connections of flows and handshakes that have ended."""
-        self._next = 1
-        self._counts = {"flows": 0, "refused": 0, "handshakes": 0, "failed": 0}
+        self._counts = {"flows": 0, "handshakes": 0, "failed": 0}
         self._bytes = [0, 0]
-        self._watch: asyncio.TimerHandle | None = None
-        self._pid = os.getpid()
-        try:
-            self._bell, self._ear = socket.socketpair()
-        except OSError as exc:
-            raise EngineError("start", exc.errno or errno.EIO) from exc
-        self._bell.setblocking(False)
-        self._ear.setblocking(False)
-        self._is_closed = False
         _engines.add(self)
 
     def __del__(self) -> None:
@@ -154,18 +146,7 @@ class Engine:
     def __repr__(self) -> str:
         if self._is_closed:
             return "<Engine closed>"
-        return f"<Engine threads=0 flows={len(self._flows) + self._waiting}>"
-
-    def _check(self, operation: str) -> None:
-        if self._pid != os.getpid():
-            raise EngineClosed(operation, errno.ECHILD)
-        if self._is_closed:
-            raise EngineClosed(operation, errno.ESHUTDOWN)
-
-    def fileno(self) -> int:
-        """Return the descriptor that is readable while completions wait."""
-        self._check("fileno")
-        return self._ear.fileno()
+        return f"<Engine threads=0 flows={self._places_taken()}>"
 
     def relay(
         self,
@@ -180,23 +161,14 @@ class Engine:
     ) -> int:
         """Join two connected non-blocking stream sockets; own both on success."""
         self._check("relay")
-        for tls in (tls_a, tls_b):
-            self._require("relay", tls is None or is_usable(tls))
-        if not 0.0 <= idle <= MAX_IDLE:
-            raise ValueError(f"idle: {idle} is not within 0..4000000 seconds")
+        self._require_tls("relay", tls_a, tls_b)
+        check_idle(idle)
         for head in (head_a, head_b):
-            if not isinstance(head, bytes):
-                raise TypeError(f"heads are bytes, not {type(head).__name__}")
-        sockets = self._adopt("relay", fd_a, fd_b)
-        if len(self._flows) + self._waiting >= self._capacity:
-            self._counts["refused"] += 1
-            self._disown(sockets)
-            raise EngineError("relay", errno.ENOBUFS)
-        legs = [
-            Leg(sock) if tls is None else TlsLeg(sock, tls)
-            for sock, tls in zip(sockets, (tls_a, tls_b), strict=True)
-        ]
-        flow = Flow(self, self._next, (legs[0], legs[1]), idle)
+            check_head(head)
+        sockets = self._adopt("relay", (fd_a, STREAM), (fd_b, STREAM))
+        token = self._require_token("relay", sockets)
+        legs = make_leg(sockets[0], tls_a), make_leg(sockets[1], tls_b)
+        flow = Flow(self, token, legs, idle)
         try:
             for way, head in zip(flow.ways, (head_a, head_b), strict=True):
                 way.start(head)
@@ -205,18 +177,17 @@ class Engine:
             raise self._refuse("relay", sockets, exc) from exc
         for sock in sockets:
             arm_reset(sock, True)
-        self._next += 1
         self._counts["flows"] += 1
-        self._flows[flow.token] = flow
-        if self._watch is None:
-            self._watch = self.loop.call_later(WATCH_SECONDS, self._watch_all)
-        return flow.token
+        self._flows[token] = flow
+        self._keep_watch()
+        return token
 
     def handshake(self, fd: int, tls: Connection) -> int:
         """Do a TLS handshake on a borrowed non-blocking stream socket."""
         self._check("handshake")
-        self._require("handshake", is_usable(tls))
-        sockets = self._adopt("handshake", fd)
+        if not is_usable(tls):
+            raise EngineError("handshake", errno.EOPNOTSUPP)
+        sockets = self._adopt("handshake", (fd, STREAM))
         token = self._next
         report = functools.partial(self._end_handshake, token)
         try:
@@ -227,44 +198,11 @@ class Engine:
         self._counts["handshakes"] += 1
         return token
 
-    def _require(self, operation: str, is_supported: bool) -> None:
-        if not is_supported:
-            raise EngineError(operation, errno.EOPNOTSUPP)
+    def _watched(self) -> list[Watched]:
+        return [*self._flows.values(), *self._udp_watched()]
 
-    def _adopt(self, operation: str, *fds: int) -> list[socket.socket]:
-        sockets: list[socket.socket] = []
-        try:
-            for fd in fds:
-                if fd < 0:
-                    raise OSError(errno.EBADF, "")
-                sockets.append(socket.socket(fileno=fd))
-                if sockets[-1].type != socket.SOCK_STREAM:
-                    raise OSError(errno.EPROTOTYPE, "")
-                if os.get_blocking(fd) or fds.count(fd) > 1:
-                    raise OSError(errno.EINVAL, "")
-                sockets[-1].setblocking(False)
-        except OSError as exc:
-            raise self._refuse(operation, sockets, exc) from exc
-        return sockets
-
-    def _refuse(self, operation: str, sockets: list[socket.socket], exc: Exception) -> EngineError:
-        self._disown(sockets)
-        code = exc.errno if isinstance(exc, OSError) else errno.EOPNOTSUPP
-        return EngineError(operation, code or errno.EIO)
-
-    def _disown(self, sockets: list[socket.socket]) -> None:
-        for sock in sockets:
-            if sock.fileno() >= 0:
-                self.loop.remove_reader(sock)
-                self.loop.remove_writer(sock)
-                sock.detach()
-
-    def _watch_all(self) -> None:
-        for flow in list(self._flows.values()):
-            flow.watch_step()
-        self._watch = None
-        if self._flows:
-            self._watch = self.loop.call_later(WATCH_SECONDS, self._watch_all)
+    def _places_taken(self) -> int:
+        return len(self._flows) + self._waiting + self._udp_places()
 
     def bury(self, flow: Flow, ending: Ending) -> None:
         """Take a flow's end from the flow."""
@@ -290,9 +228,8 @@ class Engine:
         self._complete(Completion(token, 0, 0, *ending))
 
     def _complete(self, completion: Completion) -> None:
-        self._ended.append(completion)
-        if len(self._ended) == 1:
-            self._bell.send(b"!")
+        self._ended[completion.token] = completion.up, completion.down
+        self._tell(completion)
 
     def live(self, token: int) -> tuple[int, int] | None:
         """Return (up, down) of a flow; None once its completion was polled."""
@@ -301,10 +238,7 @@ class Engine:
             return flow.ways[0].delivered, flow.ways[1].delivered
         if token in self._shakes:
             return 0, 0
-        for ended in self._ended:
-            if ended.token == token:
-                return ended.up, ended.down
-        return None
+        return self._ended.get(token)
 
     def abort(self, token: int) -> None:
         """Reset both sides of a flow, or give up a handshake; others are left alone."""
@@ -317,28 +251,27 @@ class Engine:
         elif token in self._shakes:
             self._shakes[token].forget()
             self._bury_handshake(token, Ending(REASON_ABORTED))
+        else:
+            self._abort_udp(token)
 
-    def poll(self) -> list[Completion]:
-        """Collect the flows that have ended; also after close()."""
-        if self._pid != os.getpid():
-            raise EngineClosed("poll", errno.ECHILD)
-        ended, self._ended = self._ended, []
+    def poll(self) -> list[Completion | UdpCompletion | Newcomer]:
+        """Collect what has ended, and the sources that gates did not know; also after close()."""
+        self._check_process("poll")
+        self._ended.clear()
         self._waiting = self._tls_waiting = 0
-        if ended and not self._is_closed:
-            self._ear.recv(1)
-        return ended
+        self._forget_polled()
+        return self._take_news()
 
     def statistics(self) -> EngineStatistics:
         """Return a snapshot of all counters; also after close()."""
-        if self._pid != os.getpid():
-            raise EngineClosed("statistics", errno.ECHILD)
-        flows = self._flows.values()
+        self._check_process("statistics")
+        flows, udp = self._flows.values(), self._udp_figures()
         legs = [leg for flow in flows for leg in flow.legs]
         return EngineStatistics(
             threads=0,
-            flows_open=len(flows) + self._waiting,
+            flows_open=self._places_taken(),
             flows_total=self._counts["flows"],
-            flows_refused=self._counts["refused"],
+            flows_refused=self._refused,
             bytes_up=self._bytes[0] + sum(flow.ways[0].delivered for flow in flows),
             bytes_down=self._bytes[1] + sum(flow.ways[1].delivered for flow in flows),
             parked_bytes=sum(leg.backlog for leg in legs),
@@ -350,10 +283,19 @@ class Engine:
             wakeups=self.turns,
             stale_events=0,
             bugs=0,
-            fds_open=len(legs),
-            tls_in_use=len(self._shakes) + sum(map(count_tls, flows)) + self._tls_waiting,
+            fds_open=len(legs) + udp.fds,
+            tls_in_use=len(self._shakes)
+            + sum(map(count_tls, flows))
+            + self._tls_waiting
+            + udp.tls,
             handshakes=self._counts["handshakes"],
             handshakes_failed=self._counts["failed"],
+            gates_open=udp.gates,
+            peers_waiting=udp.peers,
+            datagrams_up=udp.up,
+            datagrams_down=udp.down,
+            datagrams_dropped=udp.dropped,
+            datagram_bytes_held=udp.held,
         )
 
     def close(self, deadline: float = 5.0) -> bool:
@@ -363,12 +305,8 @@ class Engine:
             return True
         for token in [*self._flows, *self._shakes]:
             self._abort(token)
-        if self._watch is not None:
-            self._watch.cancel()
-            self._watch = None
-        self._is_closed = True
-        self._bell.close()
-        self._ear.close()
+        self._close_udp()
+        self._shut_desk()
         _engines.discard(self)
         return True
 

@@ -15,7 +15,7 @@ import secrets
 import socket
 from typing import TYPE_CHECKING, Final
 
-from . import net, wire
+from . import datagram, net, wire
 from .config import Config, Mode
 from .errors import AuthError, NodePassError, TlsError, TunnelError
 from .handshake import ClientHandshake
@@ -23,6 +23,7 @@ from .message import NONCE_SIZE, Dialect, Greeting
 from .pairing import Pairing
 from .record import Records
 from .relay import Relays
+from .resolver import SocketAddress
 from .session import Backoff, Lost
 from .stats import TunnelStatistics
 from .tunnel import Tunnel
@@ -61,6 +62,7 @@ class Client(Tunnel):
         self.resources.callback(self._close_pairing)
         shares = self.share_descriptors()
         self._limit, self.most_idle = shares.visitors, shares.idle
+        self._avoided: set[SocketAddress] = set()
         self._slots = asyncio.Semaphore(self._limit)
         self._serving = 0
         self._is_idle = asyncio.Event()
@@ -71,6 +73,7 @@ class Client(Tunnel):
             "client starting",
             server=self.config.tunnel,
             target=self.config.target,
+            carries=self.config.carries,
             name=self.name,
             engine=self.relays.kind,
         )
@@ -119,6 +122,7 @@ class Client(Tunnel):
             strangers=counters.strangers,
             bytes_up=up,
             bytes_down=down,
+            datagrams=self.datagrams(),
             rtt=None if pairing is None else pairing.session.rtt,
         )
 
@@ -145,6 +149,22 @@ class Client(Tunnel):
                 limit=self._limit,
             )
         await self._slots.acquire()
+
+    async def dial_udp(self) -> socket.socket:
+        """Connect a UDP socket to the target; an address that has refused is tried last.
+
+        Raises:
+            DialError: see `datagram.dial`.
+        """
+        target = self.config.target
+        sock, self._udp_target = await datagram.dial(
+            target.host, target.port, self.settings.dial_timeout, self._avoided
+        )
+        return sock
+
+    def avoid_udp(self) -> None:
+        """Take it that nobody listens where the last UDP socket was connected to."""
+        self._avoided = {self._udp_target}
 
     def free_slot(self) -> None:
         """Give back what `wait_slot` has taken."""

@@ -81,7 +81,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter("compat", BOTH, "1", SWITCH, "0 = refuse peers of the seed dialect"),
     Parameter("data", (Mode.SERVER,), "0", (), "port of the seed dialect's data listener"),
     Parameter("tcp", BOTH, "1", SWITCH, "0 = carry no TCP"),
-    Parameter("udp", BOTH, "0", SWITCH, "1 = carry UDP"),
+    Parameter("udp", BOTH, "1", SWITCH, "0 = carry no UDP"),
     Parameter("name", (Mode.CLIENT,), "", (), "how the server names this client"),
 )
 
@@ -122,13 +122,19 @@ class Config:
         return f"{self.mode}://{secret}{self.tunnel}/{self.target}{query}"
 
     @property
-    def listeners(self) -> tuple[tuple[str, Address], ...]:
-        """What this tunnel listens on, each with the name of the option."""
+    def carries(self) -> str:
+        """The protocols that are on, for the log: "tcp", "udp" or "tcp,udp"."""
+        return ",".join(name for name, is_on in (("tcp", self.tcp), ("udp", self.udp)) if is_on)
+
+    @property
+    def listeners(self) -> tuple[tuple[str, str, Address], ...]:
+        """What this tunnel listens on: the name of the option, the protocol, the address."""
         if self.mode is Mode.CLIENT:
             return ()
-        fixed = [("tunnel", self.tunnel), ("target", self.target)]
+        fixed = [("tunnel", "tcp", self.tunnel)]
+        fixed += [("target", protocol, self.target) for protocol in self.carries.split(",")]
         if self.data:
-            fixed.append(("data", Address(self.tunnel.host, self.data)))
+            fixed.append(("data", "tcp", Address(self.tunnel.host, self.data)))
         return tuple(fixed)
 
     @classmethod
@@ -146,7 +152,7 @@ class Config:
             settings: None = read from `environ`.
 
         Raises:
-            ConfigError: any part is missing, unknown, contradictory, or not in this build yet.
+            ConfigError: any part is missing, unknown or contradictory.
         """
         environ = os.environ if environ is None else environ
         settings = Settings.from_environment(environ) if settings is None else settings
@@ -170,12 +176,11 @@ class Config:
             compat=given.get("compat", "1") == "1" and password is None,
             data=_data_port(given),
             tcp=given.get("tcp", "1") == "1",
-            udp=given.get("udp", "0") == "1",
+            udp=given.get("udp", "1") == "1",
             name=_client_name(given) if mode is Mode.CLIENT else "",
             settings=settings,
         )
         _refuse_contradictions(config, given, source)
-        _refuse_later_features(config)
         return config
 
 
@@ -358,13 +363,8 @@ def _refuse_contradictions(config: Config, given: Mapping[str, str], source: str
         guard = guard if config.password is not None else "compat=0"
         raise ConfigError("data", f"is for seed peers, and {guard} shuts them out; leave it out")
     if not (config.tcp or config.udp):
-        raise ConfigError("tcp", "is 0 and there is no udp=1, so nothing is left to carry")
+        raise ConfigError("tcp", "and udp are both 0, so nothing is left to carry")
     check_together([config])
-
-
-def _refuse_later_features(config: Config) -> None:
-    if config.udp:
-        raise ConfigError("udp", "is not in this build yet; leave it out")
 
 
 def check_together(configs: Iterable[Config]) -> None:
@@ -373,12 +373,12 @@ def check_together(configs: Iterable[Config]) -> None:
     Raises:
         ConfigError: two listeners overlap; names the second.
     """
-    taken: list[tuple[str, Address]] = []
+    taken: list[tuple[str, str, Address]] = []
     for config in configs:
-        for option, address in config.listeners:
-            for other, earlier in taken:
-                if overlap(address, earlier):
+        for option, protocol, address in config.listeners:
+            for other, other_protocol, earlier in taken:
+                if protocol == other_protocol and overlap(address, earlier):
                     raise ConfigError(
                         option, f"{address} is taken by {other} {earlier}; use another port"
                     )
-            taken.append((option, address))
+            taken.append((option, protocol, address))

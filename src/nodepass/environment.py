@@ -98,6 +98,7 @@ class Settings:
     threads: int = field(default_factory=available_cores)
     engine: Literal["native", "python"] = "native"
     splice: bool = True
+    udp_gso: bool = False
     log_format: Literal["text", "json"] = "text"
 
     @classmethod
@@ -195,11 +196,9 @@ VARIABLES: tuple[Variable, ...] = (
     _count("SEMAPHORE_LIMIT", 1, FLOWS_LIMIT, "most visitors served at once; more wait"),
     _count("MIN_POOL_CAPACITY", 1, FLOWS_LIMIT, "fewest idle links kept ready"),
     _count("MAX_POOL_CAPACITY", 1, FLOWS_LIMIT, "most idle links"),
-    _count("UDP_DATA_BUF_SIZE", 1, 65535, "largest datagram carried, bytes (later)"),
-    _duration(
-        "UDP_READ_TIMEOUT", "seed dialect: how long a datagram waits for its answer (later)"
-    ),
-    _duration("UDP_IDLE_TIMEOUT", "native dialect: end of a silent UDP session (later)"),
+    _count("UDP_DATA_BUF_SIZE", 1, 65535, "largest datagram carried, bytes"),
+    _duration("UDP_READ_TIMEOUT", "seed dialect: how long a datagram waits for its answer"),
+    _duration("UDP_IDLE_TIMEOUT", "native dialect: end of a silent UDP session"),
     _duration("REPORT_INTERVAL", "heartbeat and report period; lost after three"),
     _duration("SERVICE_COOLDOWN", "longest pause before dialling a lost tunnel again"),
     _duration("SHUTDOWN_TIMEOUT", "how long open relays may finish after SIGTERM", 0.0),
@@ -209,13 +208,13 @@ VARIABLES: tuple[Variable, ...] = (
     _count("NODEPASS_THREADS", 1, 256, "engine threads"),
     _choice("NODEPASS_ENGINE", ("native", "python"), "python = the slow twin"),
     _choice("NODEPASS_SPLICE", ("0", "1"), "0 = never splice, always copy"),
+    _choice("NODEPASS_UDP_GSO", ("0", "1"), "1 = let the kernel cut runs of datagrams"),
     _choice("LOG_FORMAT", ("text", "json"), "json = one JSON object a line"),
 )
 
 _ELSEWHERE = (
     "NODEPASS_PASSWORD",
     "NODEPASS_PASSWORD_FILE",
-    "NODEPASS_UDP_GSO",
     # Read while building, left over in many a shell that runs the result.
     "NODEPASS_DEBUG",
     "NODEPASS_PURE",

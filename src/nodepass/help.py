@@ -53,9 +53,6 @@ signals:   SIGINT, SIGTERM end after the open relays, a second one at once;
            SIGHUP re-reads the certificates
 """
 
-LATER = {"udp": "only 0 in this build"}
-"""What the parser knows and refuses for now."""
-
 PASSWORD_ROW = ("NODEPASS_PASSWORD[_FILE]", "-", "the password, or a file that holds it")
 
 
@@ -81,8 +78,7 @@ def _meaning(parameter: Parameter) -> str:
     said = parameter.meaning
     if parameter.name == "log":
         said += ": " + " ".join(parameter.values)
-    later = LATER.get(parameter.name)
-    return f"{said} ({later})" if later else said
+    return said
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import socket
 import struct
 from collections.abc import Callable
@@ -201,22 +202,36 @@ async def listen(host: str, port: int) -> list[socket.socket]:
     shown = join_address(host, port)
     opened: list[socket.socket] = []
     try:
-        for family, address in await _listen_addresses(host, port):
+        for family, address in await listen_addresses(host, port):
             if opened and port == 0:
                 address = (address[0], opened[0].getsockname()[1], *address[2:])  # noqa: PLW2901
             opened.append(_bind(family, address, is_dual=not host))
     except OSError as exc:
         for sock in opened:
             sock.close()
-        if isinstance(exc, socket.gaierror):
-            text = f"the name does not resolve ({exc.strerror})"
-            raise ListenError(shown, errno.EADDRNOTAVAIL, text) from exc
-        hint = "this machine has no such address" if exc.errno == errno.EADDRNOTAVAIL else ""
-        raise ListenError(shown, exc.errno or errno.EIO, hint) from exc
+        raise listen_error(shown, exc) from exc
     return opened
 
 
-async def _listen_addresses(host: str, port: int) -> list[Candidate]:
+def listen_error(shown: str, exc: OSError, way_out: str = "") -> ListenError:
+    """Say why an address cannot be listened on.
+
+    Args:
+        shown: the address, as the user knows it.
+        way_out: one clause on how to go without it, empty if there is none.
+    """
+    if isinstance(exc, socket.gaierror):
+        text = f"the name does not resolve ({exc.strerror})"
+        return ListenError(shown, errno.EADDRNOTAVAIL, text)
+    code = exc.errno or errno.EIO
+    hint = f"{os.strerror(code).lower()}; {way_out}" if way_out else ""
+    if code == errno.EADDRNOTAVAIL:
+        hint = "this machine has no such address"
+    return ListenError(shown, code, hint)
+
+
+async def listen_addresses(host: str, port: int) -> list[Candidate]:
+    """Return what to bind for a host; empty = every address, dual stack where possible."""
     if host:
         return await resolve(host, port, socket.AI_PASSIVE)
     if socket.has_dualstack_ipv6():

@@ -7,13 +7,14 @@ control channel; relays go on without it. Made by `client`, one after another.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import functools
 import random
 import socket
 from typing import TYPE_CHECKING, Final
 
-from . import net, wire
+from . import datagram, net, wire
 from .control import Control
 from .errors import DialError, EngineError, PeerWireError, PoolTimeout
 from .filler import Filler
@@ -30,14 +31,18 @@ from .message import (
 )
 from .pool import Demand, Link, Shelf
 from .record import Records
-from .relay import Relay, RelayResult
-from .session import Event, Lost, Role, Session
+from .relay import Relay, RelayResult, UdpRelay, UdpResult
+from .session import SILENT_PERIODS, Event, Lost, Role, Session
 
 if TYPE_CHECKING:
     from .client import Client
 
 TLS_READ_SIZE: Final = 16384
 """Bytes per read of a TLS link's first bytes: a handshake's end and an id are well below it."""
+
+IDLE_MARGIN: Final = 5.0
+"""Seconds that a UDP session lives longer here than on the server, where the visitor is: one side
+alone should close it, or a datagram could meet a link that is just being closed."""
 
 _FAILURES: Final = {
     errno.ECONNREFUSED: Failure.REFUSED,
@@ -194,14 +199,10 @@ class Pairing:
 
     def _on_event(self, event: Event) -> None:
         match event:
-            case Launch(Kind.TCP, number, visitor):
-                self._client.spawn(self._serve(number, visitor), "serving a visitor")
-            case SeedLaunch(link_id, Kind.TCP):
-                self._client.spawn(self._serve(link_id, ""), "serving a visitor")
-            case Launch(Kind.UDP, number, _):
-                self._give_up(number, Failure.UNKNOWN, "UDP is not in this build yet")
-            case SeedLaunch(link_id, Kind.UDP):
-                self._give_up(link_id, Failure.UNKNOWN, "UDP is not in this build yet")
+            case Launch(kind, number, visitor):
+                self._launch(kind, number, visitor)
+            case SeedLaunch(link_id, kind):
+                self._launch(kind, link_id, "")
             case Idle(count):
                 self._want(count)
                 self.filler.fill()
@@ -212,7 +213,14 @@ class Pairing:
                 if not self.lost.done():
                     self.lost.set_result(event)
 
-    async def _serve(self, name: int | str, visitor: str) -> None:
+    def _launch(self, kind: Kind, name: int | str, visitor: str) -> None:
+        config = self._client.config
+        if not (config.tcp if kind is Kind.TCP else config.udp):
+            self._give_up(name, Failure.REFUSED, f"{kind}=0 is set here, but not on the server")
+            return
+        self._client.spawn(self._serve(kind, name, visitor), "serving a visitor")
+
+    async def _serve(self, kind: Kind, name: int | str, visitor: str) -> None:
         """Claim the link, dial the target, and hand both to the engine."""
         client = self._client
         client.counters.visitors += 1
@@ -224,16 +232,20 @@ class Pairing:
             except PoolTimeout as exc:
                 self._give_up(name, Failure.UNKNOWN, str(exc))
                 return
-            relay = await self._join(link, visitor)
+            relay = await self._join(kind, link, visitor)
         finally:
             if relay is None:
                 client.leave()
 
-    async def _join(self, link: Link, visitor: str) -> Relay | None:
+    async def _join(self, kind: Kind, link: Link, visitor: str) -> Relay | UdpRelay | None:
         client, target = self._client, self._client.config.target
+        relay: Relay | UdpRelay
         try:
             await client.wait_slot()
-            sock = await net.dial(target.host, target.port, self._settings.dial_timeout)
+            if kind is Kind.TCP:
+                sock = await net.dial(target.host, target.port, self._settings.dial_timeout)
+            else:
+                sock = await client.dial_udp()
         except DialError as exc:
             net.reset(link.sock)
             client.free_slot()
@@ -244,7 +256,10 @@ class Pairing:
             net.reset(link.sock)
             raise
         try:
-            relay = client.relays.join(link.sock, sock, tls_a=link.tls, head_a=link.head)
+            if kind is Kind.TCP:
+                relay = client.relays.join(link.sock, sock, tls_a=link.tls, head_a=link.head)
+            else:
+                relay = self._join_udp(link, sock)
         except EngineError as exc:
             net.reset(link.sock)
             net.reset(sock)
@@ -254,6 +269,21 @@ class Pairing:
         client.hold(relay)
         relay.result.add_done_callback(functools.partial(self._part, relay, link.name, visitor))
         return relay
+
+    def _join_udp(self, link: Link, sock: socket.socket) -> UdpRelay:
+        settings = self._settings
+        is_raw = self.session.dialect is Dialect.SEED
+        with contextlib.suppress(OSError):  # the link has died, as the engine will find
+            datagram.tune_link(link.sock, SILENT_PERIODS * settings.report_interval)
+        idle = settings.udp_idle_timeout
+        return self._client.relays.dial(
+            link.sock,
+            sock,
+            tls=link.tls,
+            head=link.head,
+            idle=settings.udp_read_timeout if is_raw else idle + min(idle, IDLE_MARGIN),
+            is_raw=is_raw,
+        )
 
     def _claim_nowait(self, name: int | str) -> Link | None:
         link = self.shelf.claim(name)
@@ -290,7 +320,11 @@ class Pairing:
             self.filler.fill()
 
     def _part(
-        self, relay: Relay, name: int | str, visitor: str, result: asyncio.Future[RelayResult]
+        self,
+        relay: Relay | UdpRelay,
+        name: int | str,
+        visitor: str,
+        result: asyncio.Future[RelayResult] | asyncio.Future[UdpResult],
     ) -> None:
         self._client.free_slot()
         self._client.leave()
@@ -298,6 +332,8 @@ class Pairing:
             self._client.forget(relay)
             return
         outcome = result.result()
+        if isinstance(outcome, UdpResult) and outcome.code == errno.ECONNREFUSED:
+            self._client.avoid_udp()
         self._client.release(relay, outcome)
         if self._client.log.is_debug:
             self._client.log.debug(

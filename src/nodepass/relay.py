@@ -1,190 +1,75 @@
-"""Relays: two connections joined by the engine, and what became of them; TLS handshakes too.
+"""Relays: connections joined by the engine; TLS handshakes and gates, too.
 
 The only importer of the engine. Owns: the choice between the native engine and its slow
-twin, handing sockets down, and turning completions into results. Called by `server` and
-`client`; one `Relays` serves every tunnel of a process.
+twin, handing sockets down, and turning completions into results (`work` has their shapes).
+Called by `server` and `client`; one `Relays` serves every tunnel of a process.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import importlib
 import os
+import re
 import socket
 from collections.abc import Callable
-from enum import IntEnum
-from typing import TYPE_CHECKING, Final, Generic, NamedTuple, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from .environment import Settings
 from .log import Log
+from .work import (
+    Engine,
+    Gate,
+    Handshake,
+    HandshakeResult,
+    Reason,
+    Relay,
+    RelayResult,
+    UdpRelay,
+    UdpResult,
+)
 
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection
 
-    from ._fastcopy import Completion, EngineStatistics
+    from ._fastcopy import Completion, EngineStatistics, Newcomer, UdpCompletion
 
-R = TypeVar("R")
+__all__ = [
+    "Engine", "Gate", "Handshake", "HandshakeResult", "Reason", "Relay", "RelayResult", "Relays",
+    "UdpRelay", "UdpResult",
+]  # fmt: skip
 
 CLOSE_GRACE: Final = 5.0
 """Seconds that closing may wait for engine threads: a hundred times what they need."""
-
-
-_TLS_ENDS: Final = {errno.EBADMSG: "bad TLS record", errno.ENODATA: "truncated"}
-"""Ends that only a TLS leg has: tampering or an alert, and a FIN without a close_notify."""
-
-
-class Reason(IntEnum):
-    """Why a relay ended; the engine's numbers."""
-
-    FINISHED = 0
-    RESET = 1
-    ABORTED = 2
-    IDLE = 3
-
-
-class RelayResult(NamedTuple):
-    """How a relay ended. A reset is a result, not an error."""
-
-    up: int
-    """Bytes delivered from a to b."""
-    down: int
-    """Bytes delivered from b to a."""
-    reason: Reason
-    side: int
-    """Which side caused it: 1 = a, 2 = b, 0 = neither."""
-    code: int
-    """errno behind a reset, 0 otherwise."""
-
-    def describe(self) -> str:
-        """Say in a word or two why it ended, for a log line."""
-        if self.reason is Reason.RESET and self.code:
-            if self.code in _TLS_ENDS:
-                return _TLS_ENDS[self.code]
-            return errno.errorcode.get(self.code, str(self.code)).lower()
-        return self.reason.name.lower()
-
-
-class HandshakeResult(NamedTuple):
-    """How a TLS handshake ended. A failure is a result, not an error."""
-
-    reason: Reason
-    """FINISHED = it is done; RESET = it failed; ABORTED = nobody wanted it any more."""
-    code: int
-    """errno behind a failure: EBADMSG = TLS itself, ENODATA = the peer closed in the middle."""
-    detail: int
-    """OpenSSL's packed error code, 0 = none; `tls.explain` puts it into words."""
-
-    @property
-    def is_done(self) -> bool:
-        return self.reason is Reason.FINISHED
-
-    def describe_break(self) -> str:
-        """Say how the connection itself ended, empty if it was TLS that failed."""
-        if self.code == errno.EBADMSG:
-            return ""
-        if self.reason is Reason.ABORTED:
-            return "the TLS handshake was given up"
-        why = "it was closed" if self.code == errno.ENODATA else os.strerror(self.code).lower()
-        return f"the connection broke during the TLS handshake: {why}"
-
-
-class Engine(Protocol):
-    """What both twins offer; `_fastcopy.pyi` documents it."""
-
-    def fileno(self) -> int: ...
-    def poll(self) -> list[Completion]: ...
-    def relay(
-        self,
-        fd_a: int,
-        fd_b: int,
-        *,
-        tls_a: Connection | None = None,
-        tls_b: Connection | None = None,
-        head_a: bytes = b"",
-        head_b: bytes = b"",
-        idle: float = 0.0,
-    ) -> int: ...
-    def handshake(self, fd: int, tls: Connection) -> int: ...
-    def live(self, token: int) -> tuple[int, int] | None: ...
-    def abort(self, token: int) -> None: ...
-    def statistics(self) -> EngineStatistics: ...
-    def close(self, deadline: float = 5.0) -> bool: ...
-
-
-class _Work(Generic[R]):
-    """What the engine has been given; `result` resolves when it is done with it."""
-
-    __slots__ = ("_engine", "result", "token")
-
-    def __init__(self, engine: Engine, token: int, result: asyncio.Future[R]) -> None:
-        self._engine = engine
-        self.token = token
-        self.result = result
-
-    def abort(self) -> None:
-        """End it at once; the result follows. A no-op once that is there."""
-        if not self.result.done():
-            self._engine.abort(self.token)
-
-
-class Relay(_Work[RelayResult]):
-    """One joined pair; aborted, both sides are reset."""
-
-    __slots__ = ()
-
-    def live(self) -> tuple[int, int]:
-        """Return bytes delivered so far, up and down."""
-        if self.result.cancelled():
-            return 0, 0  # the engine did not end in time and took its counts along
-        if self.result.done():
-            return self.result.result()[:2]
-        return self._engine.live(self.token) or (0, 0)
-
-    def finish(self, completion: Completion) -> None:
-        """Take the engine's word that all is over."""
-        if not self.result.done():
-            _, up, down, reason, side, code, _ = completion
-            self.result.set_result(RelayResult(up, down, Reason(reason), side, code))
-
-
-class Handshake(_Work[HandshakeResult]):
-    """One TLS handshake; socket and connection are the engine's until `result` is there."""
-
-    __slots__ = ("connection",)
-
-    def __init__(
-        self,
-        engine: Engine,
-        token: int,
-        result: asyncio.Future[HandshakeResult],
-        connection: Connection,
-    ) -> None:
-        super().__init__(engine, token, result)
-        self.connection = connection
-
-    def finish(self, completion: Completion) -> None:
-        """Take the engine's word that all is over."""
-        if not self.result.done():
-            _, _, _, reason, _, code, detail = completion
-            self.result.set_result(HandshakeResult(Reason(reason), code, detail))
+_RELEASE: Final = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
+_GSO_BROKEN: Final = ((7, 0, 0), (7, 1, 5))
+"""Kernels, from the first to the one before the second, that spoil headers and checksums of
+runs of equally long datagrams: Linux commit b10b446 until 78effd8."""
 
 
 class _Crew:
     """One engine and what runs on it."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, newcomer: type[Newcomer]) -> None:
         self._loop = asyncio.get_running_loop()
         self.engine = engine
-        self.open: dict[int, Relay | Handshake] = {}
+        self._newcomer = newcomer
+        self.open: dict[int, Relay | Handshake | UdpRelay | Gate] = {}
         self._loop.add_reader(engine.fileno(), self.drain)
 
     def drain(self) -> None:
-        for completion in self.engine.poll():
-            work = self.open.pop(completion[0], None)
-            if work is not None:
-                work.finish(completion)
+        for report in self.engine.poll():
+            if isinstance(report, self._newcomer):
+                gate = self.open.get(report.gate)
+                if isinstance(gate, Gate):
+                    gate.meet(report)
+                continue
+            work = self.open.pop(report[0], None)
+            if isinstance(work, Relay | Handshake):
+                work.finish(cast("Completion", report))
+            elif work is not None:
+                work.finish(cast("UdpCompletion", report))
 
     def leave_loop(self) -> None:
         self._loop.remove_reader(self.engine.fileno())
@@ -212,12 +97,14 @@ class Relays:
         self.kind, self._module = _choose(settings.engine)
         """"native" or "python"."""
         self._crew = self._hire(self._module)
+        self._gso = settings.udp_gso and _may_use_gso()
         self._tls_module: _Module | None = None
         self._tls_crew: _Crew | None = None
         self._is_closed = False
 
     def __len__(self) -> int:
-        return sum(len(crew.open) for crew in self._crews())
+        works = [work for crew in self._crews() for work in crew.open.values()]
+        return sum(1 for work in works if not isinstance(work, Gate))
 
     def __repr__(self) -> str:
         return f"<Relays {self.kind} open={len(self)}>"
@@ -292,6 +179,97 @@ class Relays:
                     await asyncio.wait({handshake.result})
             raise
 
+    def serve(
+        self,
+        sock: socket.socket,
+        on_newcomer: Callable[[Gate, Newcomer], None],
+        *,
+        has_tls: bool,
+    ) -> Gate:
+        """Open a gate on a bound UDP socket, which is the engine's from here on.
+
+        Args:
+            sock: non-blocking, known to no task or transport.
+            on_newcomer: called with each source that waits for a link.
+            has_tls: whether its links speak TLS.
+
+        Raises:
+            EngineError: the engine is full or closed; the socket is still the caller's.
+        """
+        crew = self._tls() if has_tls else self._crew
+        token = crew.engine.udp_serve(
+            sock.fileno(), datagram=self._settings.udp_data_buf_size, gso=self._gso
+        )
+        sock.detach()
+        gate = Gate(crew.engine, token, self._loop.create_future(), on_newcomer)
+        crew.open[token] = gate
+        return gate
+
+    def bind(
+        self,
+        gate: Gate,
+        newcomer: Newcomer,
+        link: socket.socket,
+        *,
+        tls: Connection | None = None,
+        head: bytes = b"",
+        idle: float,
+        is_raw: bool = False,
+    ) -> UdpRelay:
+        """Join a source that waits at a gate with a link; that is the engine's from here on.
+
+        Args:
+            link: connected, non-blocking, known to no task, transport or watch.
+            tls: TLS of the link, its handshake done.
+            head: plaintext already read from the link.
+            idle: seconds of silence that end it.
+            is_raw: seed dialect: one datagram, one answer, no frames.
+
+        Raises:
+            EngineError: nobody waits any more, or the engine is full or closed; the link is
+                still the caller's.
+        """
+        crew = next(crew for crew in self._crews() if crew.engine is gate.engine)
+        token = crew.engine.udp_bind(
+            newcomer.token, link.fileno(), tls=tls, head=head, idle=idle, raw=is_raw
+        )
+        link.detach()
+        return self._begin_udp(crew, token)
+
+    def dial(
+        self,
+        link: socket.socket,
+        target: socket.socket,
+        *,
+        tls: Connection | None = None,
+        head: bytes = b"",
+        idle: float,
+        is_raw: bool = False,
+    ) -> UdpRelay:
+        """Join a link with a connected UDP socket; both are the engine's from here on.
+
+        Args, Raises: as `bind`.
+        """
+        crew = self._crew if tls is None else self._tls()
+        token = crew.engine.udp_dial(
+            link.fileno(),
+            target.fileno(),
+            tls=tls,
+            head=head,
+            datagram=self._settings.udp_data_buf_size,
+            idle=idle,
+            raw=is_raw,
+            gso=self._gso,
+        )
+        link.detach()
+        target.detach()
+        return self._begin_udp(crew, token)
+
+    def _begin_udp(self, crew: _Crew, token: int) -> UdpRelay:
+        relay = UdpRelay(crew.engine, token, self._loop.create_future())
+        crew.open[token] = relay
+        return relay
+
     def drain(self) -> None:
         """Take note of what has ended by now, without waiting for the loop to come to it."""
         for crew in self._crews():
@@ -350,7 +328,8 @@ class Relays:
         return is_joined
 
     def _hire(self, module: _Module) -> _Crew:
-        return _Crew(module.Engine(self._settings.threads, splice=self._settings.splice))
+        engine = module.Engine(self._settings.threads, splice=self._settings.splice)
+        return _Crew(engine, module.Newcomer)
 
     def _tls(self) -> _Crew:
         if self._tls_crew is None:
@@ -366,8 +345,21 @@ class Relays:
         return [self._crew, self._tls_crew]
 
 
+def _may_use_gso() -> bool:
+    release = os.uname().release if hasattr(os, "uname") else ""
+    found = _RELEASE.match(release)
+    if found is None or not _GSO_BROKEN[0] <= tuple(map(int, found.groups("0"))) < _GSO_BROKEN[1]:
+        return True
+    Log("relay").warn(
+        "this kernel garbles datagrams that it cuts itself; NODEPASS_UDP_GSO=1 is not followed",
+        kernel=release,
+    )
+    return False
+
+
 class _Module(Protocol):
     Engine: Callable[..., Engine]
+    Newcomer: type[Newcomer]
 
     def tls_trouble(self) -> str | None: ...
     def alpn_selector(self) -> int | None: ...

@@ -39,7 +39,7 @@ from .message import (
 )
 from .penalty import Penalties
 from .pool import Demand, Link, Member, Pool, Shelf, announce
-from .relay import Relay
+from .relay import Relay, UdpRelay
 from .session import Event, Lost, Role, Session
 from .stats import Counters
 from .watch import HangupWatch
@@ -57,7 +57,7 @@ class Client(Member):
     host: str = ""
     key: bytes = field(default=b"", repr=False)
     control: Control | None = None
-    launched: dict[int | str, tuple[Relay, float]] = field(default_factory=dict)
+    launched: dict[int | str, tuple[Relay | UdpRelay, float]] = field(default_factory=dict)
     """Open relays by link, each with the time of its launch in seconds of the loop."""
 
 

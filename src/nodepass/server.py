@@ -15,17 +15,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from . import net
-from .config import Mode
+from .config import Config, Mode
 from .dataport import DataPort
 from .entrance import Entrance
 from .errors import EngineError, PoolClosed, PoolTimeout
+from .gate import Gates
 from .message import Kind
 from .penalty import Penalties
 from .pool import Link, Member, Pool, announce
-from .relay import Relay, RelayResult
+from .relay import Relay, RelayResult, Relays, UdpRelay, UdpResult
 from .roster import Client, Roster
-from .stats import TunnelStatistics, least_rtt
-from .tunnel import Tunnel
+from .stats import Datagrams, TunnelStatistics, least_rtt
+from .tunnel import ABORT_GRACE, Tunnel
 from .watch import HangupWatch
 
 if TYPE_CHECKING:
@@ -41,9 +42,14 @@ class Server(Tunnel):
 
     mode = Mode.SERVER
 
+    def __init__(self, url: str | Config, *, relays: Relays | None = None) -> None:
+        super().__init__(url, relays=relays)
+        self._gates = Gates(self)
+
     async def _open(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._visitors = 0
+        self._is_udp_turn = False
         key = await self.stretch_password()
         self._tls = await asyncio.to_thread(self._load_tls)
         penalties = Penalties()
@@ -53,19 +59,19 @@ class Server(Tunnel):
         self.resources.callback(self._waiting.close)
         idle = HangupWatch()
         self.resources.callback(idle.close)
-        self._pool = Pool()
+        self.pool = Pool()
         self._clients = Roster(
             self.settings,
             self.log,
             self.counters,
-            self._pool,
+            self.pool,
             idle,
             self.spawn,
             shares,
             penalties,
         )
         self.resources.callback(self._clients.close, "stopped")
-        self.resources.callback(self._pool.close)
+        self.resources.callback(self.pool.close)
         self._entrance = Entrance(
             self.log,
             self.settings.handshake_timeout,
@@ -78,11 +84,11 @@ class Server(Tunnel):
             penalties,
         )
         self.resources.callback(self._entrance.close)
-        tunnel, target = self.config.tunnel, self.config.target
+        tunnel = self.config.tunnel
         self._tunnel = await self._listen(
             tunnel.host, tunnel.port, self._entrance.admit, self._entrance.make_room
         )
-        self._target = await self._listen(target.host, target.port, self._admit_visitor)
+        await self._open_target()
         self._data: net.Listener | None = None
         self._seed_links: DataPort | None = None
         if self.config.compat:
@@ -91,13 +97,24 @@ class Server(Tunnel):
                 self.counters,
                 self.settings.handshake_timeout,
                 self._clients,
-                self._pool,
+                self.pool,
                 self.relays,
                 self._tls,
             )
             self.resources.callback(self._seed_links.close)
             self._data = await self._listen(tunnel.host, self.config.data, self._admit_seed_link)
             self._entrance.data_port = self._data.address[1]
+
+    async def _open_target(self) -> None:
+        """Listen for visitors, TCP and UDP on one port."""
+        host, port = self.config.target.host, self.config.target.port
+        self._target: net.Listener | None = None
+        if self.config.tcp:
+            self._target = await self._listen(host, port, self._admit_visitor)
+            port = self._target.address[1]
+        self.resources.callback(self._gates.close)
+        if self.config.udp:
+            await self._gates.open(host, port)
 
     async def _listen(
         self,
@@ -120,13 +137,15 @@ class Server(Tunnel):
         for listener in (self._tunnel, self._target, self._data):
             if listener is not None:
                 listener.resume()
+        self._gates.begin(has_tls=self._tls is not None)
         self._rest_timer = self._loop.call_later(self.settings.report_interval, self._rest)
         self.resources.callback(self._stop_resting)
         data = {} if self._data is None else {"data": self._data.address[1]}
         self.log.info(
             "server listening",
             tunnel=net.join_address(*self._tunnel.address),
-            target=net.join_address(*self._target.address),
+            target=net.join_address(*self._target_address),
+            carries=self.config.carries,
             **data,
             tls=self.config.tls,
             engine=self.relays.kind,
@@ -162,26 +181,35 @@ class Server(Tunnel):
             self.log.warn("no TLS: whoever sees the wire can read it; add tls=1 or tls=2")
 
     async def _drain(self) -> None:
-        self._target.close()
+        if self._target is not None:
+            self._target.close()
+        self._gates.shut()
+        self.hurry()
         self._tunnel.close()
         self._clients.drain()
         await asyncio.sleep(0)  # the drain lines leave before the idle links go
         self._entrance.close()
-        self._pool.close()
+        self.pool.close()
         if self._open_relays:
             self.log.info("waiting for open relays", relays=len(self._open_relays))
         await self.wait_relays(self.settings.shutdown_timeout)
 
+    async def _let_go(self) -> None:
+        await self._gates.wait_closed(ABORT_GRACE)
+
+    def datagrams(self) -> Datagrams:
+        return Datagrams.total([super().datagrams(), self._gates.datagrams()])
+
     def _look(self) -> TunnelStatistics:
         up, down = self.live_bytes()
-        members = list(self._pool)
+        members = list(self.pool)
         counters = self.counters
         return TunnelStatistics(
             mode=str(self.mode),
             sessions_open=len(self._clients),
             sessions=counters.sessions,
             visitors_open=self._visitors,
-            visitors_waiting=self._pool.waiting,
+            visitors_waiting=self.pool.waiting + self._gates.waiting,
             visitors=counters.visitors,
             visitors_refused=counters.visitors_refused,
             relays_open=len(self._open_relays),
@@ -194,6 +222,7 @@ class Server(Tunnel):
             strangers=counters.strangers,
             bytes_up=up,
             bytes_down=down,
+            datagrams=self.datagrams(),
             rtt=least_rtt(client.session.rtt for client in self._clients),
         )
 
@@ -207,22 +236,57 @@ class Server(Tunnel):
     def target_address(self) -> tuple[str, int]:
         """Host and port that visitors dial."""
         self.require_running()
-        return self._target.address
+        return self._target_address
+
+    @property
+    def _target_address(self) -> tuple[str, int]:
+        address = self._gates.address if self._target is None else self._target.address
+        assert address is not None, "nothing is listened on"
+        return address
+
+    # ------------------------------------------------------------------------- slots
+
+    @property
+    def has_slot(self) -> bool:
+        """Whether one more visitor may be served."""
+        return self._visitors < self._limit
+
+    def take_slot(self) -> None:
+        """Count a visitor, TCP or UDP, until `free_slot`."""
+        self._visitors += 1
+        if not self.has_slot:
+            self.tell_limit()
+            if self._target is not None:
+                self._target.pause()
+
+    def free_slot(self) -> None:
+        """Give a visitor's slot back; those who wait get it, TCP and UDP by turns."""
+        self._visitors -= 1
+        if self.is_stopping or not self.has_slot:
+            return
+        self._is_udp_turn = not self._is_udp_turn
+        if self._is_udp_turn and self._gates.admit_one():
+            return
+        if self._target is not None and self._target.is_paused:
+            self._target.resume()
+        else:
+            self._gates.admit_one()
+
+    def tell_limit(self) -> None:
+        """Say that visitors have to wait for others to leave."""
+        self.log.repeated(
+            "warn",
+            "limit",
+            "as many visitors as SEMAPHORE_LIMIT allows; more wait",
+            limit=self._limit,
+        )
 
     # --------------------------------------------------------------------- visitors
 
     def _admit_visitor(self, sock: socket.socket, host: str, port: int) -> None:
         self.counters.visitors += 1
-        self._visitors += 1
-        if self._visitors >= self._limit:
-            self._target.pause()
-            self.log.repeated(
-                "warn",
-                "limit",
-                "as many visitors as SEMAPHORE_LIMIT allows; more wait in the kernel's queue",
-                limit=self._limit,
-            )
-        found = self._pool.take_nowait()
+        self.take_slot()
+        found = self.pool.take_nowait()
         if found is not None:
             self._join(sock, net.join_address(host, port), *found)
         else:
@@ -241,16 +305,15 @@ class Server(Tunnel):
 
         self._waiting.add(sock, leave)
         try:
-            member, link = await self._pool.take(self.settings.dial_timeout)
+            member, link = await self.pool.take(self.settings.dial_timeout)
         except (PoolTimeout, PoolClosed) as exc:
             self._waiting.remove(sock)
-            hint = "no client is connected" if not len(self._clients) else str(exc)
-            self._turn_away(sock, "warn", "no link", hint)
+            self._turn_away(sock, "warn", "no link", self.why_no_link(exc))
             return
         except BaseException:
             self._waiting.remove(sock)
             net.reset(sock)
-            self._free_slot()
+            self.free_slot()
             if is_gone and waiting is not None and not waiting.uncancel():
                 return  # the visitor has gone; that is all
             raise
@@ -260,8 +323,12 @@ class Server(Tunnel):
     def _turn_away(self, sock: socket.socket, level: str, key: str, why: object) -> None:
         net.reset(sock)
         self.counters.visitors_refused += 1
-        self._free_slot()
+        self.free_slot()
         self.log.repeated(level, key, "a visitor was turned away", why=why)
+
+    def why_no_link(self, exc: PoolTimeout | PoolClosed) -> str:
+        """Say in a clause why a visitor got no link."""
+        return str(exc) if len(self._clients) else "no client is connected"
 
     def _join(self, sock: socket.socket, visitor: str, member: Member, link: Link) -> None:
         assert isinstance(member, Client)
@@ -279,20 +346,21 @@ class Server(Tunnel):
             announce(member)
         self.hold(relay)
         relay.result.add_done_callback(
-            functools.partial(self._part, relay, member, link.name, visitor)
+            functools.partial(self.part, relay, member, link.name, visitor)
         )
 
-    def _part(
+    def part(
         self,
-        relay: Relay,
+        relay: Relay | UdpRelay,
         client: Client,
         name: int | str,
         visitor: str,
-        result: asyncio.Future[RelayResult],
+        result: asyncio.Future[RelayResult] | asyncio.Future[UdpResult],
     ) -> None:
+        """Take note that a relay has ended."""
         client.relays -= 1
         del client.launched[name]
-        self._free_slot()
+        self.free_slot()
         if result.cancelled():
             self.forget(relay)
             return
@@ -308,11 +376,6 @@ class Server(Tunnel):
                 down=outcome.down,
                 reason=outcome.describe(),
             )
-
-    def _free_slot(self) -> None:
-        self._visitors -= 1
-        if self._target.is_paused and not self.is_stopping:
-            self._target.resume()
 
     # ------------------------------------------------------------------------ small
 

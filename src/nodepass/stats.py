@@ -7,6 +7,43 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+
+class Datagrams(NamedTuple):
+    """What became of datagrams since the start; "up" is from visitors towards the target."""
+
+    up: int = 0
+    """Carried on."""
+    down: int = 0
+    bytes_up: int = 0
+    """Bytes of those, without headers."""
+    bytes_down: int = 0
+    too_large: int = 0
+    """Dropped: longer than UDP_DATA_BUF_SIZE, or than the path takes."""
+    slow_link: int = 0
+    """Dropped: the link did not take them fast enough, or broke."""
+    no_link: int = 0
+    """Dropped: their source had no link in time."""
+    overrun: int = 0
+    """Dropped by the kernel, whose receive buffer was full."""
+    unsent: int = 0
+    """Dropped: the kernel would not send them."""
+    refused: int = 0
+    """Times that nobody listened at the target."""
+
+    @classmethod
+    def total(cls, parts: Iterable[Datagrams]) -> Datagrams:
+        """Return the sum of some counts, field by field."""
+        return cls(*map(sum, zip(cls(), *parts, strict=True)))
+
+    @property
+    def dropped(self) -> int:
+        """All that were lost on the way, whatever the cause."""
+        return self.too_large + self.slow_link + self.no_link + self.overrun + self.unsent
+
+
+NOTHING: Final = Datagrams()
 
 
 @dataclass(slots=True)
@@ -23,6 +60,8 @@ class Counters:
     strangers: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
+    datagrams: Datagrams = NOTHING
+    """Of the UDP relays and gates that have ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +95,11 @@ class TunnelStatistics:
     strangers: int
     """Connections turned away: silent, garbage, unproven, or over a limit."""
     bytes_up: int
-    """Bytes from visitors to the target, open relays included."""
+    """Bytes from visitors to the target, open relays included, TCP and UDP."""
     bytes_down: int
     """Bytes from the target to visitors, open relays included."""
+    datagrams: Datagrams
+    """What became of datagrams, those of open relays included."""
     rtt: float | None
     """Now: seconds to the other side and back, the least of all sessions; None = not known."""
 
@@ -73,6 +114,8 @@ class TunnelStatistics:
             "wanted": self.links_wanted,
             "up": self.bytes_up,
             "down": self.bytes_down,
+            "datagrams": self.datagrams.up + self.datagrams.down,
+            "dropped": self.datagrams.dropped,
             "rtt_ms": "-" if self.rtt is None else f"{self.rtt * 1000:.1f}",
         }
 

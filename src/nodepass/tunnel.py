@@ -17,12 +17,15 @@ from typing import Final, Self
 
 from . import net
 from .config import Config, Mode
+from .drop import DropReport
 from .errors import ConfigError, TunnelError
 from .log import Log
 from .proof import stretch_password
-from .relay import Reason, Relay, RelayResult, Relays
-from .stats import Counters, TunnelStatistics
+from .relay import Relay, RelayResult, Relays, UdpRelay, UdpResult
+from .stats import Counters, Datagrams, TunnelStatistics
 
+LAST_WORDS: Final = 1.0
+"""Seconds of silence after which a UDP session counts as done once the tunnel stops."""
 ABORT_GRACE: Final = 1.0
 """Seconds to wait for the results of aborted relays: an abort takes one turn of the engine."""
 
@@ -46,7 +49,9 @@ class Tunnel(ABC):
         self.counters = Counters()
         self._shared_relays = relays
         self._relays: Relays | None = relays
-        self._open_relays: set[Relay] = set()
+        self._open_relays: set[Relay | UdpRelay] = set()
+        self._drops = DropReport(self.log, self._drop_fields)
+        self._drop_timer: asyncio.TimerHandle | None = None
         self._group: asyncio.TaskGroup | None = None
         self._main: asyncio.Task[None] | None = None
         self._closed = asyncio.Event()
@@ -97,6 +102,8 @@ class Tunnel(ABC):
             self._is_running = True
             self._arm_report()
             self._arm_reload()
+            if self.config.udp:
+                self._look_at_drops()
 
     async def stop(self) -> None:
         """Serve no new visitors, let open relays finish in SHUTDOWN_TIMEOUT, end. Idempotent.
@@ -162,6 +169,10 @@ class Tunnel(ABC):
     def _look(self) -> TunnelStatistics:
         """Gather the statistics."""
 
+    async def _let_go(self) -> None:
+        """Wait, in bounded time, for what the engine still has of ours."""
+        return
+
     def _reload(self, *, force: bool) -> bool:  # noqa: ARG002 - for those that have files
         """Read certificate files that have changed, or all; return whether there are any."""
         return False
@@ -201,24 +212,28 @@ class Tunnel(ABC):
             return
         self._group.create_task(self._guard(work, what))
 
-    def hold(self, relay: Relay) -> None:
+    def hold(self, relay: Relay | UdpRelay) -> None:
         """Count a relay as open until its result is there."""
         self._open_relays.add(relay)
 
-    def forget(self, relay: Relay) -> None:
+    def forget(self, relay: Relay | UdpRelay) -> None:
         """Stop counting a relay whose result will never come."""
         self._open_relays.discard(relay)
 
-    def release(self, relay: Relay, result: RelayResult) -> None:
+    def release(self, relay: Relay | UdpRelay, result: RelayResult | UdpResult) -> None:
         """Add a finished relay to the counters."""
         self._open_relays.discard(relay)
         self.counters.bytes_up += result.up
         self.counters.bytes_down += result.down
-        if result.reason is not Reason.FINISHED:
+        if isinstance(result, UdpResult):
+            parts = (self.counters.datagrams, result.datagrams)
+            self.counters.datagrams = Datagrams.total(parts)
+        if not result.is_clean:
             self.counters.relays_reset += 1
 
     async def wait_relays(self, timeout: float) -> None:  # noqa: ASYNC109
         """Wait until no relay is open, at most so many seconds."""
+        results: set[asyncio.Future[RelayResult] | asyncio.Future[UdpResult]]
         results = {relay.result for relay in self._open_relays}
         if results:
             await asyncio.wait(results, timeout=timeout)
@@ -231,6 +246,22 @@ class Tunnel(ABC):
             up += live_up
             down += live_down
         return up, down
+
+    def datagrams(self) -> Datagrams:
+        """Return what has become of datagrams since the start, open relays included."""
+        open_ones = [r.datagrams() for r in self._open_relays if isinstance(r, UdpRelay)]
+        return Datagrams.total([self.counters.datagrams, *open_ones])
+
+    def hurry(self) -> None:
+        """Let UDP sessions end soon after their last datagram, not only after their idle time."""
+        for relay in self._open_relays:
+            if isinstance(relay, UdpRelay):
+                relay.limit(min(LAST_WORDS, self.settings.udp_idle_timeout))
+
+    def _drop_fields(self, cause: str) -> dict[str, object]:
+        if cause == "too_large":
+            return {"limit": self.settings.udp_data_buf_size}
+        return {"target": self.config.target} if cause == "refused" else {}
 
     # ------------------------------------------------------------------------- private
 
@@ -252,10 +283,10 @@ class Tunnel(ABC):
     async def _end(self) -> None:
         """Give everything back, whatever has been taken so far."""
         try:
-            for timer in (self._report_timer, self._reload_timer):
+            for timer in (self._report_timer, self._reload_timer, self._drop_timer):
                 if timer is not None:
                     timer.cancel()
-            self._report_timer = self._reload_timer = None
+            self._report_timer = self._reload_timer = self._drop_timer = None
             self.resources.close()
             if self._main is not None:
                 self._main.cancel()
@@ -263,6 +294,8 @@ class Tunnel(ABC):
             for relay in list(self._open_relays):
                 relay.abort()
             await self.wait_relays(ABORT_GRACE)
+            await self._let_go()
+            self._drops.look(self.datagrams(), asyncio.get_running_loop().time(), is_last=True)
         finally:
             # Whoever cancels us here still gets the engine's threads back.
             try:
@@ -285,6 +318,11 @@ class Tunnel(ABC):
             self._last_report = fields
             self.log.debug("report", **fields)
         self._arm_report()
+
+    def _look_at_drops(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._drops.look(self.datagrams(), loop.time())
+        self._drop_timer = loop.call_later(self.settings.report_interval, self._look_at_drops)
 
     def _arm_reload(self) -> None:
         loop = asyncio.get_running_loop()

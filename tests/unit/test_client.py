@@ -433,10 +433,11 @@ async def test_relay_without_a_result_is_no_longer_counted() -> None:
 
 
 @both
-async def test_udp_is_answered_with_unknown() -> None:
-    async with paired() as (server, _, links):
-        await server.say("udp://1?from=10.0.0.1:1")
-        assert await signal(server) == "fail://1?why=unknown"
+@pytest.mark.parametrize("kind", ["udp", "tcp"])
+async def test_a_protocol_that_is_off_is_refused(kind: str) -> None:
+    async with paired(f"{kind}=0&log=none") as (server, _, links):
+        await server.say(f"{kind}://1?from=10.0.0.1:1")
+        assert await signal(server) == "fail://1?why=refused"
         assert await is_reset(links[1])
         assert (await server.link())[0] == 3, "and another takes its place"
 
@@ -623,8 +624,8 @@ async def test_seed_launch_of_what_never_comes() -> None:
 
 
 @both
-async def test_seed_udp_launch_resets_its_link() -> None:
-    async with seeded() as (server, desk):
+async def test_seed_launch_of_a_protocol_that_is_off_resets_its_link() -> None:
+    async with seeded("udp=0&log=none") as (server, desk):
         name, link = next(iter(server.links.items()))
         await until(lambda: desk.figures.links_idle == 2, 5, "both links")
         await server.say(f"//{name}#2")

@@ -56,7 +56,7 @@ def test_defaults_of_a_server() -> None:
         compat=True,
         data=0,
         tcp=True,
-        udp=False,
+        udp=True,
         name="",
         settings=Settings(),
     )
@@ -199,7 +199,6 @@ def test_environment_and_settings_of_the_process(monkeypatch: pytest.MonkeyPatch
         ("server://a:b:1/c:2", "tunnel", "is not host:port; an IPv6 address needs brackets"),
         ("server://2001:db8::1:1/c:2", "tunnel", "an IPv6 address needs brackets"),
         ("server://1.2.3:1/c:2", "tunnel", "'1.2.3' is not an IPv4 address"),
-        (f"{SERVER}?tcp=0", "tcp", "nothing is left to carry"),
         (f"{CLIENT}?tcp=0&udp=0", "tcp", "nothing is left to carry"),
     ],
 )
@@ -207,17 +206,6 @@ def test_refusals(url: str, option: str, says: str) -> None:
     error = refusal(url)
     assert error.option == option
     assert says in error.message
-
-
-@pytest.mark.parametrize("url", [f"{SERVER}?udp=1", f"{CLIENT}?tcp=0&udp=1"])
-def test_later_features_are_refused(url: str) -> None:
-    error = refusal(url)
-    assert error.option == "udp"
-    assert error.message == "is not in this build yet; leave it out"
-
-
-def test_a_later_feature_is_validated_first() -> None:
-    assert refusal(f"{SERVER}?udp=1&data=x").option == "data"
 
 
 @pytest.mark.parametrize(
@@ -299,7 +287,7 @@ def test_passwords_in_the_url(written: str, password: str) -> None:
         ("client://topsecret@h:1/t:2?compat=1", "compat", "a password shuts seed peers out"),
         ("server://topsecret@h:1/t:2?data=7", "data", "and a password shuts them out"),
         ("server://topsecret@h:1/h:1", "target", "is taken"),
-        ("client://topsecret@h:1/t:2?udp=1", "udp", "not in this build"),
+        ("client://topsecret@h:1/t:2?udp=2", "udp", "it may be 0 1"),
     ],
 )
 def test_bad_passwords_are_not_repeated(url: str, option: str, says: str) -> None:
@@ -393,13 +381,17 @@ def test_url(url: str, shown: str) -> None:
     assert parse(url).url == shown
 
 
-def test_url_of_every_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_refuse_later_features", lambda config: None)
-    url = f"{SERVER}?tls=2&crt=a.pem&key=b.pem&udp=1"
+def test_url_of_every_parameter() -> None:
+    url = f"{SERVER}?tls=2&crt=a.pem&key=b.pem&udp=0"
     assert parse(url).url == url
-    assert parse(f"{CLIENT}?tls=2&ca=x&sni=y&tcp=0&udp=1").url.endswith(
-        "?tls=2&ca=x&sni=y&tcp=0&udp=1"
-    )
+    assert parse(f"{CLIENT}?tls=2&ca=x&sni=y&tcp=0&udp=1").url.endswith("?tls=2&ca=x&sni=y&tcp=0")
+
+
+@pytest.mark.parametrize(
+    ("query", "carries"), [("", "tcp,udp"), ("?udp=0", "tcp"), ("?tcp=0", "udp")]
+)
+def test_carries(query: str, carries: str) -> None:
+    assert parse(SERVER + query).carries == carries
 
 
 AROUND = (
@@ -454,10 +446,16 @@ def test_no_url_raises_anything_else(url: str) -> None:
 def test_listeners() -> None:
     assert parse(CLIENT).listeners == ()
     assert parse(f"{SERVER}?data=7").listeners == (
-        ("tunnel", Address("127.0.0.1", 10101)),
-        ("target", Address("127.0.0.1", 8080)),
-        ("data", Address("127.0.0.1", 7)),
+        ("tunnel", "tcp", Address("127.0.0.1", 10101)),
+        ("target", "tcp", Address("127.0.0.1", 8080)),
+        ("target", "udp", Address("127.0.0.1", 8080)),
+        ("data", "tcp", Address("127.0.0.1", 7)),
     )
+
+
+def test_protocols_share_a_port() -> None:
+    check_together([parse("server://:1/:5?tcp=0"), parse("server://:2/:5?udp=0")])
+    assert len(parse("server://:5/:5?tcp=0").listeners) == 2
 
 
 @pytest.mark.parametrize(

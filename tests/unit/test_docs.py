@@ -102,15 +102,6 @@ def test_nothing_is_made_up(name: str) -> None:
     assert listed == known
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_what_comes_later_is_marked(name: str) -> None:
-    table = rows(read(name))
-    later = ("尚不支持", "不起作用", "此版本只能") if "zh" in name else ("in this build",)
-    marked = {option for option, row in table.items() if any(word in row[-1] for word in later)}
-    assert {"udp", "UDP_DATA_BUF_SIZE", "UDP_READ_TIMEOUT", "UDP_IDLE_TIMEOUT"} <= marked
-    assert not marked & {"tls", "crt", "key", "ca", "sni", "RELOAD_INTERVAL", *PASSWORDS}
-
-
 def test_both_readmes_have_the_same_tables_and_commands() -> None:
     english, chinese = map(read, READMES)
     assert list(rows(english)) == list(rows(chinese))

@@ -115,6 +115,7 @@ TABLE: list[tuple[str, object, str, object]] = [
     ("NODEPASS_THREADS", available_cores(), "3", 3),
     ("NODEPASS_ENGINE", "native", "Python", "python"),
     ("NODEPASS_SPLICE", True, "0", False),
+    ("NODEPASS_UDP_GSO", False, "1", True),
     ("LOG_FORMAT", "text", "json", "json"),
 ]
 
@@ -197,7 +198,6 @@ def test_unknown_variables_of_ours(name: str, says: str) -> None:
         "NODEPASS_DEBUG",
         "NODEPASS_PURE",
         "NODEPASS_SANITIZE",
-        "NODEPASS_UDP_GSO",
         "NODEPASS_PASSWORD",
         "NODEPASS_PASSWORD_FILE",
         "NODEPASS_TEST_LOOP",

@@ -6,7 +6,7 @@ import re
 
 from nodepass.config import PARAMETERS, Config
 from nodepass.environment import VARIABLES
-from nodepass.help import LATER, text
+from nodepass.help import text
 
 WIDTH = 100
 
@@ -43,12 +43,5 @@ def test_names_every_command() -> None:
         assert re.search(rf"^ +nodepass {command}\b", text(), re.MULTILINE)
 
 
-def test_only_udp_comes_later() -> None:
-    rows = [line.split()[0] for line in text().splitlines() if "(only" in line or "(not" in line]
-    assert rows == ["udp"]
-    later = [line.split()[0] for line in text().splitlines() if "(later)" in line]
-    assert all(name.startswith("UDP_") for name in later)
-
-
-def test_what_comes_later_is_a_parameter() -> None:
-    assert set(LATER) <= {parameter.name for parameter in PARAMETERS}
+def test_nothing_comes_later() -> None:
+    assert "later" not in text()

@@ -33,7 +33,17 @@ ALLOWED: dict[str, set[str]] = {
     # the slow twin of the engine
     "_pytls": {"_openssl", "record"},
     "_pyflow": {"_pytls"},
-    "_pycopy": {"_pyflow", "_pytls", "errors"},
+    "_pyport": set(),
+    "_pyudp": {"_pyflow", "_pyport", "_pytls"},
+    "_pydial": {"_pyflow", "_pyport", "_pytls", "_pyudp"},
+    "_pygate": {"_pyflow", "_pyport", "_pytls", "_pyudp"},
+    "_pydesk": {"_pyflow", "_pytls", "errors"},
+    "_pyserve": {
+        "_pydesk", "_pydial", "_pyflow", "_pygate", "_pyport", "_pytls", "_pyudp", "errors",
+    },
+    "_pycopy": {
+        "_pydesk", "_pyflow", "_pygate", "_pyport", "_pyserve", "_pytls", "_pyudp", "errors",
+    },
     # what the user asks for
     "address": {"errors"},
     "password": {"errors"},
@@ -52,7 +62,10 @@ ALLOWED: dict[str, set[str]] = {
     "certificate": {"errors"},
     "verdict": {"_openssl", "certificate"},
     "tls": {"_openssl", "certificate", "errors", "log", "password", "record", "verdict"},
-    "relay": {"_pycopy", "environment", "errors", "log"},
+    "drop": {"log", "stats"},
+    "datagram": {"errors", "net", "resolver"},
+    "work": {"stats"},
+    "relay": {"_pycopy", "environment", "errors", "log", "work"},
     "control": {"errors", "log", "message", "net", "record", "session"},
     "pool": {"errors", "log", "message", "net", "record", "session", "watch"},
     "filler": {"errors", "log", "net", "pool", "session"},
@@ -62,7 +75,7 @@ ALLOWED: dict[str, set[str]] = {
         "stats", "tls", "wire",
     },
     # lifecycles
-    "tunnel": {"config", "errors", "log", "net", "proof", "relay", "stats"},
+    "tunnel": {"config", "drop", "errors", "log", "net", "proof", "relay", "stats"},
     "roster": {
         "caller", "control", "environment", "errors", "filler", "log", "message", "net",
         "penalty", "pool", "record", "relay", "session", "stats", "watch", "wire",
@@ -71,17 +84,22 @@ ALLOWED: dict[str, set[str]] = {
         "caller", "errors", "log", "message", "net", "pool", "record", "relay", "roster",
         "stats", "tls",
     },
+    "gate": {
+        "datagram", "errors", "message", "net", "pool", "relay", "roster", "session", "stats",
+    },
     "pairing": {
-        "config", "control", "environment", "errors", "filler", "log", "message", "net", "pool",
-        "record", "relay", "session", "stats", "wire",
+        "config", "control", "datagram", "environment", "errors", "filler", "log", "message",
+        "net", "pool", "record", "relay", "session", "stats", "wire",
     },
     "server": {
-        "config", "dataport", "entrance", "environment", "errors", "log", "message", "net",
-        "penalty", "pool", "relay", "roster", "session", "stats", "tls", "tunnel", "watch", "wire",
+        "config", "dataport", "entrance", "environment", "errors", "gate", "log", "message",
+        "net", "penalty", "pool", "relay", "roster", "session", "stats", "tls", "tunnel",
+        "watch", "wire",
     },
     "client": {
-        "config", "environment", "errors", "handshake", "log", "message", "net", "pairing",
-        "record", "relay", "session", "stats", "tls", "tunnel", "watch", "wire",
+        "config", "datagram", "environment", "errors", "handshake", "log", "message", "net",
+        "pairing", "record", "relay", "resolver", "session", "stats", "tls", "tunnel", "watch",
+        "wire",
     },
     # the program
     "demo": set(),
@@ -100,7 +118,12 @@ ALLOWED: dict[str, set[str]] = {
 }  # fmt: skip
 
 # Only for annotations, so allowed to point upward.
-TYPES_ONLY: dict[str, set[str]] = {"relay": {"_fastcopy"}, "pairing": {"client"}}
+TYPES_ONLY: dict[str, set[str]] = {
+    "work": {"_fastcopy"},
+    "relay": {"_fastcopy"},
+    "gate": {"_fastcopy", "server"},
+    "pairing": {"client"},
+}
 
 SANS_IO = ("message", "wire", "proof", "handshake", "session", "penalty", "record")
 OUTSIDE = {

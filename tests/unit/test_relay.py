@@ -229,7 +229,7 @@ class Stuck:
 async def test_close_of_an_engine_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its relays are cancelled, and whoever looks at them later comes to no harm."""
     module = ModuleType("nodepass._fastcopy")
-    vars(module).update(ABI=_pycopy.ABI, Engine=Stuck)
+    vars(module).update(ABI=_pycopy.ABI, Engine=Stuck, Newcomer=_pycopy.Newcomer)
     monkeypatch.setitem(sys.modules, "nodepass._fastcopy", module)
     async with House("native") as house:
         _, a, b, _ = house.legs()

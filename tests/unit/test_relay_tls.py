@@ -525,6 +525,7 @@ def moved_engine() -> ModuleType:
     vars(module).update(
         ABI=_pycopy.ABI,
         Engine=Engine,
+        Newcomer=_pycopy.Newcomer,
         tls_trouble=lambda: "SSL_read is not where it was",
         alpn_selector=refuse,
     )

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from nodepass.stats import Counters, TunnelStatistics, least_rtt
+from nodepass.stats import NOTHING, Counters, Datagrams, TunnelStatistics, least_rtt
 
 STATISTICS = TunnelStatistics(
     mode="server",
@@ -26,12 +26,15 @@ STATISTICS = TunnelStatistics(
     strangers=14,
     bytes_up=15,
     bytes_down=16,
+    datagrams=Datagrams(up=17, down=18, too_large=1, slow_link=2, no_link=3, overrun=4, unsent=5),
     rtt=0.01234,
 )
 
 
 def test_counters_start_at_nothing() -> None:
-    assert set(dataclasses.asdict(Counters()).values()) == {0}
+    counts = dataclasses.asdict(Counters())
+    assert counts.pop("datagrams") == NOTHING
+    assert set(counts.values()) == {0}
 
 
 def test_report() -> None:
@@ -44,6 +47,8 @@ def test_report() -> None:
         ("wanted", 11),
         ("up", 15),
         ("down", 16),
+        ("datagrams", 35),
+        ("dropped", 15),
         ("rtt_ms", "12.3"),
     ]
 
@@ -68,3 +73,15 @@ def test_statistics_are_one_look() -> None:
 )
 def test_least_rtt(rtts: list[float | None], least: float | None) -> None:
     assert least_rtt(iter(rtts)) == least
+
+
+def test_datagrams_add_up_field_by_field() -> None:
+    one = Datagrams(*range(10))
+    assert Datagrams.total([]) == NOTHING
+    assert Datagrams.total([one]) == one
+    assert Datagrams.total([one, one, NOTHING]) == Datagrams(*range(0, 20, 2))
+
+
+def test_refusals_are_no_losses() -> None:
+    assert Datagrams(up=9, refused=3).dropped == 0
+    assert Datagrams(too_large=1, slow_link=2, no_link=4, overrun=8, unsent=16).dropped == 31

@@ -68,7 +68,10 @@ class Toy(Tunnel):
     def _look(self) -> TunnelStatistics:
         self.looks += 1
         up, down = self.live_bytes()
-        return TunnelStatistics("server", 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, up, down, None)
+        data = self.datagrams()
+        return TunnelStatistics(
+            "server", 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, up, down, data, None
+        )
 
     def carry(self) -> tuple[socket.socket, Relay, socket.socket]:
         """Open a relay; return its outer ends."""

@@ -22,6 +22,9 @@ cdef extern from *:
     static inline uint32_t np_exchange32(uint32_t *p, uint32_t value) {
         return __atomic_exchange_n(p, value, __ATOMIC_ACQ_REL);
     }
+    static inline uint32_t np_or32(uint32_t *p, uint32_t bits) {
+        return __atomic_fetch_or(p, bits, __ATOMIC_ACQ_REL);
+    }
     static inline uint32_t np_subtract32(uint32_t *p, uint32_t value) {
         return __atomic_sub_fetch(p, value, __ATOMIC_ACQ_REL);
     }
@@ -63,6 +66,7 @@ cdef extern from *:
     uint32_t load_acquire32 "np_load_acquire32"(uint32_t* p) noexcept nogil
     void publish_release32 "np_publish_release32"(uint32_t* p, uint32_t value) noexcept nogil
     uint32_t exchange32 "np_exchange32"(uint32_t* p, uint32_t value) noexcept nogil
+    uint32_t or32 "np_or32"(uint32_t* p, uint32_t bits) noexcept nogil
     uint32_t subtract32 "np_subtract32"(uint32_t* p, uint32_t value) noexcept nogil
     uint64_t load_relaxed64 "np_load_relaxed64"(uint64_t* p) noexcept nogil
     uint64_t load_acquire64 "np_load_acquire64"(uint64_t* p) noexcept nogil

@@ -12,6 +12,11 @@ cdef inline void flow_move(Worker* w, Flow* flow, uint32_t state) noexcept nogil
     publish_release32(&flow.state, state)
 
 
+# What its epoll events carry, but for the side.
+cdef inline uint64_t flow_tag(Flow* flow, uint32_t slot) noexcept nogil:
+    return (<uint64_t>load_relaxed32(&flow.generation) << 32) | (slot << 1)
+
+
 cdef inline void fd_close(Worker* w, int fd) noexcept nogil:
     NP_BUG(sys_close(fd) == -EBADF, &w.counters.bugs, b"closed a stranger's descriptor")
     take_own64(&w.counters.fds_open, 1)
@@ -21,17 +26,17 @@ cdef inline void fd_close(Worker* w, int fd) noexcept nogil:
 # or writable already queues an event (man epoll(7)), so early data, an early FIN and an
 # early RST all come with the next epoll_wait. Runs on: the worker.
 cdef void flow_admit(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
-    cdef uint64_t tag = (<uint64_t>load_relaxed32(&flow.generation) << 32) | (slot << 1)
+    cdef uint64_t tag = flow_tag(flow, slot)
     cdef int side
     cdef int rc
     flow_move(w, flow, FLOW_OPEN)
     list_append(w.core.flows, &w.all, LINK_ALL, slot)
-    if flow.is_handshake:
+    if flow.kind == KIND_HANDSHAKE:
         rc = sys_epoll_add(w.epoll, flow.legs[0].fd, tag)
         if rc < 0:
             flow_bury(w, flow, slot, R_RESET, 1, -rc)
         return
-    add_own64(&w.counters.fds_open, 2)
+    add_own64(&w.counters.fds_open, (flow.legs[0].fd >= 0) + (flow.legs[1].fd >= 0))
     flow.active_ms = w.now_ms
     if flow.idle_ms:
         wheel_put(w, flow, slot)
@@ -40,6 +45,9 @@ cdef void flow_admit(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
             add_own64(&w.counters.heads_open, 1)
             add_own64(&w.counters.parked_bytes,
                       flow.ways[side].parked_to + flow.ways[side].head_to)
+    if flow.kind >= KIND_GATE:
+        udp_admit(w, flow, slot)
+        return
     for side in range(2):
         # From here on only flow_bury() closes politely: if the process is killed in mid
         # transfer, the kernel resets both sides, and nobody takes a cut stream for whole.
@@ -58,7 +66,9 @@ cdef int flow_turn(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     cdef int first = 1 if flow.legs[1].bits & SEEN_ERROR else 0
     cdef int more
     cdef int also
-    if flow.is_handshake:
+    if flow.kind >= KIND_GATE:
+        return udp_turn(w, flow, slot)
+    if flow.kind == KIND_HANDSHAKE:
         return hand_turn(w, flow, slot)
     more = way_pump(w, flow, slot, first)
     if more < 0:
@@ -97,11 +107,13 @@ cdef inline int flow_check_error(
 
 # The end of a flow, whatever the reason. R_FINISHED closes politely: both FINs are sent and
 # received, nothing is unread. Every other end is a reset on both sides, so that nobody
-# takes a cut stream for a whole one. Runs on: the worker.
+# takes a cut stream for a whole one; datagrams know no such thing, so UDP relays that nobody
+# uses any more are polite, too. Runs on: the worker.
 cdef void flow_bury(
     Worker* w, Flow* flow, uint32_t slot, int reason, int side, int code
 ) noexcept nogil:
     cdef Flow* flows = w.core.flows
+    cdef bint is_polite = reason == R_FINISHED or (reason == R_IDLE and flow.kind >= KIND_GATE)
     cdef int i
     flow_move(w, flow, FLOW_DEAD)
     flow.reason = <uint8_t>reason
@@ -113,11 +125,13 @@ cdef void flow_bury(
         list_remove(flows, &w.ready, LINK_READY, slot)
     if flow.idle_ms:
         wheel_drop(w, flow, slot)
+    if flow.kind >= KIND_GATE:
+        udp_bury(w, flow, slot, reason)
     for i in range(2):
         way_clear(w, &flow.ways[i])
-        if not flow.is_handshake:
-            leg_close(w, &flow.legs[i], reason != R_FINISHED)
-    if flow.is_handshake:
+        if flow.kind != KIND_HANDSHAKE and flow.legs[i].fd >= 0:
+            leg_close(w, &flow.legs[i], not is_polite)
+    if flow.kind == KIND_HANDSHAKE:
         leg_return(w, &flow.legs[0])
         if reason == R_RESET:
             add_own64(&w.counters.handshakes_failed, 1)

@@ -128,19 +128,25 @@ cdef void worker_event(Worker* w, epoll_event* event) noexcept nogil:
 cdef void worker_run_inbox(Worker* w) noexcept nogil:
     cdef uint64_t order = 0
     cdef uint32_t slot
+    cdef uint32_t kind
     cdef uint32_t state
     cdef Flow* flow
     exchange32(&w.wake_rung, 0)
     while ring_get(&w.inbox, &order):
-        slot = (<uint32_t>order) >> 1
+        slot = (<uint32_t>order) >> ORDER_BITS
+        kind = <uint32_t>order & ((1 << ORDER_BITS) - 1)
         flow = &w.core.flows[slot]
         state = load_acquire32(&flow.state)
         if load_relaxed32(&flow.generation) != <uint32_t>(order >> 32):
             add_own64(&w.counters.stale_events, 1)
-        elif (order & 1) == ORDER_ADMIT:
+        elif kind == ORDER_ADMIT:
             flow_admit(w, flow, slot)
-        elif state == FLOW_OPEN:
+        elif state != FLOW_OPEN:
+            continue
+        elif kind == ORDER_ABORT:
             flow_bury(w, flow, slot, R_ABORTED, 0, 0)
+        else:
+            udp_touch(w, flow, slot)
 
 
 # One turn for every flow that was ready when the round began; who has budget left over
@@ -202,12 +208,15 @@ cdef void worker_run_wheel(Worker* w) noexcept nogil:
         w.tick += 1
         chain = &w.wheel[w.tick & (WHEEL_BUCKETS - 1)]
         left = chain.count
-        while left:
+        while left and chain.count:
             left -= 1
             slot = chain.first
             flow = &w.core.flows[slot]
             if w.now_ms - flow.active_ms >= flow.idle_ms:
-                flow_bury(w, flow, slot, R_IDLE, 0, 0)
+                if flow.kind >= KIND_GATE:
+                    udp_expire(w, flow, slot)
+                else:
+                    flow_bury(w, flow, slot, R_IDLE, 0, 0)
             else:
                 wheel_drop(w, flow, slot)
                 wheel_put(w, flow, slot)
@@ -218,12 +227,13 @@ cdef void worker_run_wheel(Worker* w) noexcept nogil:
             w.wheel_next += 1
 
 
-# Hand the dead of this round to the control plane; one bell for all of them.
+# Hand the dead of this round to the control plane; one bell for all of them, and for newcomers.
 cdef void worker_publish(Worker* w) noexcept nogil:
     cdef uint32_t slot
     cdef Flow* flow
-    if w.grave.count == 0:
+    if w.grave.count == 0 and not w.must_ring:
         return
+    w.must_ring = 0
     while w.grave.count:
         slot = w.grave.first
         flow = &w.core.flows[slot]

@@ -44,7 +44,7 @@ cdef int flow_park_head(Flow* flow, int index, const char* data, size_t size) no
     head = head_take(data, size, 0)
     if head == NULL:
         return -ENOMEM
-    if flow.legs[1 - index].tls != NULL:
+    if flow.kind >= KIND_GATE or flow.legs[1 - index].tls != NULL:
         way.head = head
         way.head_to = size
     else:
@@ -64,9 +64,91 @@ cdef void flow_undo(Flow* flow) noexcept nogil:
     store_relaxed32(&flow.state, FLOW_FREE)
 
 
+# The worker with the fewest flows.
+cdef Worker* worker_choose(Core* core) noexcept nogil:
+    cdef Worker* w = &core.workers[0]
+    cdef uint32_t i
+    for i in range(1, core.threads):
+        if core.workers[i].load < w.load:
+            w = &core.workers[i]
+    return w
+
+
+# Make the Udp of a slot ready, beside flow_prepare().
+cdef void udp_prepare(Udp* udp, uint32_t limit) noexcept nogil:
+    memset(udp, 0, sizeof(Udp))
+    udp.gate = NONE_SLOT
+    udp.limit = limit
+    udp.batch_first = NONE_SLOT
+    queue_clear(&udp.queue)
+    queue_clear(&udp.rest)
+
+
+# Ask something of a UDP flow. The bits are set before the order is put; while one is on its way
+# no other is needed.
+cdef void udp_wish(Worker* w, Flow* flow, Udp* udp, uint32_t slot, uint32_t bit) noexcept nogil:
+    if not or32(&udp.wishes, bit):
+        order_put(w, flow, slot, ORDER_TOUCH)
+
+
+# Lend a gate room for one more peer. -> 1, 0 no slot is left.
+cdef int gate_lend(Core* core, uint32_t gate) noexcept nogil:
+    cdef Udp* own = &core.udps[gate]
+    cdef uint32_t worker = core.flows[gate].worker
+    cdef uint32_t slot = slot_take(core, 1)
+    cdef Udp* udp
+    if slot == NONE_SLOT:
+        return 0
+    flow_prepare(&core.flows[slot], -1, -1, worker, 0)
+    core.flows[slot].kind = KIND_PEER
+    udp = &core.udps[slot]
+    udp_prepare(udp, own.limit)
+    udp.gate = gate
+    udp.gate_generation = load_relaxed32(&core.flows[gate].generation)
+    own.own.lent += 1
+    core.lent += 1
+    order_put(&core.workers[worker], &core.flows[slot], slot, ORDER_ADMIT)
+    return 1
+
+
+# -> 0 or -errno. Ask for what comes beside datagrams. What a kernel does not have is done without.
+cdef int gate_set_up(int fd, Gate* gate) noexcept nogil:
+    cdef sockaddr_in6 name
+    cdef uint8_t zero[16]
+    cdef int rc = sys_own_name(fd, &name)
+    memset(zero, 0, sizeof(zero))
+    if rc < 0:
+        return rc
+    if name.sin6_family == AF_INET:
+        gate.is_inet = 1
+        gate.is_wildcard = (<sockaddr_in*>&name).sin_addr.s_addr == 0
+        if gate.is_wildcard:
+            rc = sys_set(fd, IPPROTO_IP, IP_PKTINFO, 1)
+    elif name.sin6_family == AF_INET6:
+        gate.is_wildcard = memcmp(&name.sin6_addr, zero, sizeof(zero)) == 0
+        if gate.is_wildcard:
+            rc = sys_set(fd, IPPROTO_IPV6, IPV6_RECVPKTINFO, 1)
+    else:
+        return -EAFNOSUPPORT
+    return rc
+
+
+# Switch on what makes batches larger and losses visible; without any of it all works, too.
+cdef void udp_set_up(int fd) noexcept nogil:
+    cdef int rc = sys_set(fd, SOL_UDP, UDP_GRO, 1)          # Linux 5.0
+    rc = sys_set(fd, SOL_SOCKET, SO_RXQ_OVFL, 1) if rc <= 0 else rc
+
+
+# -> 1 the kernel can cut runs of datagrams for this socket (Linux 4.18).
+cdef inline bint udp_has_gso(int fd) noexcept nogil:
+    return sys_get(fd, SOL_UDP, UDP_SEGMENT) >= 0
+
+
 # Hand an order over. After ADMIT the flow is the worker's.
 cdef void order_put(Worker* w, Flow* flow, uint32_t slot, int kind) noexcept nogil:
-    cdef uint64_t order = (<uint64_t>load_relaxed32(&flow.generation) << 32) | (slot << 1) | kind
+    cdef uint64_t order = (<uint64_t>load_relaxed32(&flow.generation) << 32) | (
+        (slot << ORDER_BITS) | <uint32_t>kind
+    )
     NP_BUG(not ring_put(&w.inbox, order), &w.counters.bugs, b"inbox full")
     NP_BUG(ring_bell(&w.wake_rung, w.wake) < 0, &w.counters.bugs, b"wake bell failed")
 

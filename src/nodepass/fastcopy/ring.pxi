@@ -1,13 +1,15 @@
 # Rings: one producer, one consumer, power-of-two size, never full by construction.
 #
-# Outbox (worker -> control): a slot sits in it at most once, because it is freed only when
-# its completion was polled; so `capacity` cells are enough.
-# Inbox (control -> worker): per slot at most a stale ABORT of its last life, one ADMIT and
-# one ABORT are on the way at once, because the ring is first in first out; so
-# INBOX_PER_FLOW x capacity cells are enough.
+# Outbox (worker -> control): a slot sits in it at most once with its end, because it is freed
+# only when that was polled, and at most once as a newcomer, because that is said again only when
+# the last time has been answered; so OUTBOX_PER_FLOW x capacity cells are enough.
+# Inbox (control -> worker): per slot at most a stale ABORT and a stale TOUCH of its last life, one
+# ADMIT, one ABORT and one TOUCH (its wishes are bits, and only the first rings) are on the way
+# at once, because the ring is first in first out; so INBOX_PER_FLOW x capacity cells are enough.
 
 cdef enum:
-    INBOX_PER_FLOW = 4          # 3 by the argument above, rounded up to a power of two
+    INBOX_PER_FLOW = 8          # 5 by the argument above, rounded up to a power of two
+    OUTBOX_PER_FLOW = 2
 
 
 # -> 1 put, 0 full (a broken promise: callers hand the result to NP_BUG).

@@ -5,6 +5,7 @@ cdef enum:
     # One recv. Two relays in a row, bulk, copying: CPU seconds per GB at 128 KiB 0.77,
     # 256 KiB 0.65, 512 KiB 0.60, 1 MiB 0.59; throughput best at 512 KiB. docs/engine.md.
     BUFFER_BYTES = 524288
+    MAX_LENT = 16384            # peers without a link, of all gates: 32 gates of the usual 512
     WARM_BUFFERS = 4            # per worker; free buffers that may stay resident (2 MiB)
 
 
@@ -18,14 +19,20 @@ cdef inline Size slab_sizes(uint32_t threads, uint32_t capacity) noexcept nogil:
     size.free_slots = capacity * sizeof(uint32_t)
     size.workers = (threads + 1) * sizeof(Worker)
     size.inbox = cells * INBOX_PER_FLOW * sizeof(uint64_t)
-    size.outbox = cells * sizeof(uint64_t)
+    size.outbox = cells * OUTBOX_PER_FLOW * sizeof(uint64_t)
     size.buffers = <size_t>MAX_BUFFERS * BUFFER_BYTES
+    size.udps = capacity * sizeof(Udp)
+    size.cells = <size_t>MAX_CELLS * CELL_BYTES
+    size.cell_links = <size_t>MAX_CELLS * sizeof(uint32_t)
+    size.mailbags = <size_t>MAIL_BATCH * MAIL_STRIDE
+    size.mail = sizeof(Mail)
     return size
 
 
 # -> 0 and *result with every table mapped and no fd open, -errno and nothing kept otherwise.
 # Runs on: control plane.
-cdef int core_open(uint32_t threads, uint32_t capacity, Core** result) noexcept nogil:
+cdef int core_open(uint32_t threads, uint32_t flows, Core** result) noexcept nogil:
+    cdef uint32_t capacity = flows + MAX_LENT
     cdef Size size = slab_sizes(threads, capacity)
     cdef Core* core = <Core*>calloc(1, sizeof(Core))
     cdef Worker* w
@@ -38,11 +45,14 @@ cdef int core_open(uint32_t threads, uint32_t capacity, Core** result) noexcept 
     core.threads = threads
     core.crew = threads + 1
     core.capacity = capacity
+    core.flow_limit = flows
     core.notify = -1
     core.done = -1
     rc = sys_map(size.workers, <void**>&core.workers)
     if rc == 0:
         rc = sys_map(size.flows, <void**>&core.flows)
+    if rc == 0:
+        rc = sys_map(size.udps, <void**>&core.udps)
     if rc == 0:
         rc = sys_map(size.free_slots, <void**>&core.free_slots)
     if rc == 0:
@@ -70,6 +80,16 @@ cdef int worker_map(Worker* w, Size* size) noexcept nogil:
         rc = sys_map(size.outbox, <void**>&w.outbox.cells)
     if rc == 0:
         rc = sys_map(size.buffers, <void**>&w.buffers)
+    if rc == 0:
+        rc = sys_map(size.cells, <void**>&w.cells)
+    if rc == 0:
+        rc = sys_map(size.cell_links, <void**>&w.cell_next)
+    if rc == 0:
+        rc = sys_map(size.cell_links, <void**>&w.cell_stack)
+    if rc == 0:
+        rc = sys_map(size.mailbags, <void**>&w.mailbags)
+    if rc == 0:
+        rc = sys_map(size.mail, <void**>&w.mail)
     if rc < 0:
         return rc
     w.inbox.mask = size.inbox // sizeof(uint64_t) - 1
@@ -103,7 +123,21 @@ cdef void core_unmap(Core* core) noexcept nogil:
                 sys_unmap(w.outbox.cells, size.outbox)
             if w.buffers != NULL:
                 sys_unmap(w.buffers, size.buffers)
+            if w.cells != NULL:
+                sys_unmap(w.cells, size.cells)
+            if w.cell_next != NULL:
+                sys_unmap(w.cell_next, size.cell_links)
+            if w.cell_stack != NULL:
+                sys_unmap(w.cell_stack, size.cell_links)
+            if w.mailbags != NULL:
+                sys_unmap(w.mailbags, size.mailbags)
+            if w.mail != NULL:
+                sys_unmap(w.mail, size.mail)
         sys_unmap(core.workers, size.workers)
+    if core.udps != NULL:
+        for i in range(core.fresh):
+            gate_free(&core.udps[i])
+        sys_unmap(core.udps, size.udps)
     if core.flows != NULL:
         sys_unmap(core.flows, size.flows)
     if core.free_slots != NULL:
@@ -134,10 +168,14 @@ cdef void core_close_events(Core* core) noexcept nogil:
         core.done = -1
 
 
-# -> a free slot, NONE_SLOT if every flow is in use. Slots used before come first: they are
-# resident already. Runs on: control plane.
-cdef uint32_t slot_take(Core* core) noexcept nogil:
+# -> a free slot, NONE_SLOT if every flow, or all room for peers, is in use. Slots used before
+# come first: they are resident already. Runs on: control plane.
+cdef uint32_t slot_take(Core* core, bint is_peer) noexcept nogil:
     cdef uint32_t slot
+    if is_peer and core.lent == MAX_LENT:
+        return NONE_SLOT
+    if not is_peer and core.open_count - core.lent == core.flow_limit:
+        return NONE_SLOT
     if core.free_count:
         core.free_count -= 1
         slot = core.free_slots[core.free_count]
@@ -160,6 +198,27 @@ cdef void slot_give(Core* core, uint32_t slot) noexcept nogil:
     core.free_slots[core.free_count] = slot
     core.free_count += 1
     core.open_count -= 1
+
+
+# -> 0 and udp.own, or -errno. Runs on: control plane.
+cdef int gate_make(Udp* udp, uint64_t seed) noexcept nogil:
+    cdef void* where = NULL
+    cdef int rc = sys_map(sizeof(Gate) + GATE_BUCKETS * sizeof(uint32_t), &where)
+    if rc < 0:
+        return rc
+    udp.own = <Gate*>where
+    udp.own.buckets = <uint32_t*>(<char*>where + sizeof(Gate))
+    udp.own.seed = seed
+    list_clear(&udp.own.blocked)
+    list_clear(&udp.own.young)
+    return 0
+
+
+# Of a gate that has ended, or never began; others have none. Runs on: control plane.
+cdef void gate_free(Udp* udp) noexcept nogil:
+    if udp.own != NULL:
+        sys_unmap(udp.own, sizeof(Gate) + GATE_BUCKETS * sizeof(uint32_t))
+        udp.own = NULL
 
 
 cdef inline char* buffer_at(Worker* w, int32_t index) noexcept nogil:

@@ -53,14 +53,14 @@ cdef inline int sys_socket_error(int fd) noexcept nogil:
     return value
 
 
-# -> 0 if fd is a non-blocking stream socket, -errno otherwise. Runs on: control plane.
-cdef inline int sys_check_socket(int fd) noexcept nogil:
+# -> 0 if fd is a non-blocking socket of this type, -errno otherwise. Runs on: control plane.
+cdef inline int sys_check_socket(int fd, int kind) noexcept nogil:
     cdef int value = 0
     cdef socklen_t size = sizeof(value)
     cdef int flags
     if getsockopt(fd, SOL_SOCKET, SO_TYPE, &value, &size) == -1:
         return -errno
-    if value != SOCK_STREAM:
+    if value != kind:
         return -EPROTOTYPE
     flags = fcntl(fd, F_GETFL)
     if flags == -1:
@@ -102,6 +102,69 @@ cdef inline int sys_epoll_add(int epoll, int fd, uint64_t tag) noexcept nogil:
     event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLPRI | EPOLLET
     event.data.u64 = tag
     if epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event) != -1:
+        return 0
+    return -errno
+
+
+# -> 0 or -errno. A UDP socket: edge-triggered, for reading; for writing only while somebody waits
+# for room, because it reports every datagram that has left.
+cdef inline int sys_epoll_watch(
+    int epoll, int fd, uint64_t tag, int operation, bint wants_room
+) noexcept nogil:
+    cdef epoll_event event
+    event.events = EPOLLIN | EPOLLET
+    if wants_room:
+        event.events |= EPOLLOUT
+    event.data.u64 = tag
+    if epoll_ctl(epoll, operation, fd, &event) != -1:
+        return 0
+    return -errno
+
+
+# -> datagrams received, -errno otherwise. Fewer than there is room for means "drained", or that
+# an error waits, which is an event of its own. Runs on: workers.
+cdef inline int sys_recvmmsg(int fd, mmsghdr* messages, unsigned int count) noexcept nogil:
+    cdef int n
+    while True:
+        n = recvmmsg(fd, messages, count, MSG_DONTWAIT, NULL)
+        if n != -1:
+            return n
+        if errno != EINTR:
+            return -errno
+
+
+# -> messages taken by the kernel, > 0; -errno of the first one otherwise. Runs on: workers.
+cdef inline int sys_sendmmsg(int fd, mmsghdr* messages, unsigned int count) noexcept nogil:
+    cdef int n
+    while True:
+        n = sendmmsg(fd, messages, count, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if n != -1:
+            return n
+        if errno != EINTR:
+            return -errno
+
+
+# -> 0 or -errno. An integer option.
+cdef inline int sys_set(int fd, int level, int name, int value) noexcept nogil:
+    if setsockopt(fd, level, name, &value, sizeof(value)) != -1:
+        return 0
+    return -errno
+
+
+# -> >= 0 the value of an integer option, -errno otherwise.
+cdef inline int sys_get(int fd, int level, int name) noexcept nogil:
+    cdef int value = 0
+    cdef socklen_t size = sizeof(value)
+    if getsockopt(fd, level, name, &value, &size) != -1:
+        return value
+    return -errno
+
+
+# -> 0 and the address a socket is bound to, or -errno.
+cdef inline int sys_own_name(int fd, sockaddr_in6* name) noexcept nogil:
+    cdef socklen_t size = sizeof(sockaddr_in6)
+    memset(name, 0, sizeof(sockaddr_in6))
+    if getsockname(fd, <sockaddr*>name, &size) != -1:
         return 0
     return -errno
 

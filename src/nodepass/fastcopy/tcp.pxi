@@ -224,8 +224,10 @@ cdef ssize_t way_drain_pipe(Worker* w, Flow* flow, uint32_t slot, int index) noe
     return 1
 
 
-# Bytes the kernel of dst has taken.
+# Bytes the kernel of dst has taken. (UDP relays count datagrams, see tally_carried().)
 cdef inline void way_account(Worker* w, Flow* flow, int index, size_t size) noexcept nogil:
+    if flow.kind >= KIND_GATE:
+        return
     flow.active_ms = w.now_ms
     add_own64(&flow.ways[index].delivered, size)
     if index == 0:
@@ -241,7 +243,7 @@ cdef ssize_t flow_break(
     Worker* w, Flow* flow, uint32_t slot, int index, int code
 ) noexcept nogil:
     cdef int rc = 1
-    if not flow.is_breaking:
+    if not flow.is_breaking and flow.kind < KIND_GATE:
         flow.is_breaking = 1
         flow.legs[index].bits |= MAY_READ
         while rc == 1:          # bounded: nothing is added to a dead socket

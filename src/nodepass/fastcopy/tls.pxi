@@ -373,6 +373,8 @@ cdef void tls_account(
 ) noexcept nogil:
     cdef Way* way = &flow.ways[index]
     cdef size_t due
+    if flow.kind >= KIND_GATE:
+        return
     if sent:
         flow.active_ms = w.now_ms
     if flow.legs[1 - index].tls == NULL:

@@ -1,0 +1,268 @@
+"""The UDP half of the slow twin's Engine: its methods, and the books of gates and UDP relays.
+
+Part of `_pycopy`, which describes the whole; nobody else comes here.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+
+from ._pydesk import (
+    DATAGRAM,
+    STREAM,
+    Desk,
+    Watched,
+    check_head,
+    check_idle,
+    check_range,
+    make_leg,
+)
+from ._pydial import Dialled, RawDialled
+from ._pyflow import REASON_ABORTED, Ending
+from ._pygate import Bound, Gate, Newcomer, RawBound, Source
+from ._pyport import Port, Tally, UdpCounts, dropped
+from ._pyudp import Relay, UdpCompletion
+from .errors import EngineError
+
+if TYPE_CHECKING:
+    from OpenSSL.SSL import Connection
+
+MAX_DATAGRAM: Final = 65535  # bytes; the native engine's limits, checked alike
+MAX_WAITING: Final = 4096
+NO_COUNTS: Final = Tally().counts()
+
+Other = TypeVar("Other")
+
+
+class UdpFigures(NamedTuple):
+    """UDP's share of EngineStatistics."""
+
+    flows: int
+    fds: int
+    tls: int
+    gates: int
+    peers: int
+    up: int
+    down: int
+    dropped: int
+    held: int
+
+
+class UdpHalf(Desk[Other | UdpCompletion | Newcomer]):
+    """What an Engine can do with UDP; the methods are documented in _fastcopy.pyi."""
+
+    def __init__(self, flows: int) -> None:
+        super().__init__(flows)
+        self._gates: dict[int, Gate] = {}
+        self._sources: dict[int, Source] = {}
+        """Those that wait, by token."""
+        self._udp_relays: dict[int, Relay] = {}
+        self._udp_ended: dict[int, UdpCounts] = {}
+        """Of gates and relays that nobody has polled yet."""
+        self._unpolled = {"gates": 0, "peers": 0, "tls": 0}
+        self._udp_total = Tally()
+        """Of all that have ended."""
+
+    # --- admission ---
+
+    def udp_serve(
+        self, fd: int, *, datagram: int = 8192, waiting: int = 512, gso: bool = False
+    ) -> int:
+        """Open a gate on a bound non-blocking UDP socket; own it on success."""
+        self._check("udp_serve")
+        check_range("datagram", datagram, MAX_DATAGRAM)
+        check_range("waiting", waiting, MAX_WAITING)
+        del gso
+        sockets = self._adopt("udp_serve", (fd, DATAGRAM))
+        token, tally = self._require_token("udp_serve", sockets), Tally()
+        try:
+            if sockets[0].family not in {socket.AF_INET, socket.AF_INET6}:
+                raise OSError(errno.EAFNOSUPPORT, "")
+            if not sockets[0].getsockname()[1]:
+                raise OSError(errno.EINVAL, "it is not bound")
+            gate = Gate(self, token, Port(sockets[0], datagram, tally), tally, waiting)
+            self.loop.add_reader(sockets[0], gate.read)
+        except (OSError, NotImplementedError) as exc:
+            raise self._refuse("udp_serve", sockets, exc) from exc
+        self._gates[token] = gate
+        return token
+
+    def udp_bind(
+        self,
+        peer: int,
+        fd: int,
+        *,
+        tls: Connection | None = None,
+        head: bytes = b"",
+        idle: float = 0.0,
+        raw: bool = False,
+    ) -> int:
+        """Carry the datagrams of a waiting peer over a link; own it on success."""
+        self._check("udp_bind")
+        self._require_tls("udp_bind", tls)
+        check_idle(idle)
+        check_head(head)
+        source = self._sources.get(peer)
+        if source is None:
+            raise EngineError("udp_bind", errno.ENOENT)
+        sockets = self._adopt("udp_bind", (fd, STREAM))
+        token = self._require_token("udp_bind", sockets)
+        leg = make_leg(sockets[0], tls)
+        kind = RawBound if raw else Bound
+        relay = kind(self, token, leg, idle, head, source=source)
+        self._start(relay)
+        source.gate.bind(source, relay)
+        return token
+
+    def udp_dial(
+        self,
+        fd: int,
+        target: int,
+        *,
+        tls: Connection | None = None,
+        head: bytes = b"",
+        datagram: int = 8192,
+        idle: float = 0.0,
+        raw: bool = False,
+        gso: bool = False,
+    ) -> int:
+        """Carry the frames of a link as datagrams of a connected socket; own both on success."""
+        self._check("udp_dial")
+        self._require_tls("udp_dial", tls)
+        check_range("datagram", datagram, MAX_DATAGRAM)
+        check_idle(idle)
+        check_head(head)
+        del gso
+        sockets = self._adopt("udp_dial", (fd, STREAM), (target, DATAGRAM))
+        try:
+            sockets[1].getpeername()
+        except OSError as exc:
+            raise self._refuse("udp_dial", sockets, exc) from exc
+        token = self._require_token("udp_dial", sockets)
+        leg = make_leg(sockets[0], tls)
+        kind = RawDialled if raw else Dialled
+        self._start(kind(self, token, leg, idle, head, target=sockets[1], datagram=datagram))
+        return token
+
+    def _start(self, relay: Relay) -> None:
+        self._udp_relays[relay.token] = relay
+        # Not now: the caller must know the token before anything can happen to it.
+        self.loop.call_soon(relay.begin)
+        self._keep_watch()
+
+    # --- wishes ---
+
+    def udp_shut(self, gate: int) -> None:
+        """Let no more sources in at a gate."""
+        self._check("udp_shut")
+        if gate in self._gates:
+            self._gates[gate].is_shut = True
+
+    def udp_relieve(self, gate: int) -> None:
+        """End some short exchanges of a gate that seem to be over."""
+        self._check("udp_relieve")
+        if gate in self._gates:
+            self._gates[gate].relieve()
+
+    def udp_limit(self, token: int, idle: float) -> None:
+        """Change the idle limit of a UDP relay."""
+        self._check("udp_limit")
+        check_idle(idle)
+        if token in self._udp_relays:
+            self._udp_relays[token].idle = idle
+
+    def udp_counts(self, token: int) -> UdpCounts | None:
+        """Return the running counts of a gate or a UDP relay; None once that was polled."""
+        for open_ones in (self._gates, self._udp_relays):
+            if token in open_ones:
+                return open_ones[token].tally.counts()
+        return self._udp_ended.get(token)
+
+    def _abort_udp(self, token: int) -> None:
+        if token in self._gates:
+            self._gates[token].bury(REASON_ABORTED)
+        elif token in self._udp_relays:
+            self._udp_relays[token].bury(REASON_ABORTED)
+        elif token in self._sources:
+            source = self._sources[token]
+            source.gate.reject(source)
+
+    # --- what gates and relays tell ---
+
+    def admit(self, source: Source) -> bool:
+        """Give a source a token and announce it; False: every place is taken."""
+        source.token = self._take_token()
+        if not source.token:
+            return False
+        self._sources[source.token] = source
+        self.announce(source)
+        return True
+
+    def announce(self, source: Source) -> None:
+        """Tell of a source that waits."""
+        self._tell(source.newcomer())
+
+    def bury_source(self, source: Source, reason: int) -> None:
+        """Take note that a source waits no more."""
+        del self._sources[source.token]
+        self._unpolled["peers"] += 1
+        self._tell(UdpCompletion(source.token, NO_COUNTS, *Ending(reason)))
+        self._keep_watch()  # it may have to cool
+
+    def bury_relay(self, relay: Relay, ending: Ending) -> None:
+        """Take note that a UDP relay has closed its sockets."""
+        del self._udp_relays[relay.token]
+        self._unpolled["tls"] += relay.is_tls
+        self._end(relay.token, relay.tally.counts(), ending)
+
+    def bury_gate(self, gate: Gate, ending: Ending) -> None:
+        """Take note that a gate has closed its socket."""
+        del self._gates[gate.token]
+        self._unpolled["gates"] += 1
+        self._end(gate.token, gate.tally.counts(), ending)
+
+    def _end(self, token: int, counts: UdpCounts, ending: Ending) -> None:
+        self._udp_ended[token] = counts
+        self._udp_total.add(counts)
+        self._tell(UdpCompletion(token, counts, *ending))
+
+    # --- books ---
+
+    def _udp_watched(self) -> list[Watched]:
+        gates = [gate for gate in self._gates.values() if gate.is_cooling]
+        return [*gates, *self._udp_relays.values()]
+
+    def _forget_polled(self) -> None:
+        self._udp_ended.clear()
+        self._unpolled = dict.fromkeys(self._unpolled, 0)
+
+    def _udp_places(self) -> int:
+        open_ones = len(self._gates) + len(self._udp_relays) + len(self._sources)
+        return open_ones + len(self._udp_ended) + self._unpolled["peers"]
+
+    def _close_udp(self) -> None:
+        for gate in list(self._gates.values()):
+            gate.bury(REASON_ABORTED)
+        for relay in list(self._udp_relays.values()):
+            relay.bury(REASON_ABORTED)
+
+    def _udp_figures(self) -> UdpFigures:
+        total = Tally()
+        for tally in [self._udp_total, *(one.tally for one in self._gates.values()),
+                      *(one.tally for one in self._udp_relays.values())]:  # fmt: skip
+            total.add(tally.counts())
+        gates, relays = self._gates.values(), self._udp_relays.values()
+        dialled = sum(1 for relay in relays if isinstance(relay, Dialled))
+        return UdpFigures(
+            flows=self._udp_places(),
+            fds=len(gates) + len(relays) + dialled,
+            tls=sum(relay.is_tls for relay in relays) + self._unpolled["tls"],
+            gates=len(gates) + self._unpolled["gates"],
+            peers=sum(gate.linkless for gate in gates) + self._unpolled["peers"],
+            up=total.datagrams_up,
+            down=total.datagrams_down,
+            dropped=dropped(total.counts()),
+            held=sum(gate.held for gate in gates) + sum(relay.held for relay in relays),
+        )

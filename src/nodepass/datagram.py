@@ -1,0 +1,153 @@
+"""UDP sockets: bound to the target address, or connected to the target; and links that carry UDP.
+
+Owns: every rule about how a UDP socket of ours comes to be. Sockets are bare and non-blocking,
+because the engine takes them over. Called by `gate` and `pairing`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Collection
+from typing import Final
+
+from . import net
+from .errors import DialError
+from .resolver import Candidate, SocketAddress, resolve
+
+GATE_BUFFER: Final = 7 * 1024 * 1024
+"""Bytes that may wait in the socket of all visitors: 50 ms of a full 1 Gbit/s, and the size that
+QUIC and WireGuard programs ask for."""
+TARGET_BUFFER: Final = 1024 * 1024
+"""Bytes that may wait in the socket of one visitor: what a link takes in a moment's delay."""
+UNSENT_LINK: Final = 256 * 1024
+"""Bytes a link may hold beyond what is in flight: more would not lose fewer datagrams, only
+deliver them late."""
+
+_SO_SNDBUFFORCE: Final = 32
+_SO_RCVBUFFORCE: Final = 33
+"""include/uapi/asm-generic/socket.h; the socket module does not have them."""
+
+
+async def listen(host: str, port: int) -> list[socket.socket]:
+    """Bind UDP sockets to every address of a host.
+
+    Args:
+        host: address or name; empty = every address, one dual-stack socket where possible.
+        port: 0..65535; 0 = the kernel picks one, the same for all.
+
+    Returns:
+        At least one non-blocking socket, the caller's own.
+
+    Raises:
+        ListenError: the name does not resolve, or an address cannot be bound.
+    """
+    shown = f"udp {net.join_address(host, port)}"
+    opened: list[socket.socket] = []
+    try:
+        for family, address in await net.listen_addresses(host, port):
+            if opened and port == 0:
+                address = (address[0], opened[0].getsockname()[1], *address[2:])  # noqa: PLW2901
+            opened.append(_bind(family, address, is_dual=not host))
+    except OSError as exc:
+        for sock in opened:
+            sock.close()
+        raise net.listen_error(shown, exc, "udp=0 goes without UDP") from exc
+    return opened
+
+
+def _bind(family: int, address: SocketAddress, *, is_dual: bool) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        sock.setblocking(False)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not is_dual)
+        _set_buffers(sock, GATE_BUFFER)
+        sock.bind(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _set_buffers(sock: socket.socket, size: int) -> None:
+    """Ask for buffers beyond the system's limit, which takes CAP_NET_ADMIN, or up to it."""
+    for forced, plain in (
+        (_SO_RCVBUFFORCE, socket.SO_RCVBUF),
+        (_SO_SNDBUFFORCE, socket.SO_SNDBUF),
+    ):
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, forced, size)
+        except OSError:
+            sock.setsockopt(socket.SOL_SOCKET, plain, size)
+
+
+async def dial(
+    host: str,
+    port: int,
+    timeout: float,  # noqa: ASYNC109
+    avoid: Collection[SocketAddress] = (),
+) -> tuple[socket.socket, SocketAddress]:
+    """Connect a UDP socket to a host, resolving its name afresh.
+
+    Nothing travels, so nobody can tell whether anyone listens there. IPv4 comes first, as the Go
+    program has it: a service that a name stands for may well listen there only.
+
+    Args:
+        host: address or name; empty = this machine.
+        timeout: seconds for the lookup.
+        avoid: addresses that have refused lately; taken only if there is no other.
+
+    Returns:
+        A non-blocking connected socket, the caller's own, and the address it is connected to.
+
+    Raises:
+        DialError: the name does not resolve, or there is no route to any of its addresses.
+    """
+    host = host or "localhost"
+    shown = f"udp {net.join_address(host, port)}"
+    try:
+        async with asyncio.timeout(timeout):
+            candidates = await resolve(host, port)
+    except TimeoutError as exc:
+        raise DialError(shown, errno.ETIMEDOUT, 0) from exc
+    except socket.gaierror as exc:
+        text = f"the name does not resolve ({exc.strerror})"
+        raise DialError(shown, errno.EHOSTUNREACH, 0, text) from exc
+    failure = OSError(errno.EHOSTUNREACH, "no address")
+    for family, address in sorted(candidates, key=lambda c: _rank(c, avoid)):
+        try:
+            return _connect(family, address), address
+        except OSError as exc:
+            failure = exc
+    raise DialError(shown, failure.errno or errno.EIO, len(candidates)) from failure
+
+
+def _rank(candidate: Candidate, avoid: Collection[SocketAddress]) -> tuple[bool, bool]:
+    family, address = candidate
+    return address in avoid, family != socket.AF_INET
+
+
+def _connect(family: int, address: SocketAddress) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        sock.setblocking(False)
+        _set_buffers(sock, TARGET_BUFFER)
+        sock.connect(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def tune_link(sock: socket.socket, silence: float) -> None:
+    """Prepare a link for datagrams, which are better lost than late.
+
+    Args:
+        silence: seconds that bytes may go unacknowledged. (Its far end always reads, so there is
+            no slow reader that this could cut off.)
+    """
+    net.limit_silence(sock, silence)
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_LINK)

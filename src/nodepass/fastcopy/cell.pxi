@@ -1,0 +1,140 @@
+# Queues of bytes: datagrams that wait for a link, for room, or for their second half.
+#
+# A queue is a chain of cells, one page each, so that a peer with one small datagram costs a page
+# and an empty queue costs nothing. All cells of a worker lie in one mapping; with none left
+# whoever wanted to wait loses a datagram, which is counted. Runs on: the worker.
+
+cdef enum:
+    CELL_BYTES = 4096           # a page: it can be given back to the system by itself
+    MAX_CELLS = 16384           # per worker: 64 MiB, the bound of what waits
+    WARM_CELLS = 256            # free cells that may stay resident (1 MiB)
+
+
+cdef inline void queue_clear(Queue* queue) noexcept nogil:
+    queue.first = NONE_SLOT
+    queue.last = NONE_SLOT
+    queue.start = 0
+    queue.stop = 0
+    queue.bytes = 0
+
+
+cdef inline char* cell_at(Worker* w, uint32_t cell) noexcept nogil:
+    return w.cells + <size_t>cell * CELL_BYTES
+
+
+# -> cells that can still be taken.
+cdef inline size_t cells_left(Worker* w) noexcept nogil:
+    return w.cells_free + (MAX_CELLS - w.cells_fresh)
+
+
+# The caller made sure that one is left.
+cdef inline uint32_t cell_take(Worker* w) noexcept nogil:
+    if w.cells_free:
+        w.cells_free -= 1
+        return w.cell_stack[w.cells_free]
+    w.cells_fresh += 1
+    return w.cells_fresh - 1
+
+
+cdef inline void cell_give(Worker* w, uint32_t cell) noexcept nogil:
+    NP_BUG(w.cells_free >= MAX_CELLS, &w.counters.bugs, b"cell given twice")
+    if w.cells_free >= WARM_CELLS:
+        sys_forget(cell_at(w, cell), CELL_BYTES)
+    elif NP_DEBUG:
+        memset(cell_at(w, cell), 0xDD, CELL_BYTES)
+    w.cell_stack[w.cells_free] = cell
+    w.cells_free += 1
+
+
+# -> 1 all of it is at the end of the queue, 0 no cells: nothing is.
+cdef int queue_put(Worker* w, Queue* queue, const char* data, size_t size) noexcept nogil:
+    cdef size_t room = 0 if queue.first == NONE_SLOT else CELL_BYTES - queue.stop
+    cdef size_t part
+    cdef uint32_t cell
+    if size > room and (size - room + CELL_BYTES - 1) // CELL_BYTES > cells_left(w):
+        return 0
+    add_own64(&w.counters.datagram_bytes_held, size)
+    queue.bytes += size
+    while size:
+        if room == 0:
+            cell = cell_take(w)
+            w.cell_next[cell] = NONE_SLOT
+            if queue.first == NONE_SLOT:
+                queue.first = cell
+                queue.start = 0
+            else:
+                w.cell_next[queue.last] = cell
+            queue.last = cell
+            queue.stop = 0
+            room = CELL_BYTES
+        part = min(size, room)
+        memcpy(cell_at(w, queue.last) + queue.stop, data, part)
+        queue.stop += <uint32_t>part
+        room -= part
+        data += part
+        size -= part
+    return 1
+
+
+# -> 1 the datagram is at the end of the queue as a frame, 0 no cells: nothing is.
+cdef int queue_put_frame(Worker* w, Queue* queue, const char* data, size_t size) noexcept nogil:
+    cdef uint8_t head[FRAME_HEAD]
+    if (FRAME_HEAD + size) // CELL_BYTES + 2 > cells_left(w):   # enough wherever the tail stands
+        return 0
+    head[0] = <uint8_t>(size >> 8)
+    head[1] = <uint8_t>(size & 0xFF)
+    return queue_put(w, queue, <const char*>head, FRAME_HEAD) and queue_put(w, queue, data, size)
+
+
+# Take the first `size` bytes, which must be there, off the queue. `into` may be NULL: they are
+# thrown away.
+cdef void queue_take(Worker* w, Queue* queue, char* into, size_t size) noexcept nogil:
+    cdef size_t part
+    cdef uint32_t cell
+    take_own64(&w.counters.datagram_bytes_held, size)
+    queue.bytes -= size
+    while size:
+        cell = queue.first
+        part = (queue.stop if cell == queue.last else <size_t>CELL_BYTES) - queue.start
+        if part > size:
+            part = size
+        if into != NULL:
+            memcpy(into, cell_at(w, cell) + queue.start, part)
+            into += part
+        queue.start += <uint32_t>part
+        size -= part
+        if queue.bytes == 0 and size == 0:
+            cell_give(w, cell)
+            queue_clear(queue)
+        elif queue.start == CELL_BYTES:
+            queue.first = w.cell_next[cell]
+            queue.start = 0
+            cell_give(w, cell)
+
+
+cdef inline void queue_drop(Worker* w, Queue* queue) noexcept nogil:
+    queue_take(w, queue, NULL, queue.bytes)
+
+
+# -> bytes of the first frame with its length, 0 if not even the length is there.
+cdef inline size_t queue_frame(Worker* w, Queue* queue) noexcept nogil:
+    cdef uint32_t cell = queue.first
+    cdef uint32_t at = queue.start
+    cdef size_t high
+    if queue.bytes < FRAME_HEAD:
+        return 0
+    high = <uint8_t>cell_at(w, cell)[at]
+    at += 1
+    if at == CELL_BYTES:
+        cell = w.cell_next[cell]
+        at = 0
+    return FRAME_HEAD + (high << 8) + <uint8_t>cell_at(w, cell)[at]
+
+
+# -> frames in a queue of whole frames, all of which are thrown away.
+cdef uint64_t queue_drop_frames(Worker* w, Queue* queue) noexcept nogil:
+    cdef uint64_t count = 0
+    while queue.bytes:
+        queue_take(w, queue, NULL, queue_frame(w, queue))
+        count += 1
+    return count

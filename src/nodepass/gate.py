@@ -1,0 +1,211 @@
+"""The server's UDP visitors: each gets a slot and a link, as TCP visitors do.
+
+Owns: the gates of one server, and the sources that wait for a slot or a link. Datagrams never
+come up here: the engine has the sockets and parks what arrives meanwhile. Made by `server`.
+
+    source unknown ──newcomer──> slot? ──> link? ──bind──> relay ──idle, link lost──> unknown again
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import socket
+from collections import deque
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from . import datagram, net
+from .errors import EngineError, PoolClosed, PoolTimeout
+from .message import Dialect, Kind
+from .pool import Link, Member, announce
+from .relay import Gate
+from .roster import Client
+from .session import SILENT_PERIODS
+from .stats import Datagrams
+
+if TYPE_CHECKING:
+    from ._fastcopy import Newcomer
+    from .server import Server
+
+RELIEF_PAUSE: Final = 0.1
+"""Seconds between two tries to make room while sources wait for a slot."""
+
+
+class _Waiting(NamedTuple):
+    """A source that waits for a slot."""
+
+    gate: Gate
+    newcomer: Newcomer
+    until: float
+    """Seconds of the loop at which it is turned away."""
+
+
+class Gates:
+    """Every UDP visitor of one server."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._settings = server.settings
+        self._socks: list[socket.socket] = []
+        """Bound, and not yet the engine's."""
+        self._gates: list[Gate] = []
+        self.address: tuple[str, int] | None = None
+        """Host and port of the first socket; None = UDP is off."""
+        self._waiting: deque[_Waiting] = deque()
+        self._relief: asyncio.TimerHandle | None = None
+        self._is_shut = False
+
+    @property
+    def waiting(self) -> int:
+        """Sources without a slot."""
+        return len(self._waiting)
+
+    def datagrams(self) -> Datagrams:
+        """Return what was dropped before it reached a relay."""
+        return Datagrams.total(gate.datagrams() for gate in self._gates)
+
+    async def open(self, host: str, port: int) -> None:
+        """Bind the sockets; what arrives waits in the kernel.
+
+        Raises:
+            ListenError: an address cannot be bound.
+        """
+        self._socks = await datagram.listen(host, port)
+        name = self._socks[0].getsockname()
+        self.address = (str(name[0]), int(name[1]))
+
+    def begin(self, *, has_tls: bool) -> None:
+        """Let the engine receive.
+
+        Raises:
+            EngineError: it has no room.
+        """
+        while self._socks:
+            gate = self._server.relays.serve(self._socks[0], self._meet, has_tls=has_tls)
+            self._gates.append(gate)
+            del self._socks[0]
+
+    def shut(self) -> None:
+        """Let nobody in any more; idempotent."""
+        self._is_shut = True
+        for gate in self._gates:
+            gate.shut()
+        while self._waiting:
+            self._turn_away(self._waiting.popleft())
+        if self._relief is not None:
+            self._relief.cancel()
+            self._relief = None
+
+    def close(self) -> None:
+        """Close the sockets and end what is open; idempotent."""
+        self.shut()
+        for sock in self._socks:
+            sock.close()
+        self._socks = []
+        for gate in self._gates:
+            gate.abort()
+
+    async def wait_closed(self, timeout: float) -> None:  # noqa: ASYNC109
+        """Wait until the engine has let go of the sockets."""
+        if results := [gate.result for gate in self._gates]:
+            await asyncio.wait(results, timeout=timeout)
+
+    def admit_one(self) -> bool:
+        """Give a free slot to who waits longest; return whether anybody did."""
+        while self._waiting:
+            waiting = self._waiting.popleft()
+            if not self._is_shut:
+                self._server.take_slot()
+                self._admit(waiting.gate, waiting.newcomer)
+                return True
+        return False
+
+    # ----------------------------------------------------------------------- newcomers
+
+    def _meet(self, gate: Gate, newcomer: Newcomer) -> None:
+        self._server.counters.visitors += 1
+        if self._is_shut:
+            self._turn_away(_Waiting(gate, newcomer, 0.0))
+        elif self._server.has_slot and not self._waiting:
+            self._server.take_slot()
+            self._admit(gate, newcomer)
+        else:
+            until = asyncio.get_running_loop().time() + self._settings.dial_timeout
+            self._waiting.append(_Waiting(gate, newcomer, until))
+            self._server.tell_limit()
+            self._relieve()
+
+    def _relieve(self) -> None:
+        """Make room: exchanges that look finished end now instead of after their idle time."""
+        if self._relief is None:
+            for gate in self._gates:
+                gate.relieve()
+            loop = asyncio.get_running_loop()
+            self._relief = loop.call_later(RELIEF_PAUSE, self._relieve_again)
+
+    def _relieve_again(self) -> None:
+        self._relief = None
+        now = asyncio.get_running_loop().time()
+        while self._waiting and self._waiting[0].until <= now:
+            self._turn_away(self._waiting.popleft())
+        if self._waiting:
+            self._relieve()
+
+    def _admit(self, gate: Gate, newcomer: Newcomer) -> None:
+        found = self._server.pool.take_nowait()
+        if found is not None:
+            self._bind(gate, newcomer, *found)
+        else:
+            self._server.spawn(self._admit_later(gate, newcomer), "waiting for a link")
+
+    async def _admit_later(self, gate: Gate, newcomer: Newcomer) -> None:
+        try:
+            member, link = await self._server.pool.take(self._settings.dial_timeout)
+        except (PoolTimeout, PoolClosed) as exc:
+            self._server.free_slot()
+            self._turn_away(_Waiting(gate, newcomer, 0.0), self._server.why_no_link(exc))
+            return
+        except BaseException:
+            self._server.free_slot()
+            raise
+        self._bind(gate, newcomer, member, link)
+
+    def _turn_away(self, waiting: _Waiting, why: str = "") -> None:
+        waiting.gate.turn_away(waiting.newcomer)
+        self._server.counters.visitors_refused += 1
+        if why:
+            self._server.log.repeated("warn", "no link", "a visitor was turned away", why=why)
+
+    # -------------------------------------------------------------------------- relays
+
+    def _bind(self, gate: Gate, newcomer: Newcomer, member: Member, link: Link) -> None:
+        assert isinstance(member, Client)
+        server, settings = self._server, self._settings
+        is_raw = member.session.dialect is Dialect.SEED
+        try:
+            datagram.tune_link(link.sock, SILENT_PERIODS * settings.report_interval)
+            relay = server.relays.bind(
+                gate,
+                newcomer,
+                link.sock,
+                tls=link.tls,
+                head=link.head,
+                idle=settings.udp_read_timeout if is_raw else settings.udp_idle_timeout,
+                is_raw=is_raw,
+            )
+        except (EngineError, OSError) as exc:
+            net.reset(link.sock)
+            server.free_slot()
+            self._turn_away(_Waiting(gate, newcomer, 0.0), str(exc))
+            return
+        visitor = net.join_address(newcomer.host, newcomer.port)
+        member.session.launch(Kind.UDP, link.name, visitor)
+        now = asyncio.get_running_loop().time()
+        member.launched[link.name] = (relay, now)
+        member.relays += 1
+        if member.demand.take(now):
+            announce(member)
+        server.hold(relay)
+        relay.result.add_done_callback(
+            functools.partial(server.part, relay, member, link.name, visitor)
+        )
