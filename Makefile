@@ -34,7 +34,7 @@ check: $(VENV)/.dev
 	@PATH="$(abspath $(VENV))/bin:$$PATH" scripts/check
 
 clean:
-	rm -rf $(VENV) build dist wheelhouse src/*.egg-info .hypothesis .pytest_cache .mypy_cache \
+	rm -rf $(VENV) build dist wheelhouse benchmarks/build src/*.egg-info .hypothesis .pytest_cache .mypy_cache \
 		.ruff_cache
 	rm -f src/nodepass/_fastcopy.c src/nodepass/*.so
 	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
