@@ -342,6 +342,7 @@ cdef struct Core:               # everything that must outlive the Python object
     uint32_t flow_limit         # of them for all but peers
     uint32_t use_splice
     uint32_t large_pipes        # per worker
+    uint32_t can_forget_cells   # pages are not larger than cells: one goes without its neighbours
     int notify                  # eventfd, rung by workers, watched by asyncio
     uint32_t notify_rung        # atomic, both
     int done                    # eventfd, rung by a worker as its last act but one

@@ -93,8 +93,9 @@ class EngineStatistics:
     flows_open: int
     """Admitted and not yet polled."""
     flows_total: int
+    """relay() calls that were followed."""
     flows_refused: int
-    """relay() calls that found every flow in use."""
+    """Calls that found every flow in use."""
     bytes_up: int
     bytes_down: int
     parked_bytes: int
@@ -258,6 +259,9 @@ class Engine:
 
         Args:
             gate: what udp_serve() returned.
+
+        Raises:
+            EngineClosed: after close(), or in a forked child.
         """
     def udp_relieve(self, gate: int) -> None:
         """End some short exchanges that are over by all appearance, to make room for others.
@@ -265,9 +269,12 @@ class Engine:
         Args:
             gate: what udp_serve() returned; unknown tokens are left alone.
 
-        After: at most 64 relays end with REASON_IDLE: of those that were not answered more than
-            once, or are younger than 2 s, the oldest that have been silent for 1 s since
-            their answer, or for 5 s without one.
+        Raises:
+            EngineClosed: after close(), or in a forked child.
+
+        After: 64 relays that were not answered more than once, or are younger than 2 s, have
+            been looked at, by turns; those that have been silent for 1 s since their answer,
+            or for 5 s without one, end with REASON_IDLE.
         """
     def udp_bind(
         self,
@@ -285,7 +292,7 @@ class Engine:
             peer: token of its Newcomer.
             fd: descriptor of the link, a connected non-blocking stream socket.
             tls: see relay().
-            head: plaintext already read from the link.
+            head: plaintext already read from the link, at most 262144 bytes.
             idle: seconds without a datagram in either direction that end it; 0 = never.
             raw: seed dialect: only the oldest waiting datagram goes over the link, without a
                 frame; what comes back until its end, or until `idle` is over, is the one
@@ -321,7 +328,7 @@ class Engine:
             fd: descriptor of the link, a connected non-blocking stream socket.
             target: descriptor of a connected non-blocking UDP socket.
             tls: see relay().
-            head: plaintext already read from the link.
+            head: plaintext already read from the link, at most 262144 bytes.
             datagram: longest datagram taken from the target, 1..65535 bytes.
             idle: seconds without a datagram in either direction that end it; 0 = never.
             raw: seed dialect: what comes over the link is one datagram; the first answer of the
@@ -347,6 +354,7 @@ class Engine:
             idle: seconds; 0 = never.
 
         Raises:
+            EngineClosed: after close(), or in a forked child.
             ValueError: the idle limit is out of range.
         """
     def udp_counts(self, token: int) -> UdpCounts | None:

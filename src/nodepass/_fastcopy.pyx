@@ -42,7 +42,7 @@ from libc.errno cimport (
     EPROTOTYPE,
     errno,
 )
-from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t, uint8_t
+from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
@@ -302,6 +302,7 @@ cdef class Engine:
         self.forks = _forks
         self.core.use_splice = bool(splice)
         self.core.large_pipes = _large_pipe_budget(threads)
+        self.core.can_forget_cells = os.sysconf("SC_PAGE_SIZE") <= CELL_BYTES
         self.core.notify = sys_eventfd()
         self.core.done = sys_eventfd()
         rc = min(self.core.notify, self.core.done, 0)
@@ -529,6 +530,7 @@ cdef class Engine:
         _check_datagram(size)
         if not 1 <= waiting <= MAX_WAITING:
             raise ValueError(f"waiting: {waiting} is not within 1..{MAX_WAITING}")
+        seed = int.from_bytes(os.urandom(8), "little")
         rc = sys_check_socket(descriptor, SOCK_DGRAM)
         slot = self.take_slot("udp_serve", rc)
         flow = &self.core.flows[slot]
@@ -536,7 +538,7 @@ cdef class Engine:
         flow_prepare(flow, descriptor, -1, worker_choose(self.core).index, 0)
         flow.kind = KIND_GATE
         udp_prepare(udp, size)
-        rc = gate_make(udp, int.from_bytes(os.urandom(8), "little"))
+        rc = gate_make(udp, seed)
         if rc == 0:
             rc = gate_set_up(descriptor, udp.own)
         if rc < 0:
@@ -547,7 +549,6 @@ cdef class Engine:
         udp_set_up(descriptor)
         udp.own.gso = bool(gso) and udp_has_gso(descriptor)
         udp.own.waiting = waiting
-        self.core.total += 1
         self.core.gates += 1
         token = self.submit(&self.core.workers[flow.worker], flow, slot, ())
         self.gates[slot] = True
@@ -559,6 +560,9 @@ cdef class Engine:
 
         Args:
             gate: what udp_serve() returned.
+
+        Raises:
+            EngineClosed: after close(), or in a forked child.
         """
         self.wish(gate, KIND_GATE, WISH_SHUT)
 
@@ -568,9 +572,12 @@ cdef class Engine:
         Args:
             gate: what udp_serve() returned; unknown tokens are left alone.
 
-        After: at most 64 relays end with REASON_IDLE: of those that were not answered more than
-            once, or are younger than 2 s, the oldest that have been silent for 1 s since
-            their answer, or for 5 s without one.
+        Raises:
+            EngineClosed: after close(), or in a forked child.
+
+        After: 64 relays that were not answered more than once, or are younger than 2 s, have
+            been looked at, by turns; those that have been silent for 1 s since their answer,
+            or for 5 s without one, end with REASON_IDLE.
         """
         self.wish(gate, KIND_GATE, WISH_RELIEVE)
 
@@ -581,7 +588,7 @@ cdef class Engine:
             peer: token of its Newcomer.
             fd: descriptor of the link, a connected non-blocking stream socket.
             tls: see relay().
-            head: plaintext already read from the link.
+            head: plaintext already read from the link, at most 262144 bytes.
             idle: seconds without a datagram in either direction that end it; 0 = never.
             raw: seed dialect: only the oldest waiting datagram goes over the link, without a
                 frame; what comes back until its end, or until `idle` is over, is the one
@@ -616,7 +623,7 @@ cdef class Engine:
             fd: descriptor of the link, a connected non-blocking stream socket.
             target: descriptor of a connected non-blocking UDP socket.
             tls: see relay().
-            head: plaintext already read from the link.
+            head: plaintext already read from the link, at most 262144 bytes.
             datagram: longest datagram taken from the target, 1..65535 bytes.
             idle: seconds without a datagram in either direction that end it; 0 = never.
             raw: seed dialect: what comes over the link is one datagram; the first answer of the
@@ -661,6 +668,8 @@ cdef class Engine:
         if tls is not None:
             _take_handles(operation, tls, &handles)
         rc = sys_check_socket(link, SOCK_STREAM)
+        if rc == 0 and len(head) > UDP_READ_BYTES:
+            rc = -EMSGSIZE
         slot = self.take_slot(operation, rc)
         flow = &self.core.flows[slot]
         udp = &self.core.udps[slot]
@@ -684,7 +693,6 @@ cdef class Engine:
         else:
             udp_set_up(target)
             udp.gso = gso and udp_has_gso(target)
-        self.core.total += 1
         return self.submit(w, flow, slot, () if tls is None else (tls,))
 
     # A free slot, or the error that there is none, or that a descriptor will not do.
@@ -702,6 +710,8 @@ cdef class Engine:
     cdef int lend(self) except -1:
         cdef uint32_t slot
         for slot in self.gates:
+            if load_acquire32(&self.core.flows[slot].state) > FLOW_OPEN:
+                continue                # it has ended; its completion comes next
             while self.core.udps[slot].own.lent < self.core.udps[slot].own.waiting:
                 if not gate_lend(self.core, slot):
                     return 0
@@ -715,6 +725,7 @@ cdef class Engine:
             idle: seconds; 0 = never.
 
         Raises:
+            EngineClosed: after close(), or in a forked child.
             ValueError: the idle limit is out of range.
         """
         cdef Flow* flow
@@ -857,7 +868,7 @@ cdef class Engine:
         if flow.kind == KIND_PEER:
             self.core.lent -= 1
             self.core.announced -= udp.is_met
-            if udp.gate in self.gates:
+            if udp.gate in self.gates and gate_is(self.core, udp):
                 self.core.udps[udp.gate].own.lent -= 1
         else:
             w.load -= 1

@@ -80,6 +80,7 @@ class Client(Tunnel):
         self.spawn(self._run(), "the client")
 
     async def _drain(self) -> None:
+        self.hurry()
         pairing = self.pairing
         if pairing is None:
             await self.wait_relays(self.settings.shutdown_timeout)
@@ -150,21 +151,22 @@ class Client(Tunnel):
             )
         await self._slots.acquire()
 
-    async def dial_udp(self) -> socket.socket:
+    async def dial_udp(self) -> tuple[socket.socket, SocketAddress]:
         """Connect a UDP socket to the target; an address that has refused is tried last.
+
+        Returns:
+            The socket, the caller's own, and where it is connected to.
 
         Raises:
             DialError: see `datagram.dial`.
         """
         target = self.config.target
-        sock, self._udp_target = await datagram.dial(
-            target.host, target.port, self.settings.dial_timeout, self._avoided
-        )
-        return sock
+        timeout = self.settings.dial_timeout
+        return await datagram.dial(target.host, target.port, timeout, self._avoided)
 
-    def avoid_udp(self) -> None:
-        """Take it that nobody listens where the last UDP socket was connected to."""
-        self._avoided = {self._udp_target}
+    def avoid_udp(self, address: SocketAddress) -> None:
+        """Take it that nobody listens at one of the target's addresses."""
+        self._avoided = {address}
 
     def free_slot(self) -> None:
         """Give back what `wait_slot` has taken."""

@@ -55,7 +55,7 @@ class DropReport:
         for cause, message in CAUSES.items():
             count = getattr(datagrams, cause) - self._told[cause]
             last = self._told_at.get(cause)
-            if not count or (last is not None and now - last < REPEAT_PAUSE and not is_last):
+            if count <= 0 or (last is not None and now - last < REPEAT_PAUSE and not is_last):
                 continue
             self._told[cause] += count
             self._told_at[cause] = now

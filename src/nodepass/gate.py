@@ -112,13 +112,12 @@ class Gates:
 
     def admit_one(self) -> bool:
         """Give a free slot to who waits longest; return whether anybody did."""
-        while self._waiting:
-            waiting = self._waiting.popleft()
-            if not self._is_shut:
-                self._server.take_slot()
-                self._admit(waiting.gate, waiting.newcomer)
-                return True
-        return False
+        if not self._waiting:
+            return False
+        waiting = self._waiting.popleft()
+        self._server.take_slot()
+        self._admit(waiting.gate, waiting.newcomer)
+        return True
 
     # ----------------------------------------------------------------------- newcomers
 
@@ -147,7 +146,9 @@ class Gates:
         self._relief = None
         now = asyncio.get_running_loop().time()
         while self._waiting and self._waiting[0].until <= now:
-            self._turn_away(self._waiting.popleft())
+            self._turn_away(self._waiting.popleft(), "as many visitors as may be are served")
+        while self._server.has_slot and self.admit_one():
+            pass  # a slot that was a TCP visitor's turn, and none came
         if self._waiting:
             self._relieve()
 
@@ -195,7 +196,8 @@ class Gates:
             )
         except (EngineError, OSError) as exc:
             net.reset(link.sock)
-            server.free_slot()
+            # Not at once: the next in the queue would fail within this very call, and so on.
+            asyncio.get_running_loop().call_soon(server.free_slot)
             self._turn_away(_Waiting(gate, newcomer, 0.0), str(exc))
             return
         visitor = net.join_address(newcomer.host, newcomer.port)

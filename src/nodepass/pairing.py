@@ -32,6 +32,7 @@ from .message import (
 from .pool import Demand, Link, Shelf
 from .record import Records
 from .relay import Relay, RelayResult, UdpRelay, UdpResult
+from .resolver import SocketAddress
 from .session import SILENT_PERIODS, Event, Lost, Role, Session
 
 if TYPE_CHECKING:
@@ -240,12 +241,13 @@ class Pairing:
     async def _join(self, kind: Kind, link: Link, visitor: str) -> Relay | UdpRelay | None:
         client, target = self._client, self._client.config.target
         relay: Relay | UdpRelay
+        address: SocketAddress | None = None
         try:
             await client.wait_slot()
             if kind is Kind.TCP:
                 sock = await net.dial(target.host, target.port, self._settings.dial_timeout)
             else:
-                sock = await client.dial_udp()
+                sock, address = await client.dial_udp()
         except DialError as exc:
             net.reset(link.sock)
             client.free_slot()
@@ -267,7 +269,11 @@ class Pairing:
             self._give_up(link.name, Failure.LIMIT, str(exc))
             return None
         client.hold(relay)
-        relay.result.add_done_callback(functools.partial(self._part, relay, link.name, visitor))
+        if client.is_stopping:
+            client.hurry()  # its launch was on its way when the others were hurried
+        relay.result.add_done_callback(
+            functools.partial(self._part, relay, link.name, visitor, address)
+        )
         return relay
 
     def _join_udp(self, link: Link, sock: socket.socket) -> UdpRelay:
@@ -324,6 +330,7 @@ class Pairing:
         relay: Relay | UdpRelay,
         name: int | str,
         visitor: str,
+        address: SocketAddress | None,
         result: asyncio.Future[RelayResult] | asyncio.Future[UdpResult],
     ) -> None:
         self._client.free_slot()
@@ -332,8 +339,8 @@ class Pairing:
             self._client.forget(relay)
             return
         outcome = result.result()
-        if isinstance(outcome, UdpResult) and outcome.code == errno.ECONNREFUSED:
-            self._client.avoid_udp()
+        if address is not None and outcome.code == errno.ECONNREFUSED:
+            self._client.avoid_udp(address)
         self._client.release(relay, outcome)
         if self._client.log.is_debug:
             self._client.log.debug(

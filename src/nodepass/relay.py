@@ -58,11 +58,11 @@ class _Crew:
         self.open: dict[int, Relay | Handshake | UdpRelay | Gate] = {}
         self._loop.add_reader(engine.fileno(), self.drain)
 
-    def drain(self) -> None:
+    def drain(self, *, is_last: bool = False) -> None:
         for report in self.engine.poll():
             if isinstance(report, self._newcomer):
                 gate = self.open.get(report.gate)
-                if isinstance(gate, Gate):
+                if isinstance(gate, Gate) and not is_last:
                     gate.meet(report)
                 continue
             work = self.open.pop(report[0], None)
@@ -76,7 +76,7 @@ class _Crew:
 
     def forget(self) -> None:
         """Let go of what the engine did not end in time."""
-        self.drain()
+        self.drain(is_last=True)
         for work in self.open.values():
             work.result.cancel()
         self.open.clear()

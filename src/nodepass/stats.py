@@ -61,7 +61,7 @@ class Counters:
     bytes_up: int = 0
     bytes_down: int = 0
     datagrams: Datagrams = NOTHING
-    """Of the UDP relays and gates that have ended."""
+    """Of the UDP relays that have ended."""
 
 
 @dataclass(frozen=True, slots=True)

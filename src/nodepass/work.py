@@ -12,12 +12,14 @@ time-out are results, not errors.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 from collections.abc import Callable
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final, Generic, NamedTuple, Protocol, TypeVar
 
+from .errors import EngineClosed
 from .stats import Datagrams
 
 if TYPE_CHECKING:
@@ -191,7 +193,8 @@ class Work(Generic[R]):
     def abort(self) -> None:
         """End it at once; the result follows. A no-op once that is there."""
         if not self.result.done():
-            self._engine.abort(self.token)
+            with contextlib.suppress(EngineClosed):  # then it is over all the same
+                self._engine.abort(self.token)
 
 
 class Relay(Work[RelayResult]):
@@ -270,7 +273,8 @@ class UdpRelay(_UdpWork):
     def limit(self, idle: float) -> None:
         """Change how many seconds of silence end it."""
         if not self.result.done():
-            self._engine.udp_limit(self.token, idle)
+            with contextlib.suppress(EngineClosed):
+                self._engine.udp_limit(self.token, idle)
 
 
 class Gate(_UdpWork):
@@ -304,14 +308,17 @@ class Gate(_UdpWork):
     def shut(self) -> None:
         """Let no more sources in."""
         if not self.result.done():
-            self._engine.udp_shut(self.token)
+            with contextlib.suppress(EngineClosed):
+                self._engine.udp_shut(self.token)
 
     def relieve(self) -> None:
         """End some exchanges that look finished, because others wait for their place."""
         if not self.result.done():
-            self._engine.udp_relieve(self.token)
+            with contextlib.suppress(EngineClosed):
+                self._engine.udp_relieve(self.token)
 
     def turn_away(self, newcomer: Newcomer) -> None:
         """Drop a source that waits; for a moment it is not let in again."""
         if not self.result.done():
-            self._engine.abort(newcomer.token)
+            with contextlib.suppress(EngineClosed):
+                self._engine.abort(newcomer.token)

@@ -13,9 +13,7 @@ from tests.engine.udp_words import HEADER, frame, hear_frame, hear_frames
 
 from nodepass.errors import EngineError
 
-every_kind = pytest.mark.parametrize(
-    "kind", ["native", "native-copy", "native-2", "twin"], indirect=True
-)
+every_kind = pytest.mark.parametrize("kind", ["native", "native-2", "twin"], indirect=True)
 
 PARKED_BYTES = 65536
 """What one source may have waiting, frame headers included."""

@@ -25,9 +25,7 @@ from tests.engine.udp_words import (
 
 from nodepass.errors import EngineClosed, EngineError
 
-every_kind = pytest.mark.parametrize(
-    "kind", ["native", "native-copy", "native-2", "twin"], indirect=True
-)
+every_kind = pytest.mark.parametrize("kind", ["native", "native-2", "twin"], indirect=True)
 tls_or_not = pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "tls"])
 STRANGERS = (0, -1, 12345, 1 << 62, 1 << 80)
 UNBOUND_LIMITS = (-1.0, 1e12, float("nan"))

@@ -23,9 +23,7 @@ from tests.engine.udp_words import (
     udp_socket,
 )
 
-every_kind = pytest.mark.parametrize(
-    "kind", ["native", "native-copy", "native-2", "twin"], indirect=True
-)
+every_kind = pytest.mark.parametrize("kind", ["native", "native-2", "twin"], indirect=True)
 tls_or_not = pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "tls"])
 every_pair = pytest.mark.parametrize("pair", ["tcp", "unix"])
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on loopback here")

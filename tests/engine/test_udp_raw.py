@@ -13,9 +13,7 @@ from tests.engine.tls_rig import End, cut
 from tests.engine.udp_rig import Mouth, UdpRig
 from tests.engine.udp_words import MAX_PAYLOAD, closed_target, hear_to_fin, udp_pair
 
-every_kind = pytest.mark.parametrize(
-    "kind", ["native", "native-copy", "native-2", "twin"], indirect=True
-)
+every_kind = pytest.mark.parametrize("kind", ["native", "native-2", "twin"], indirect=True)
 tls_or_not = pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "tls"])
 
 BLOB = random.Random(103).randbytes(200_000)

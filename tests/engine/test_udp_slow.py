@@ -28,9 +28,7 @@ from tests.engine.udp_words import (
 
 from nodepass import _pyport
 
-every_kind = pytest.mark.parametrize(
-    "kind", ["native", "native-copy", "native-2", "twin"], indirect=True
-)
+every_kind = pytest.mark.parametrize("kind", ["native", "native-2", "twin"], indirect=True)
 tls_or_not = pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "tls"])
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel counts there")
 

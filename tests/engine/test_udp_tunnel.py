@@ -20,9 +20,7 @@ from tests.engine.rig import Kind, resident_bytes
 from tests.engine.udp_rig import Gate, Mouth, UdpRig
 from tests.engine.udp_words import ANY, frame, udp_socket
 
-every_kind = pytest.mark.parametrize(
-    "kind", ["native", "native-copy", "native-2", "twin"], indirect=True
-)
+every_kind = pytest.mark.parametrize("kind", ["native", "native-2", "twin"], indirect=True)
 tls_or_not = pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "tls"])
 
 WINDOW = 4

@@ -64,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     "tls": {"_openssl", "certificate", "errors", "log", "password", "record", "verdict"},
     "drop": {"log", "stats"},
     "datagram": {"errors", "net", "resolver"},
-    "work": {"stats"},
+    "work": {"errors", "stats"},
     "relay": {"_pycopy", "environment", "errors", "log", "work"},
     "control": {"errors", "log", "message", "net", "record", "session"},
     "pool": {"errors", "log", "message", "net", "record", "session", "watch"},
@@ -89,7 +89,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "pairing": {
         "config", "control", "datagram", "environment", "errors", "filler", "log", "message",
-        "net", "pool", "record", "relay", "session", "stats", "wire",
+        "net", "pool", "record", "relay", "resolver", "session", "stats", "wire",
     },
     "server": {
         "config", "dataport", "entrance", "environment", "errors", "gate", "log", "message",

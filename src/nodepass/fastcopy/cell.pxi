@@ -1,12 +1,16 @@
 # Queues of bytes: datagrams that wait for a link, for room, or for their second half.
 #
-# A queue is a chain of cells, one page each, so that a peer with one small datagram costs a page
+# A queue is a chain of cells of 4 KiB, so that a peer with one small datagram costs one of them
 # and an empty queue costs nothing. All cells of a worker lie in one mapping; with none left
-# whoever wanted to wait loses a datagram, which is counted. Runs on: the worker.
+# whoever wanted to wait loses a datagram, which is counted. Strangers may fill half of them, links
+# that take nothing three quarters; the last quarter is for half frames, without which a link
+# could not go on. Runs on: the worker.
 
 cdef enum:
-    CELL_BYTES = 4096           # a page: it can be given back to the system by itself
+    CELL_BYTES = 4096           # the smallest page there is; see Core.can_forget_cells
     MAX_CELLS = 16384           # per worker: 64 MiB, the bound of what waits
+    PARK_KEEPS = 8192           # cells that parked datagrams leave to others, ...
+    QUEUE_KEEPS = 4096          # ... and those that wait for a link
     WARM_CELLS = 256            # free cells that may stay resident (1 MiB)
 
 
@@ -38,7 +42,7 @@ cdef inline uint32_t cell_take(Worker* w) noexcept nogil:
 
 cdef inline void cell_give(Worker* w, uint32_t cell) noexcept nogil:
     NP_BUG(w.cells_free >= MAX_CELLS, &w.counters.bugs, b"cell given twice")
-    if w.cells_free >= WARM_CELLS:
+    if w.cells_free >= WARM_CELLS and w.core.can_forget_cells:
         sys_forget(cell_at(w, cell), CELL_BYTES)
     elif NP_DEBUG:
         memset(cell_at(w, cell), 0xDD, CELL_BYTES)
@@ -76,10 +80,13 @@ cdef int queue_put(Worker* w, Queue* queue, const char* data, size_t size) noexc
     return 1
 
 
-# -> 1 the datagram is at the end of the queue as a frame, 0 no cells: nothing is.
-cdef int queue_put_frame(Worker* w, Queue* queue, const char* data, size_t size) noexcept nogil:
+# -> 1 the datagram is at the end of the queue as a frame, 0 nothing is: no cells but `kept` ones.
+cdef int queue_put_frame(
+    Worker* w, Queue* queue, const char* data, size_t size, size_t kept
+) noexcept nogil:
     cdef uint8_t head[FRAME_HEAD]
-    if (FRAME_HEAD + size) // CELL_BYTES + 2 > cells_left(w):   # enough wherever the tail stands
+    # Enough wherever the tail stands.
+    if (FRAME_HEAD + size) // CELL_BYTES + 2 + kept > cells_left(w):
         return 0
     head[0] = <uint8_t>(size >> 8)
     head[1] = <uint8_t>(size & 0xFF)
@@ -131,10 +138,13 @@ cdef inline size_t queue_frame(Worker* w, Queue* queue) noexcept nogil:
     return FRAME_HEAD + (high << 8) + <uint8_t>cell_at(w, cell)[at]
 
 
-# -> frames in a queue of whole frames, all of which are thrown away.
+# -> whole frames in a queue, which is emptied; the beginning of another one does not count.
 cdef uint64_t queue_drop_frames(Worker* w, Queue* queue) noexcept nogil:
     cdef uint64_t count = 0
-    while queue.bytes:
-        queue_take(w, queue, NULL, queue_frame(w, queue))
+    cdef size_t size = queue_frame(w, queue)
+    while 0 < size <= queue.bytes:
+        queue_take(w, queue, NULL, size)
         count += 1
+        size = queue_frame(w, queue)
+    queue_drop(w, queue)
     return count

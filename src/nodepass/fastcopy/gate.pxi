@@ -14,7 +14,7 @@
 
 cdef enum:
     GATE_BUCKETS = 65536        # of the table: 256 KiB; chains stay short up to 100 000 sources
-    GATE_BATCHES = 4            # per turn: 256 datagrams take about as long as copying 1 MiB
+    GATE_TURN_DATAGRAMS = 256   # take about as long as copying 1 MiB
     PARK_BYTES = 65536          # frames that a peer may have waiting; then the oldest goes
     COOL_MS = 1000              # a source whose relay failed does not get the next one sooner
     RELIEF_LOOKS = 64           # relays that one udp_relieve() looks at
@@ -74,28 +74,24 @@ cdef inline bint gate_is_open(Worker* w, Udp* udp) noexcept nogil:
 cdef int gate_turn(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     cdef Leg* leg = &flow.legs[0]
     cdef Gate* gate = w.core.udps[slot].own
-    cdef int batch
+    cdef int64_t budget = GATE_TURN_DATAGRAMS
     cdef int n
     if gate.blocked.count and leg.bits & MAY_WRITE:
         gate_unblock(w, flow, slot)
-    for batch in range(GATE_BATCHES):
-        if not leg.bits & MAY_READ:
-            return 0
-        n = mail_receive(w, leg.fd)
-        if n <= 0:
-            # Nobody's error is ours: an unconnected socket hears of no ICMP. Whatever it is, the
-            # next datagram is a new edge.
-            leg.bits &= ~<uint32_t>MAY_READ
-            return 0
-        gate_sort(w, slot, <uint32_t>n)
-        gate_hand_out(w)
+    while budget > 0 and leg.bits & MAY_READ:
+        n = mail_receive_past_errors(w, leg.fd)
         if n < MAIL_BATCH:
             leg.bits &= ~<uint32_t>MAY_READ     # drained: what comes later is a new edge
+        if n <= 0:
+            break
+        budget -= <int64_t>gate_sort(w, slot, <uint32_t>n)
+        gate_hand_out(w)
     return 1 if leg.bits & MAY_READ else 0
 
 
-# Chain the datagrams of a batch to the peers and relays that they are for, in order.
-cdef void gate_sort(Worker* w, uint32_t slot, uint32_t count) noexcept nogil:
+# Chain the datagrams of a batch to the peers and relays that they are for, in order. -> how many
+# they are.
+cdef uint64_t gate_sort(Worker* w, uint32_t slot, uint32_t count) noexcept nogil:
     cdef Mail* mail = w.mail
     cdef Udp* own = &w.core.udps[slot]
     cdef Udp* udp
@@ -103,10 +99,12 @@ cdef void gate_sort(Worker* w, uint32_t slot, uint32_t count) noexcept nogil:
     cdef uint32_t last = NONE_SLOT
     cdef uint32_t found
     cdef uint32_t i
+    cdef uint64_t total = 0
     mail.touched_count = 0
     for i in range(count):
         mail_source(w, i)
         mail_open(w, i, &lost)
+        total += mail_count(w, i)
         if mail_is_large(w, i, own.limit):
             tally_drop(w, own, T_TOO_LARGE, mail_count(w, i))
             continue
@@ -132,13 +130,14 @@ cdef void gate_sort(Worker* w, uint32_t slot, uint32_t count) noexcept nogil:
             mail.next[udp.batch_last] = i
         udp.batch_last = i
     tally_overrun(w, own, lost)
+    return total
 
 
 # Make a spare the peer of an unknown source. -> its slot, NONE_SLOT: there is no room.
 cdef uint32_t gate_welcome(Worker* w, uint32_t slot, const Key* key) noexcept nogil:
     cdef Gate* gate = w.core.udps[slot].own
     cdef uint32_t found
-    if gate.is_shut or gate.spare_count == 0:
+    if gate.is_shut or gate.spare_count == 0 or cells_left(w) <= PARK_KEEPS + MAIL_CELLS:
         return NONE_SLOT
     found = gate_use_spare(w, gate, key)
     gate_announce(w, found)
@@ -207,7 +206,7 @@ cdef void gate_park(Worker* w, Udp* udp) noexcept nogil:
                 while udp.queue.bytes and udp.queue.bytes + FRAME_HEAD + size > PARK_BYTES:
                     queue_take(w, &udp.queue, NULL, queue_frame(w, &udp.queue))
                     tally_drop(w, own, T_NO_LINK, 1)
-                if not queue_put_frame(w, &udp.queue, data, size):
+                if not queue_put_frame(w, &udp.queue, data, size, PARK_KEEPS):
                     tally_drop(w, own, T_NO_LINK, 1)
             data += size
             left -= size
@@ -226,7 +225,10 @@ cdef int gate_bind(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     cdef size_t size
     if load_relaxed32(&peer.generation) != <uint32_t>(udp.peer >> 32) or state != FLOW_OPEN:
         return 0
-    if from_peer.is_cooling or from_peer.queue.bytes == 0:
+    if from_peer.is_cooling or not from_peer.is_listed:
+        return 0
+    if udp.is_raw and from_peer.queue.bytes == 0:
+        flow_bury(w, peer, old, R_FINISHED, 0, 0)       # all it had to ask was lost
         return 0
     gate = w.core.udps[udp.gate].own
     udp.key = from_peer.key
@@ -286,9 +288,7 @@ cdef void gate_relieve(Worker* w, Gate* gate) noexcept nogil:
         flow = &w.core.flows[slot]
         udp = &w.core.udps[slot]
         silent = w.now_ms - flow.active_ms
-        if udp.tally[T_DATAGRAMS_UP] > 1 and udp.tally[T_DATAGRAMS_DOWN] > 1 and (
-            flow.active_ms - udp.born_ms >= RELIEF_YOUNG_MS
-        ):
+        if udp.tally[T_DATAGRAMS_DOWN] > 1 and w.now_ms - udp.born_ms >= RELIEF_YOUNG_MS:
             gate_grow_up(w, gate, slot)
         elif silent >= RELIEF_UNANSWERED_MS or (
             udp.tally[T_DATAGRAMS_DOWN] and silent >= RELIEF_ANSWERED_MS

@@ -26,6 +26,7 @@ cdef int udp_post(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
             size = min(left, <size_t>mail.segments[i]) if mail.segments[i] else left
             if filled and filled + FRAME_HEAD + size > udp_gather_room(w):
                 if udp_pass(w, flow, slot, filled, count) < 0:
+                    tally_drop(w, udp, T_SLOW_LINK, udp_chain_rest(w, i, left))
                     return -1
                 filled = 0
                 count = 0
@@ -33,15 +34,34 @@ cdef int udp_post(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
                 udp_frame(w.scratch + UDP_PLAIN_AT + filled, data, size)
                 filled += FRAME_HEAD + size
                 count += 1
-            elif udp.queue.bytes + FRAME_HEAD + size > UDP_QUEUE_BYTES or (
-                not queue_put_frame(w, &udp.queue, data, size)
-            ):
+            elif not udp_wait(w, flow, udp, data, size):
                 tally_drop(w, udp, T_SLOW_LINK, 1)
             data += size
             left -= size
             is_done = left == 0
         i = mail.next[i]
     return udp_pass(w, flow, slot, filled, count) if filled else 0
+
+
+# -> datagrams of a chain from the last `left` bytes of datagram `i` on.
+cdef uint64_t udp_chain_rest(Worker* w, uint32_t i, size_t left) noexcept nogil:
+    cdef uint32_t segment = w.mail.segments[i]
+    cdef uint64_t count = (left + segment - 1) // segment if segment else 1
+    i = w.mail.next[i]
+    while i != NONE_SLOT:
+        count += mail_count(w, i)
+        i = w.mail.next[i]
+    return count
+
+
+# Let a datagram wait for the link. A target is not read while any wait, so a batch is their bound;
+# a gate is read whatever its links do. -> 1, 0 it is lost.
+cdef inline int udp_wait(
+    Worker* w, Flow* flow, Udp* udp, const char* data, size_t size
+) noexcept nogil:
+    if flow.kind == KIND_BOUND and udp.queue.bytes + FRAME_HEAD + size > UDP_QUEUE_BYTES:
+        return 0
+    return queue_put_frame(w, &udp.queue, data, size, QUEUE_KEEPS)
 
 
 cdef inline size_t udp_gather_room(Worker* w) noexcept nogil:
@@ -115,23 +135,25 @@ cdef int udp_read_target(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     cdef Leg* leg = &flow.legs[1]
     cdef int batch
     cdef int n
+    if udp.is_raw and not udp.is_shot:
+        return 0                # nothing has been asked yet
     for batch in range(UDP_TURN_BATCHES):
         if not leg.bits & MAY_READ or udp.queue.bytes or udp.is_answered:
             return 0
         if not udp_can_pass(flow, &flow.ways[1], &flow.legs[0]):
             return 0
-        n = mail_receive(w, leg.fd)
+        n = mail_receive_past_errors(w, leg.fd)
         if n == -ECONNREFUSED:
             if udp_refused(w, flow, slot) < 0:
                 return -1
             continue
         if n <= 0:
-            leg.bits &= ~<uint32_t>MAY_READ     # an error is gone by being read
+            leg.bits &= ~<uint32_t>MAY_READ
             return 0
         udp.refused_ms = 0
-        if udp.is_raw:
-            return raw_reply(w, flow, slot)
         udp_chain(w, udp, <uint32_t>n)
+        if udp.batch_first != NONE_SLOT and udp.is_raw:
+            return raw_reply(w, flow, slot)
         if udp.batch_first != NONE_SLOT:
             flow.active_ms = w.now_ms
             if udp_post(w, flow, slot) < 0:
@@ -177,7 +199,7 @@ cdef int udp_read_link(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
             held >= FRAME_HEAD
         ):
             queue_take(w, &udp.rest, w.scratch, held)
-            got = udp_deliver(w, flow, slot, w.scratch, w.scratch + held)
+            got = udp_deliver(w, flow, slot, w.scratch, w.scratch + held, &budget)
         elif leg.bits & HAS_ENDED:
             return udp_end(w, flow, slot)
         elif not leg.bits & (MAY_READ | TLS_HOLDS):
@@ -188,7 +210,7 @@ cdef int udp_read_link(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
                 queue_take(w, &udp.rest, plain - held, held)
             else:
                 held = 0
-            got = udp_receive(w, flow, slot, plain - held, plain)
+            got = udp_receive(w, flow, slot, plain - held, plain, &budget)
         if got < 0:
             return -1
         budget -= got + 1
@@ -197,7 +219,7 @@ cdef int udp_read_link(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
 
 # One read of the link behind the half frame that begins at `begin`. -> bytes, -1 buried.
 cdef ssize_t udp_receive(
-    Worker* w, Flow* flow, uint32_t slot, char* begin, char* plain
+    Worker* w, Flow* flow, uint32_t slot, char* begin, char* plain, ssize_t* budget
 ) noexcept nogil:
     cdef int link = udp_link(flow)
     cdef Leg* leg = &flow.legs[link]
@@ -226,7 +248,7 @@ cdef ssize_t udp_receive(
         batch.size = <size_t>got
     elif got or leg.bits & TLS_HOLDS:
         tls_open(leg, cipher, <size_t>got, plain, BUFFER_BYTES - UDP_PLAIN_AT, &batch)
-    if udp_deliver(w, flow, slot, begin, plain + batch.size) < 0:
+    if udp_deliver(w, flow, slot, begin, plain + batch.size, budget) < 0:
         return -1
     if leg.tls == NULL:
         return got
@@ -258,9 +280,10 @@ cdef int udp_settle(
     return 0
 
 
-# Send every whole frame in [at, end) as a datagram; what remains waits. -> bytes sent, -1 buried.
+# Send the whole frames in [at, end) as datagrams, as far as the budget goes; what remains waits.
+# -> bytes sent, -1 buried.
 cdef ssize_t udp_deliver(
-    Worker* w, Flow* flow, uint32_t slot, char* at, char* end
+    Worker* w, Flow* flow, uint32_t slot, char* at, char* end, ssize_t* budget
 ) noexcept nogil:
     cdef Udp* udp = &w.core.udps[slot]
     cdef char* start = at
@@ -268,10 +291,11 @@ cdef ssize_t udp_deliver(
     cdef size_t size
     if udp.is_raw:
         return raw_collect(w, flow, slot, at, end - at)
-    while not udp.is_blocked:
+    while not udp.is_blocked and budget[0] > 0:
         count = udp_pack(w, flow, udp, at, end)
         if count == 0:
             break
+        budget[0] -= <ssize_t>count * UDP_TURN_DATAGRAM
         if udp_send(w, flow, slot, count, &at) < 0:
             return -1
     # Blocked and out of cells: whole frames are lost, the half one is not.

@@ -6,6 +6,8 @@
 cdef enum:
     FRAME_HEAD = 2              # bytes: the length in front of each datagram on a link
     MAX_DATAGRAM = 65535        # what it can say
+    MAIL_ERRORS = 8             # in a row; whoever sends more delays what he sends behind them
+    MAIL_CELLS = 18             # what the largest datagram needs, wherever its queue ends
     GSO_SEGMENTS = 64           # UDP_MAX_SEGMENTS of kernels before 6.9
     GSO_BYTES = 65000           # below what an IP packet holds
 
@@ -39,6 +41,19 @@ cdef int mail_receive(Worker* w, int fd) noexcept nogil:
     n = sys_recvmmsg(fd, mail.incoming, MAIL_BATCH)
     mail.used = <uint32_t>max(n, 0)
     return 0 if n == -EAGAIN else n
+
+
+# The same, past errors: each stands in front of the datagrams and is gone once it has been read.
+# (ICMP tells of them: too large for the path, prohibited, no route.) -> datagrams, 0 none,
+# -ECONNREFUSED.
+cdef int mail_receive_past_errors(Worker* w, int fd) noexcept nogil:
+    cdef int tries
+    cdef int n = 0
+    for tries in range(MAIL_ERRORS):
+        n = mail_receive(w, fd)
+        if n >= 0 or n == -ECONNREFUSED:
+            return n
+    return 0
 
 
 # Read what came beside datagram `i`: keys[i].local, segments[i], and the count of those that the

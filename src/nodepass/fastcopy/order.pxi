@@ -91,6 +91,11 @@ cdef void udp_wish(Worker* w, Flow* flow, Udp* udp, uint32_t slot, uint32_t bit)
         order_put(w, flow, slot, ORDER_TOUCH)
 
 
+# -> 1 the gate that a peer was made for still has its slot: the next gate may have it by now.
+cdef inline bint gate_is(Core* core, Udp* udp) noexcept nogil:
+    return load_relaxed32(&core.flows[udp.gate].generation) == udp.gate_generation
+
+
 # Lend a gate room for one more peer. -> 1, 0 no slot is left.
 cdef int gate_lend(Core* core, uint32_t gate) noexcept nogil:
     cdef Udp* own = &core.udps[gate]

@@ -57,6 +57,11 @@ cdef ssize_t raw_collect(
     return <ssize_t>size
 
 
+# -> 1 the idle limit is in use: it waits for another piece of the datagram.
+cdef inline bint raw_is_collecting(Flow* flow, Udp* udp) noexcept nogil:
+    return udp.is_raw and flow.kind == KIND_DIALLED and udp.rest.bytes and not udp.is_shot
+
+
 # Dialled: the datagram is whole, send it to the target. -> 0, -1 buried.
 cdef int raw_shoot(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     cdef Udp* udp = &w.core.udps[slot]
@@ -65,6 +70,7 @@ cdef int raw_shoot(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
         return -1
     flow.active_ms = w.now_ms
     udp_set_limit(w, flow, slot, udp.raw_ms)
+    flow_want_turn(w, flow, slot)       # an answer that was too early has not been read
     return 0
 
 
@@ -99,35 +105,20 @@ cdef void raw_answer(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     flow_bury(w, flow, slot, R_FINISHED, 0, 0)
 
 
-# Dialled: the first answer of the target lies in mailbag 0. -> 0, -1 buried.
+# Dialled: the first datagram of the target is chained; it is the answer. -> 1, -1 buried.
 cdef int raw_reply(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     cdef Udp* udp = &w.core.udps[slot]
-    cdef size_t size = w.mail.incoming[0].msg_len
-    udp_chain(w, udp, 1)
-    if udp.batch_first == NONE_SLOT or not udp.is_shot:
-        return 0
-    if w.mail.segments[0]:
-        size = w.mail.segments[0]
-    memcpy(w.scratch + UDP_PLAIN_AT, w.mail.rooms[0].iov_base, size)
+    cdef uint32_t i = udp.batch_first
+    cdef size_t size = w.mail.segments[i] if w.mail.segments[i] else w.mail.incoming[i].msg_len
+    memcpy(w.scratch + UDP_PLAIN_AT, w.mail.rooms[i].iov_base, size)
     udp.is_answered = 1
-    return raw_pass(w, flow, slot, size)
+    return 1 if raw_pass(w, flow, slot, size) == 0 else -1
 
 
 # Dialled: close the link behind the answer, once that is out.
 cdef void raw_finish(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
-    cdef Leg* leg = &flow.legs[0]
-    cdef Way* way = &flow.ways[1]
-    cdef int got
-    if not udp_has_sent(flow, way, leg):
-        return
-    if leg.tls != NULL and not leg.bits & TLS_NOTIFIED:
-        leg.bits |= TLS_NOTIFIED
-        openssl.errors_clear()
-        openssl.shutdown(leg.tls)       # if it cannot, the end of the stream has to do
-        got = openssl.bio_read(leg.tls_out, w.scratch, BUFFER_BYTES)
-        if got > 0 and tls_ship(w, flow, slot, 1, 0, got, 0) <= 0:
-            return
-    flow_bury(w, flow, slot, R_FINISHED, 0, 0)
+    if udp_has_sent(flow, &flow.ways[1], &flow.legs[0]):
+        flow_bury(w, flow, slot, R_FINISHED, 0, 0)
 
 
 # The link has ended. -> 0 the target may still answer, -1 buried.

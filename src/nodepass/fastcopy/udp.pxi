@@ -23,7 +23,8 @@ cdef enum:
     UDP_GATHER_BYTES = 131072   # frames that are gathered for one send
     UDP_DRY_BYTES = 16384       # the same while every buffer is out: what is left of it is copied
     UDP_QUEUE_BYTES = 131072    # frames that wait for a link; 10 ms at 100 Mbit/s
-    UDP_TURN_BYTES = 262144     # budget of reading a link in one turn
+    UDP_TURN_BYTES = 262144     # budget of reading a link in one turn, ...
+    UDP_TURN_DATAGRAM = 512     # ... of which each datagram takes so much more: 512 in 2 ms
     UDP_TURN_BATCHES = 4        # and of a target
     UDP_REFUSED_MS = 2000       # a target that refuses for so long is dialled afresh
 
@@ -91,6 +92,9 @@ cdef int udp_admit(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
             flow_bury(w, flow, slot, R_ABORTED, 0, 0)
             return 0
         gate = w.core.udps[udp.gate].own
+        if NP_BUG(gate.spare_count >= MAX_WAITING, &w.counters.bugs, b"too many spares"):
+            flow_bury(w, flow, slot, R_ABORTED, 0, 0)
+            return 0
         gate.spares[gate.spare_count] = slot
         gate.spare_count += 1
         return 1
@@ -117,9 +121,13 @@ cdef int udp_admit(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
 # What was read from the link before comes first.
 cdef void udp_take_head(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     cdef Way* way = &flow.ways[udp_link(flow)]
+    cdef Udp* udp = &w.core.udps[slot]
     if way.head == NULL:
         return
-    if not queue_put(w, &w.core.udps[slot].rest, way.head, way.head_to):
+    if udp.is_raw:
+        if raw_collect(w, flow, slot, way.head, way.head_to) < 0:
+            return
+    elif not queue_put(w, &udp.rest, way.head, way.head_to):
         flow_bury(w, flow, slot, R_RESET, 0, ENOBUFS)
         return
     tls_drop_head(w, way)
@@ -187,7 +195,9 @@ cdef void udp_touch(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
         if wishes & WISH_RELIEVE:
             gate_relieve(w, udp.own)
     elif wishes & WISH_LIMIT and flow.kind != KIND_PEER:
-        udp_set_limit(w, flow, slot, load_relaxed32(&udp.wished_ms))
+        udp.raw_ms = load_relaxed32(&udp.wished_ms)
+        if not raw_is_collecting(flow, udp):
+            udp_set_limit(w, flow, slot, udp.raw_ms)
 
 
 cdef void udp_set_limit(Worker* w, Flow* flow, uint32_t slot, uint32_t idle_ms) noexcept nogil:
@@ -218,4 +228,26 @@ cdef void udp_bury(Worker* w, Flow* flow, uint32_t slot, int reason) noexcept no
     if flow.kind == KIND_PEER or flow.kind == KIND_BOUND:
         gate_part(w, flow, slot, reason)
     tally_drop(w, udp, T_SLOW_LINK, queue_drop_frames(w, &udp.queue))
-    queue_drop(w, &udp.rest)
+    if udp.is_raw:
+        queue_drop(w, &udp.rest)
+    else:
+        tally_drop(w, udp, T_UNSENT, queue_drop_frames(w, &udp.rest))
+    if reason == R_FINISHED or reason == R_IDLE:
+        udp_say_end(w, flow)
+
+
+# A TLS link that is closed politely hears so, if nothing is in the way.
+cdef void udp_say_end(Worker* w, Flow* flow) noexcept nogil:
+    cdef int link = udp_link(flow)
+    cdef Leg* leg = &flow.legs[link]
+    cdef int got
+    if leg.tls == NULL or leg.bits & TLS_NOTIFIED:
+        return
+    if not udp_has_sent(flow, &flow.ways[1 - link], leg):
+        return
+    leg.bits |= TLS_NOTIFIED
+    openssl.errors_clear()
+    openssl.shutdown(leg.tls)           # if it cannot, the end of the stream has to do
+    got = openssl.bio_read(leg.tls_out, w.scratch, BUFFER_BYTES)
+    if got > 0 and sys_send(leg.fd, w.scratch, got) < 0:
+        return                          # it was worth a try
