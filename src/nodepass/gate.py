@@ -132,11 +132,14 @@ class Gates:
             until = asyncio.get_running_loop().time() + self._settings.dial_timeout
             self._waiting.append(_Waiting(gate, newcomer, until))
             self._server.tell_limit()
-            self._relieve()
+            self.make_room()
 
-    def _relieve(self) -> None:
-        """Make room: exchanges that look finished end now instead of after their idle time."""
-        if self._relief is None:
+    def make_room(self) -> None:
+        """While every slot is taken, exchanges that look finished end before their idle time.
+
+        Whether TCP visitors wait cannot be seen: they are in the kernel's queue.
+        """
+        if self._relief is None and self._gates and not self._is_shut:
             for gate in self._gates:
                 gate.relieve()
             loop = asyncio.get_running_loop()
@@ -149,8 +152,8 @@ class Gates:
             self._turn_away(self._waiting.popleft(), "as many visitors as may be are served")
         while self._server.has_slot and self.admit_one():
             pass  # a slot that was a TCP visitor's turn, and none came
-        if self._waiting:
-            self._relieve()
+        if self._waiting or not self._server.has_slot:
+            self.make_room()
 
     def _admit(self, gate: Gate, newcomer: Newcomer) -> None:
         found = self._server.pool.take_nowait()

@@ -201,9 +201,9 @@ class Pairing:
     def _on_event(self, event: Event) -> None:
         match event:
             case Launch(kind, number, visitor):
-                self._launch(kind, number, visitor)
+                self._client.spawn(self._serve(kind, number, visitor), "serving a visitor")
             case SeedLaunch(link_id, kind):
-                self._launch(kind, link_id, "")
+                self._client.spawn(self._serve(kind, link_id, ""), "serving a visitor")
             case Idle(count):
                 self._want(count)
                 self.filler.fill()
@@ -213,13 +213,6 @@ class Pairing:
             case Lost():
                 if not self.lost.done():
                     self.lost.set_result(event)
-
-    def _launch(self, kind: Kind, name: int | str, visitor: str) -> None:
-        config = self._client.config
-        if not (config.tcp if kind is Kind.TCP else config.udp):
-            self._give_up(name, Failure.REFUSED, f"{kind}=0 is set here, but not on the server")
-            return
-        self._client.spawn(self._serve(kind, name, visitor), "serving a visitor")
 
     async def _serve(self, kind: Kind, name: int | str, visitor: str) -> None:
         """Claim the link, dial the target, and hand both to the engine."""
@@ -232,6 +225,11 @@ class Pairing:
                 link = self._claim_nowait(name) or await self._claim(name)
             except PoolTimeout as exc:
                 self._give_up(name, Failure.UNKNOWN, str(exc))
+                return
+            if kind not in client.config.carries.split(","):
+                net.reset(link.sock)
+                why = f"{kind}=0 is set here, but not on the server"
+                self._give_up(name, Failure.REFUSED, why)
                 return
             relay = await self._join(kind, link, visitor)
         finally:

@@ -14,7 +14,7 @@ import asyncio
 import functools
 import secrets
 import socket
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -48,6 +48,10 @@ MAX_CLIENTS: Final = 1024
 """Sessions at once: bounds what somebody can make us keep where no password is asked."""
 
 
+PARTED: Final = 256
+"""Links remembered after their relay: more than can fail within the time a signal takes."""
+
+
 @dataclass(slots=True, eq=False)
 class Client(Member):
     """One session of ours: a pool member and how to talk to it."""
@@ -59,6 +63,29 @@ class Client(Member):
     control: Control | None = None
     launched: dict[int | str, tuple[Relay | UdpRelay, float]] = field(default_factory=dict)
     """Open relays by link, each with the time of its launch in seconds of the loop."""
+    parted: deque[int | str] = field(default_factory=lambda: deque(maxlen=PARTED))
+    """Links whose relays have ended last: why they failed may come behind their reset."""
+    _blamed: set[int | str] = field(default_factory=set)
+    """Links in `launched` of which that is known already."""
+
+    def blame(self, name: int | str) -> bool:
+        """Take note that the client has said why a launch failed; return whether it is news."""
+        if name in self.launched and name not in self._blamed:
+            self._blamed.add(name)
+            return True
+        if name in self.parted:
+            self.parted.remove(name)
+            return True
+        return False
+
+    def part(self, name: int | str) -> None:
+        """Take note that a relay has ended."""
+        del self.launched[name]
+        self.relays -= 1
+        if name in self._blamed:
+            self._blamed.remove(name)
+        else:
+            self.parted.append(name)
 
 
 class Roster:
@@ -319,12 +346,13 @@ class Roster:
 
     def _fail(self, client: Client, event: Fail) -> None:
         launch = client.launched.get(event.number)
-        if launch is None:
-            return  # the reset of the link was here first
-        relay, _ = launch
+        if not client.blame(event.number):
+            return  # it was never launched, or long ago, or has been told before
+        if launch is not None:
+            relay, _ = launch
+            relay.abort()
         self._counters.launches_failed += 1
         self._counters.visitors_refused += 1
-        relay.abort()
         self._log.repeated(
             "warn",
             f"fail {client.name} {event.why}",

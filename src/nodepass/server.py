@@ -256,6 +256,7 @@ class Server(Tunnel):
         self._visitors += 1
         if not self.has_slot:
             self.tell_limit()
+            self._gates.make_room()
             if self._target is not None:
                 self._target.pause()
 
@@ -358,8 +359,7 @@ class Server(Tunnel):
         result: asyncio.Future[RelayResult] | asyncio.Future[UdpResult],
     ) -> None:
         """Take note that a relay has ended."""
-        client.relays -= 1
-        del client.launched[name]
+        client.part(name)
         self.free_slot()
         if result.cancelled():
             self.forget(relay)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from tests.system.rig.arena import Arena
+from tests.system.rig.datagram import UdpArena, free_both
 from tests.system.rig.stream import connect, exchange
 from tests.system.rig.target import body_of, digest_of, echo, serve_body
-from tests.system.rig.timing import free_port, within
+from tests.system.rig.timing import free_port, until, within
 
 from nodepass import Client, Server
 
@@ -42,6 +43,38 @@ async def test_pair_in_one_loop(
             await asyncio.gather(server.wait_closed(), client.wait_closed())
         with pytest.raises(ConnectionRefusedError):
             await connect(port)
+
+
+@pytest.mark.loops("asyncio", "uvloop")
+async def test_udp_pair_in_one_loop(
+    tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its datagrams are counted on both sides, and a target that was away is found again."""
+    monkeypatch.setenv("NODEPASS_ENGINE", engine)
+    monkeypatch.setenv("SHUTDOWN_TIMEOUT", "20ms")
+    async with UdpArena(tmp_path) as arena, within(20):
+        target, tunnel, port = arena.udp_target(), free_port(), free_both()
+        async with (
+            Server(f"server://127.0.0.1:{tunnel}/127.0.0.1:{port}?log=none&tcp=0") as server,
+            Client(f"client://127.0.0.1:{tunnel}/127.0.0.1:{target.port}?log=none") as client,
+        ):
+            assert server.target_address == ("127.0.0.1", port)
+            visitor = arena.visitor(port)
+            for size in (0, 1400, 8192):
+                assert await visitor.ask(BODY[:size]) == BODY[:size]
+            for side in (server, client):
+                figures = side.statistics()
+                assert (figures.relays_open, figures.visitors) == (1, 1)
+                assert (figures.bytes_up, figures.bytes_down) == (9592, 9592)
+                counts = figures.datagrams
+                assert (counts.up, counts.down, counts.dropped) == (3, 3, 0)
+            target.close()
+            visitor.send(b"nobody hears")
+            await until(lambda: client.statistics().datagrams.refused, 5, "a refusal")
+            arena.udp_target(port=target.port)
+            await visitor.insist(b"back")
+        visitor.send(b"closed")
+        await until(lambda: visitor.refused, 5, "an ICMP message: the port is closed")
 
 
 async def test_stop_twice_is_harmless(tmp_path: Path) -> None:

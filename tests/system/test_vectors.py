@@ -1,15 +1,14 @@
 """Both recorded conversations with the Go program, replayed over sockets, row by row.
 
 Our Server meets the recorded client, our Client the recorded server; each row of tests/data is
-either written by the test or expected from us. Not replayed, and printed by each test: the
-rows of the UDP part (a launch "#2", what went over its link, the target's datagrams), because
-UDP is not in this build. tests/unit/test_vectors.py has them, without sockets.
+either written by the test or expected from us.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
+import socket
 from collections.abc import Iterable
 
 import pytest
@@ -21,20 +20,22 @@ from tests.unit.recording import Row, recording
 from nodepass import Client, Server
 
 
-def without_udp(rows: list[Row], udp_channel: str) -> list[Row]:
-    """Leave out the UDP part, and say so; the id that its link was given stays."""
-    kept: list[Row] = []
-    for row in rows:
-        is_udp = (
-            (row.channel == "control" and row.data.endswith(b"#2\n"))
-            or (row.channel == "target" and row.note == "UDP")
-            or (row.channel == udp_channel and len(row.data) != 8)
-        )
-        if is_udp:
-            print(f"not replayed, UDP is not in this build: {row}")
-        else:
-            kept.append(row)
-    return kept
+def udp_socket(port: int = 0) -> socket.socket:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.setblocking(False)
+    sock.bind(("127.0.0.1", port))
+    return sock
+
+
+async def heard(sock: socket.socket) -> tuple[bytes, tuple[str, int]]:
+    """Wait for a datagram; return it and its source."""
+    ear = asyncio.Event()
+    asyncio.get_running_loop().add_reader(sock, ear.set)
+    try:
+        await ear.wait()
+    finally:
+        asyncio.get_running_loop().remove_reader(sock)
+    return sock.recvfrom(1000)
 
 
 def go_reads(greeting: bytes) -> tuple[int, bytes]:
@@ -57,6 +58,8 @@ class RecordedClient:
         self._target_port = target_port
         self._streams: dict[str, Stream] = {}
         self._data_port = 0
+        self._udp = udp_socket()
+        self._is_udp = False
         self._ours: dict[bytes, bytes] = {}
         """The id that our server chose, by the recorded one."""
         self._channel_of: dict[bytes, str] = {}
@@ -68,10 +71,21 @@ class RecordedClient:
             match row.channel, row.direction:
                 case "control", "s>c" if row.data.startswith(b"//") and not self._data_port:
                     await self._greeted(row)
+                case "control", "s>c" if b"#2" in row.data:
+                    await self._launched_udp(row)
                 case "control", "s>c":
                     await self._launched(row)
                 case channel, "s>c" if channel not in self._streams:
                     await self._dial(row)
+                case channel, "s>c" if self._is_udp and row.data:
+                    await expect(self._streams[channel], row.data)
+                case channel, _ if self._is_udp and row.data:
+                    # The Go client closes behind the answer; the recorder did not.
+                    await self._streams[channel].write(row.data)
+                    self._streams[channel].finish()
+                    assert (await heard(self._udp))[0] == row.data
+                case _ if self._is_udp:
+                    pass  # the recorder let the Go server wait
                 case channel, "s>c":
                     await self._visitor_writes(row.data)
                     await expect(self._streams[channel], row.data)
@@ -109,6 +123,19 @@ class RecordedClient:
             else:
                 assert got == line
 
+    async def _launched_udp(self, row: Row) -> None:
+        """Say what the row's note has the visitor say, and expect its launch."""
+        self._is_udp = True
+        said = re.search(r"datagram '([^']+)'", row.note)
+        assert said
+        self._udp.sendto(said[1].encode(), ("127.0.0.1", self._target_port))
+        got = b"\n"
+        while got == b"\n":
+            got = await self._streams["control"].read_line()
+        recorded, chosen = row.data[2:10], got[2:10]
+        assert got == row.data.replace(recorded, chosen)
+        self._swap(self._channel_of[chosen], self._channel_of[self._ours[recorded]])
+
     def _swap(self, one: str, two: str) -> None:
         """Let the link that ours chose play the recorded one's part."""
         streams = self._streams
@@ -124,6 +151,7 @@ class RecordedClient:
             stream.finish()
 
     def close(self) -> None:
+        self._udp.close()
         for stream in self._streams.values():
             stream.close()
 
@@ -135,7 +163,7 @@ async def test_our_server_and_the_recorded_client(
     monkeypatch.setenv("NODEPASS_ENGINE", engine)
     monkeypatch.setenv("REPORT_INTERVAL", "1s")
     tunnel, target = free_port(), free_port()
-    rows = without_udp(recording("seed-server"), "data1")
+    rows = recording("seed-server")
     assert [row.data for row in rows if row.channel == "data0"][1:] == [
         b"hello tcp", b"answer", b"", b"late", b"",
     ]  # fmt: skip
@@ -145,7 +173,7 @@ async def test_our_server_and_the_recorded_client(
         try:
             await client.play(rows)
             seen = server.statistics()
-            assert (seen.links, seen.visitors, seen.strangers) == (3, 1, 0)
+            assert (seen.links, seen.visitors, seen.strangers) == (3, 2, 0)
         finally:
             client.close()
 
@@ -155,6 +183,8 @@ class RecordedServer:
 
     def __init__(self) -> None:
         self.tunnel, self.target = Listener(), Listener()
+        self._udp = udp_socket(self.target.port)
+        self._asker = ("", 0)
         self._data = Listener()
         self._streams: dict[str, Stream] = {}
 
@@ -170,6 +200,11 @@ class RecordedServer:
                     if channel not in self._streams:
                         self._streams[channel] = await self._data.accept()
                     await self._streams[channel].write(row.data)
+                case "target", "c>t" if row.note == "UDP":
+                    data, self._asker = await heard(self._udp)
+                    assert data == row.data
+                case "target", _ if row.note == "UDP":
+                    self._udp.sendto(row.data, self._asker)
                 case "target", "c>t":
                     self._streams["target"] = await self.target.accept()
                     await expect(self._streams["target"], row.data)
@@ -196,6 +231,7 @@ class RecordedServer:
                 await self._streams["control"].read()
 
     def close(self) -> None:
+        self._udp.close()
         for stream in self._streams.values():
             stream.close()
         for listener in (self.tunnel, self.target, self._data):
@@ -209,8 +245,7 @@ async def test_our_client_and_the_recorded_server(
     monkeypatch.setenv("NODEPASS_ENGINE", engine)
     monkeypatch.setenv("MIN_POOL_CAPACITY", "2")
     monkeypatch.setenv("MAX_POOL_CAPACITY", "4")
-    rows = without_udp(recording("seed-client"), "data1")
-    silence, *rows = rows
+    silence, *rows = recording("seed-client")
     assert silence.note == "the client stays silent and waits for the handshake line"
     assert rows[-1].note == "no answer to an unknown id"
     server = RecordedServer()
@@ -220,6 +255,6 @@ async def test_our_client_and_the_recorded_server(
             await server.play(rows)
             seen = client.statistics()
             assert (seen.sessions_open, seen.sessions, seen.relays_reset) == (1, 1, 0)
-            assert (seen.bytes_up, seen.bytes_down) == (len(b"GET"), len(b"OK"))
+            assert (seen.bytes_up, seen.bytes_down) == (len(b"GETdgram"), len(b"OKreply"))
     finally:
         server.close()
