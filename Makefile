@@ -6,6 +6,7 @@
 #   make clean    remove .venv and whatever was built
 #
 # Each makes .venv, builds the engine and installs what it needs; what is up to date is left alone.
+# WORKERS=0 runs the tests in one process, one after another.
 # PYTHON=python3.13 chooses the interpreter, NODEPASS_DEBUG=1 the build that counts everything.
 
 # The first that is new enough, or python3 for the message that says why it is not.
@@ -13,6 +14,8 @@ PYTHON ?= $(or $(firstword $(foreach name,python3 python3.14 python3.13 python3.
 	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 		&& echo $(name)))),python3)
 VENV ?= .venv
+# Test processes at once: most tests wait for something, so two cores bear three.
+WORKERS ?= 3
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 NATIVE := $(wildcard src/nodepass/*.pyx src/nodepass/*.pxd src/nodepass/fastcopy/*)
@@ -28,7 +31,7 @@ demo: $(VENV)/.built
 	@$(VENV)/bin/nodepass demo $(ARGS)
 
 test: $(VENV)/.test
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev
 	@PATH="$(abspath $(VENV))/bin:$$PATH" scripts/check
