@@ -78,7 +78,7 @@ cdef enum:                      # which of Flow.links a list uses
     LINK_READY = 1              # also the grave: a dead flow is never ready
     LINK_WHEEL = 2
     LINK_BLOCKED = 3            # of a gate: relays that wait for room in its socket
-    LINK_YOUNG = 4              # of a gate: relays that may give way to others
+    LINK_YOUNG = 4              # of a gate: its relays, young or grown, for gate_relieve()
     LINK_KINDS = 5
 
 cdef struct Leg:
@@ -183,6 +183,7 @@ cdef struct Gate:               # of a gate's flow; made and freed by [c]
     uint32_t spares[MAX_WAITING]
     List blocked
     List young
+    List grown
     uint8_t is_shut
     uint8_t is_wildcard         # replies have to name their source address
     uint8_t is_inet             # AF_INET, not AF_INET6
@@ -215,7 +216,7 @@ cdef struct Udp:                # beside the Flow of the same slot, for the UDP 
     uint8_t is_cooling
     uint8_t is_blocked          # waits for room in the UDP socket
     uint8_t has_local
-    uint8_t is_grown            # off the list of the young
+    uint8_t is_grown            # among the grown ones of its gate
     uint8_t is_closing          # of a gate
     uint8_t gso
 

@@ -46,7 +46,7 @@ class UdpCounts(NamedTuple):
     """Bytes of those datagrams, without frames."""
     bytes_down: int
     too_large: int
-    """Dropped: longer than the limit; or that the kernel refused to send for its size."""
+    """Dropped: longer than the limit."""
     slow_link: int
     """Dropped: so many waited for room in the link already; or it broke before they were sent."""
     no_link: int
@@ -54,7 +54,7 @@ class UdpCounts(NamedTuple):
     overrun: int
     """Dropped by the kernel, whose receive buffer was full."""
     unsent: int
-    """Dropped: the kernel would not send it (a firewall, no route, no buffers)."""
+    """Dropped: the kernel would not send it (a firewall, no route, no buffers, too long)."""
     refused: int
     """Answers by ICMP that nobody listens at the target; no datagram is counted twice for it."""
 
@@ -272,9 +272,9 @@ class Engine:
         Raises:
             EngineClosed: after close(), or in a forked child.
 
-        After: 64 relays that were not answered more than once, or are younger than 2 s, have
-            been looked at, by turns; those that have been silent for 1 s since their answer,
-            or for 5 s without one, end with REASON_IDLE.
+        After: some have been looked at, by turns, and end with REASON_IDLE: those that have
+            been silent for 30 s; of those with one answer, or whose datagrams all came
+            within 2 s, also those silent for 1 s since an answer, or for 5 s without one.
         """
     def udp_bind(
         self,

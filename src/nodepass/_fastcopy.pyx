@@ -575,9 +575,9 @@ cdef class Engine:
         Raises:
             EngineClosed: after close(), or in a forked child.
 
-        After: 64 relays that were not answered more than once, or are younger than 2 s, have
-            been looked at, by turns; those that have been silent for 1 s since their answer,
-            or for 5 s without one, end with REASON_IDLE.
+        After: some have been looked at, by turns, and end with REASON_IDLE: those that have
+            been silent for 30 s; of those with one answer, or whose datagrams all came
+            within 2 s, also those silent for 1 s since an answer, or for 5 s without one.
         """
         self.wish(gate, KIND_GATE, WISH_RELIEVE)
 

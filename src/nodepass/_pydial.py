@@ -59,8 +59,8 @@ class Dialled(Relay):
             except ConnectionRefusedError as exc:
                 if self._refuse(exc):
                     return False
-            except OSError as exc:
-                self.tally.lose(exc)
+            except OSError:
+                self.tally.lose()
                 return True
             else:
                 self.tally.go_up(data)

@@ -25,6 +25,7 @@ PARKED_BYTES: Final = 65536  # of one source that waits, 2 more for each datagra
 QUEUE_BYTES: Final = 131072  # of one relay whose link is slow, 2 more for each datagram
 COOLING_SECONDS: Final = 1.0  # a link that fails at once would be asked for again at once
 RELIEVED: Final = 64  # relays ended by one udp_relieve()
+GROWN_SECONDS: Final = 30.0  # keepalives come more often
 YOUNG_SECONDS: Final = 2.0  # a look-up by name has its answer by then, or its next try
 ANSWERED_SECONDS: Final = 1.0  # of silence behind the one answer
 UNANSWERED_SECONDS: Final = 5.0  # of silence without any; what resolvers wait
@@ -260,10 +261,10 @@ class Gate:
 
 
 def seems_over(relay: Relay, now: float) -> bool:
-    """Tell whether a short exchange has had its answer, or waits in vain."""
+    """Tell whether a short exchange has had its answer or waits in vain, or a stream is still."""
     answers = relay.tally.datagrams_down
-    if answers > 1 and now - relay.born >= YOUNG_SECONDS:
-        return False
+    if answers > 1 and relay.active - relay.born >= YOUNG_SECONDS:
+        return now - relay.active >= GROWN_SECONDS
     patience = ANSWERED_SECONDS if answers else UNANSWERED_SECONDS
     return now - relay.active >= patience
 
@@ -337,8 +338,8 @@ class Bound(Relay):
         except (BlockingIOError, InterruptedError):
             source.gate.await_room(self)
             return False
-        except OSError as exc:
-            self.tally.lose(exc)
+        except OSError:
+            self.tally.lose()
         else:
             self.tally.go_down(data)
             self.active = time.monotonic()

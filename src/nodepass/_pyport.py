@@ -88,12 +88,9 @@ class Tally:
         self.datagrams_down += 1
         self.bytes_down += len(data)
 
-    def lose(self, exc: OSError) -> None:
+    def lose(self) -> None:
         """Count a datagram that the kernel would not send."""
-        if exc.errno == errno.EMSGSIZE:
-            self.too_large += 1
-        else:
-            self.unsent += 1
+        self.unsent += 1
 
 
 def dropped(counts: UdpCounts) -> int:

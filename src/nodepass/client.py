@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from . import datagram, net, wire
 from .config import Config, Mode
-from .errors import AuthError, NodePassError, TlsError, TunnelError
+from .errors import AuthError, NodePassError, PoolTimeout, TlsError, TunnelError
 from .handshake import ClientHandshake
 from .message import NONCE_SIZE, Dialect, Greeting
 from .pairing import Pairing
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 READ_SIZE: Final = wire.MAX_GREETING
 """Bytes per read of a greeting: what follows it belongs to others."""
+LEAST_QUEUE: Final = 64
+"""Launches that may wait for a slot, however few slots there are; else as many as slots."""
 SUFFIX_SIZE: Final = 2
 """Random bytes that tell two clients of one name apart, once the server said there are two."""
 
@@ -141,7 +143,11 @@ class Client(Tunnel):
             self._is_idle.set()
 
     async def wait_slot(self) -> None:
-        """Wait until fewer visitors than SEMAPHORE_LIMIT are served."""
+        """Wait until fewer visitors than SEMAPHORE_LIMIT are served, at most DIAL_TIMEOUT.
+
+        Raises:
+            PoolTimeout: none has left in time, or as many as are served wait already.
+        """
         if self._slots.locked():
             self.log.repeated(
                 "warn",
@@ -149,7 +155,13 @@ class Client(Tunnel):
                 "as many visitors as SEMAPHORE_LIMIT allows; more wait",
                 limit=self._limit,
             )
-        await self._slots.acquire()
+            if self._serving - len(self._open_relays) > max(self._limit, LEAST_QUEUE):
+                raise PoolTimeout("as many visitors wait as SEMAPHORE_LIMIT allows to be served")
+        try:
+            async with asyncio.timeout(self.settings.dial_timeout):
+                await self._slots.acquire()
+        except TimeoutError as exc:
+            raise PoolTimeout("no slot of SEMAPHORE_LIMIT came free in time") from exc
 
     async def dial_udp(self) -> tuple[socket.socket, SocketAddress]:
         """Connect a UDP socket to the target; an address that has refused is tried last.

@@ -24,6 +24,8 @@ TARGET_BUFFER: Final = 1024 * 1024
 UNSENT_LINK: Final = 256 * 1024
 """Bytes a link may hold beyond what is in flight: more would not lose fewer datagrams, only
 deliver them late."""
+LEAST_SILENCE: Final = 5.0
+"""Seconds: a few resends on a bad path are no dead path, whatever REPORT_INTERVAL is."""
 
 _SO_SNDBUFFORCE: Final = 32
 _SO_RCVBUFFORCE: Final = 33
@@ -111,7 +113,8 @@ async def dial(
         async with asyncio.timeout(timeout):
             candidates = await resolve(host, port)
     except TimeoutError as exc:
-        raise DialError(shown, errno.ETIMEDOUT, 0) from exc
+        text = f"the name lookup took longer than {timeout:g} s"
+        raise DialError(shown, errno.ETIMEDOUT, 0, text) from exc
     except socket.gaierror as exc:
         text = f"the name does not resolve ({exc.strerror})"
         raise DialError(shown, errno.EHOSTUNREACH, 0, text) from exc
@@ -145,9 +148,9 @@ def tune_link(sock: socket.socket, silence: float) -> None:
     """Prepare a link for datagrams, which are better lost than late.
 
     Args:
-        silence: seconds that bytes may go unacknowledged. (Its far end always reads, so there is
-            no slow reader that this could cut off.)
+        silence: seconds that bytes may go unacknowledged, at least LEAST_SILENCE. (Its far
+            end always reads, so there is no slow reader that this could cut off.)
     """
-    net.limit_silence(sock, silence)
+    net.limit_silence(sock, max(silence, LEAST_SILENCE))
     if hasattr(socket, "TCP_NOTSENT_LOWAT"):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_LINK)

@@ -159,7 +159,7 @@ class DataPort:
     def _fresh_id(self, client: Client) -> str:
         while True:
             link_id = secrets.token_hex(SEED_ID_SIZE // 2)
-            if link_id not in client.shelf and link_id not in client.launched:
+            if not client.has_link(link_id):
                 return link_id
 
     def _turn_away_second(self, caller: Caller, current: Client) -> None:

@@ -167,15 +167,19 @@ LONGEST = 8760 * 3600.0
 """Seconds, a year; well inside what every clock and timer here can hold."""
 
 
-def _duration(name: str, meaning: str, low: float = SHORTEST) -> Variable:
+LONGEST_IDLE = 1000 * 3600.0
+"""Seconds: below what the engine counts in 32 bits of milliseconds, with the client's margin."""
+
+
+def _duration(name: str, meaning: str, low: float = SHORTEST, high: float = LONGEST) -> Variable:
     def read(text: str) -> float:
         seconds = parse_duration(text)
-        if not low <= seconds <= LONGEST:
+        if not low <= seconds <= high:
             raise ValueError(text)
         return seconds
 
     least = show_duration(low)
-    expects = f"a duration such as 300ms, 5s or 1m30s, {least}..{show_duration(LONGEST)}"
+    expects = f"a duration such as 300ms, 5s or 1m30s, {least}..{show_duration(high)}"
     return Variable(name, name.lower(), read, expects, meaning)
 
 
@@ -197,8 +201,14 @@ VARIABLES: tuple[Variable, ...] = (
     _count("MIN_POOL_CAPACITY", 1, FLOWS_LIMIT, "fewest idle links kept ready"),
     _count("MAX_POOL_CAPACITY", 1, FLOWS_LIMIT, "most idle links"),
     _count("UDP_DATA_BUF_SIZE", 1, 65535, "largest datagram carried, bytes"),
-    _duration("UDP_READ_TIMEOUT", "seed dialect: how long a datagram waits for its answer"),
-    _duration("UDP_IDLE_TIMEOUT", "native dialect: end of a silent UDP session"),
+    _duration(
+        "UDP_READ_TIMEOUT",
+        "seed dialect: how long a datagram waits for its answer",
+        high=LONGEST_IDLE,
+    ),
+    _duration(
+        "UDP_IDLE_TIMEOUT", "native dialect: end of a silent UDP session", high=LONGEST_IDLE
+    ),
     _duration("REPORT_INTERVAL", "heartbeat and report period; lost after three"),
     _duration("SERVICE_COOLDOWN", "longest pause before dialling a lost tunnel again"),
     _duration("SHUTDOWN_TIMEOUT", "how long open relays may finish after SIGTERM", 0.0),

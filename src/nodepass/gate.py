@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from . import datagram, net
 from .errors import EngineError, PoolClosed, PoolTimeout
-from .message import Dialect, Kind
-from .pool import Link, Member, announce
+from .message import Dialect
+from .pool import Link, Member
 from .relay import Gate
 from .roster import Client
 from .session import SILENT_PERIODS
@@ -115,7 +115,7 @@ class Gates:
         if not self._waiting:
             return False
         waiting = self._waiting.popleft()
-        self._server.take_slot()
+        self._server.slots.take(is_udp=True)
         self._admit(waiting.gate, waiting.newcomer)
         return True
 
@@ -125,17 +125,16 @@ class Gates:
         self._server.counters.visitors += 1
         if self._is_shut:
             self._turn_away(_Waiting(gate, newcomer, 0.0))
-        elif self._server.has_slot and not self._waiting:
-            self._server.take_slot()
+        elif self._server.slots.has_udp_room and not self._waiting:
+            self._server.slots.take(is_udp=True)
             self._admit(gate, newcomer)
         else:
             until = asyncio.get_running_loop().time() + self._settings.dial_timeout
             self._waiting.append(_Waiting(gate, newcomer, until))
-            self._server.tell_limit()
             self.make_room()
 
     def make_room(self) -> None:
-        """While every slot is taken, exchanges that look finished end before their idle time.
+        """End sessions that look finished, for as long as all slots are taken.
 
         Whether TCP visitors wait cannot be seen: they are in the kernel's queue.
         """
@@ -149,10 +148,13 @@ class Gates:
         self._relief = None
         now = asyncio.get_running_loop().time()
         while self._waiting and self._waiting[0].until <= now:
-            self._turn_away(self._waiting.popleft(), "as many visitors as may be are served")
-        while self._server.has_slot and self.admit_one():
+            self._turn_away(
+                self._waiting.popleft(), "no slot of SEMAPHORE_LIMIT came free in time"
+            )
+        slots = self._server.slots
+        while slots.has_udp_room and self.admit_one():
             pass  # a slot that was a TCP visitor's turn, and none came
-        if self._waiting or not self._server.has_slot:
+        if self._waiting or not slots.has_udp_room:
             self.make_room()
 
     def _admit(self, gate: Gate, newcomer: Newcomer) -> None:
@@ -166,11 +168,11 @@ class Gates:
         try:
             member, link = await self._server.pool.take(self._settings.dial_timeout)
         except (PoolTimeout, PoolClosed) as exc:
-            self._server.free_slot()
+            self._server.slots.give(is_udp=True)
             self._turn_away(_Waiting(gate, newcomer, 0.0), self._server.why_no_link(exc))
             return
         except BaseException:
-            self._server.free_slot()
+            self._server.slots.give(is_udp=True)
             raise
         self._bind(gate, newcomer, member, link)
 
@@ -200,17 +202,9 @@ class Gates:
         except (EngineError, OSError) as exc:
             net.reset(link.sock)
             # Not at once: the next in the queue would fail within this very call, and so on.
-            asyncio.get_running_loop().call_soon(server.free_slot)
+            give = functools.partial(server.slots.give, is_udp=True)
+            asyncio.get_running_loop().call_soon(give)
             self._turn_away(_Waiting(gate, newcomer, 0.0), str(exc))
             return
         visitor = net.join_address(newcomer.host, newcomer.port)
-        member.session.launch(Kind.UDP, link.name, visitor)
-        now = asyncio.get_running_loop().time()
-        member.launched[link.name] = (relay, now)
-        member.relays += 1
-        if member.demand.take(now):
-            announce(member)
-        server.hold(relay)
-        relay.result.add_done_callback(
-            functools.partial(server.part, relay, member, link.name, visitor)
-        )
+        server.launch(relay, member, link.name, visitor)

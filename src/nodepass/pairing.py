@@ -242,6 +242,14 @@ class Pairing:
         address: SocketAddress | None = None
         try:
             await client.wait_slot()
+        except PoolTimeout as exc:
+            net.reset(link.sock)
+            self._give_up(link.name, Failure.LIMIT, str(exc))
+            return None
+        except BaseException:
+            net.reset(link.sock)
+            raise
+        try:
             if kind is Kind.TCP:
                 sock = await net.dial(target.host, target.port, self._settings.dial_timeout)
             else:

@@ -275,6 +275,8 @@ class Member:
     demand: Demand
     relays: int = 0
     """Open relays: what "least loaded" means."""
+    handed: set[int | str] = field(default_factory=set)
+    """Links on their way to who has waited for one: on no shelf, and not launched yet."""
 
     @property
     def can_launch(self) -> bool:
@@ -356,10 +358,14 @@ class Pool:
         self._waiting.append(place)
         self._tell_waiting()
         try:
-            return await place
+            member, link = await place
+            member.handed.discard(link.name)
+            return member, link
         except asyncio.CancelledError:
-            if has_result(place):
-                self.give(*place.result())  # it came in the turn in which we gave up
+            if has_result(place):  # it came in the turn in which we gave up
+                member, link = place.result()
+                member.handed.discard(link.name)
+                self.give(member, link)
             raise
         finally:
             if place in self._waiting:
@@ -373,6 +379,7 @@ class Pool:
         while self._waiting:
             place = self._waiting.popleft()
             if not place.done():
+                member.handed.add(link.name)
                 place.set_result((member, link))
                 return
         member.shelf.put(link)

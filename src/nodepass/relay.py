@@ -59,17 +59,21 @@ class _Crew:
         self._loop.add_reader(engine.fileno(), self.drain)
 
     def drain(self, *, is_last: bool = False) -> None:
+        newcomers: list[Newcomer] = []
         for report in self.engine.poll():
             if isinstance(report, self._newcomer):
-                gate = self.open.get(report.gate)
-                if isinstance(gate, Gate) and not is_last:
-                    gate.meet(report)
+                newcomers.append(report)
                 continue
             work = self.open.pop(report[0], None)
             if isinstance(work, Relay | Handshake):
                 work.finish(cast("Completion", report))
             elif work is not None:
                 work.finish(cast("UdpCompletion", report))
+        # Behind the ends: each of them may have made room.
+        for newcomer in newcomers:
+            gate = self.open.get(newcomer.gate)
+            if isinstance(gate, Gate) and not is_last:
+                gate.meet(newcomer)
 
     def leave_loop(self) -> None:
         self._loop.remove_reader(self.engine.fileno())

@@ -15,7 +15,7 @@ import functools
 import secrets
 import socket
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -32,6 +32,7 @@ from .message import (
     Dialect,
     Drain,
     Fail,
+    Failure,
     Hello,
     LinkClaim,
     Refusal,
@@ -68,6 +69,10 @@ class Client(Member):
     _blamed: set[int | str] = field(default_factory=set)
     """Links in `launched` of which that is known already."""
 
+    def has_link(self, name: int | str) -> bool:
+        """Tell whether a link of this name is here in any way: idle, handed over, launched."""
+        return name in self.shelf or name in self.handed or name in self.launched
+
     def blame(self, name: int | str) -> bool:
         """Take note that the client has said why a launch failed; return whether it is news."""
         if name in self.launched and name not in self._blamed:
@@ -77,6 +82,11 @@ class Client(Member):
             self.parted.remove(name)
             return True
         return False
+
+    def join(self, name: int | str, relay: Relay | UdpRelay, now: float) -> None:
+        """Take note that a link has been launched, at seconds of the loop."""
+        self.launched[name] = (relay, now)
+        self.relays += 1
 
     def part(self, name: int | str) -> None:
         """Take note that a relay has ended."""
@@ -120,6 +130,8 @@ class Roster:
         self._spawn = spawn
         self._most_idle = shares.idle
         self._stock = shares.stock
+        self.on_client_full: Callable[[], None] = lambda: None
+        """Called when a client has no slot for a visitor although we have."""
         self._clients: dict[str, Client] = {}
         self._sources: Counter[str] = Counter()
 
@@ -187,8 +199,7 @@ class Roster:
                     "warn", f"link {caller.host}", "a link's proof was wrong", host=caller.host
                 )
             return
-        is_taken = claim.number in client.shelf or claim.number in client.launched
-        if is_taken or self.is_stocked(client):
+        if client.has_link(claim.number) or self.is_stocked(client):
             self.refuse_link(caller.sock, client)
             return
         self._counters.links += 1
@@ -351,6 +362,8 @@ class Roster:
         if launch is not None:
             relay, _ = launch
             relay.abort()
+        if event.why == Failure.LIMIT:
+            self.on_client_full()
         self._counters.launches_failed += 1
         self._counters.visitors_refused += 1
         self._log.repeated(

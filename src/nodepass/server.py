@@ -25,6 +25,7 @@ from .penalty import Penalties
 from .pool import Link, Member, Pool, announce
 from .relay import Relay, RelayResult, Relays, UdpRelay, UdpResult
 from .roster import Client, Roster
+from .slot import Slots
 from .stats import Datagrams, TunnelStatistics, least_rtt
 from .tunnel import ABORT_GRACE, Tunnel
 from .watch import HangupWatch
@@ -48,13 +49,17 @@ class Server(Tunnel):
 
     async def _open(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._visitors = 0
-        self._is_udp_turn = False
         key = await self.stretch_password()
         self._tls = await asyncio.to_thread(self._load_tls)
         penalties = Penalties()
         shares = self.share_descriptors()
-        self._limit = shares.visitors
+        self.slots = Slots(
+            shares.visitors,
+            keeps_for_tcp=self.config.tcp,
+            on_full=self._on_full,
+            resume_tcp=self._resume_tcp,
+            admit_udp=self._gates.admit_one,
+        )
         self._waiting = HangupWatch()
         self.resources.callback(self._waiting.close)
         idle = HangupWatch()
@@ -70,6 +75,7 @@ class Server(Tunnel):
             shares,
             penalties,
         )
+        self._clients.on_client_full = self._gates.make_room
         self.resources.callback(self._clients.close, "stopped")
         self.resources.callback(self.pool.close)
         self._entrance = Entrance(
@@ -208,7 +214,7 @@ class Server(Tunnel):
             mode=str(self.mode),
             sessions_open=len(self._clients),
             sessions=counters.sessions,
-            visitors_open=self._visitors,
+            visitors_open=self.slots.taken + self._gates.waiting,
             visitors_waiting=self.pool.waiting + self._gates.waiting,
             visitors=counters.visitors,
             visitors_refused=counters.visitors_refused,
@@ -246,47 +252,29 @@ class Server(Tunnel):
 
     # ------------------------------------------------------------------------- slots
 
-    @property
-    def has_slot(self) -> bool:
-        """Whether one more visitor may be served."""
-        return self._visitors < self._limit
-
-    def take_slot(self) -> None:
-        """Count a visitor, TCP or UDP, until `free_slot`."""
-        self._visitors += 1
-        if not self.has_slot:
-            self.tell_limit()
-            self._gates.make_room()
+    def _on_full(self) -> None:
+        if not self.slots.has_room:
             if self._target is not None:
                 self._target.pause()
+            self.log.repeated(
+                "warn",
+                "limit",
+                "as many visitors as SEMAPHORE_LIMIT allows; more wait",
+                limit=self.slots.limit,
+            )
+        self._gates.make_room()
 
-    def free_slot(self) -> None:
-        """Give a visitor's slot back; those who wait get it, TCP and UDP by turns."""
-        self._visitors -= 1
-        if self.is_stopping or not self.has_slot:
-            return
-        self._is_udp_turn = not self._is_udp_turn
-        if self._is_udp_turn and self._gates.admit_one():
-            return
-        if self._target is not None and self._target.is_paused:
-            self._target.resume()
-        else:
-            self._gates.admit_one()
-
-    def tell_limit(self) -> None:
-        """Say that visitors have to wait for others to leave."""
-        self.log.repeated(
-            "warn",
-            "limit",
-            "as many visitors as SEMAPHORE_LIMIT allows; more wait",
-            limit=self._limit,
-        )
+    def _resume_tcp(self) -> bool:
+        if self._target is None or not self._target.is_paused or self.is_stopping:
+            return False
+        self._target.resume()
+        return True
 
     # --------------------------------------------------------------------- visitors
 
     def _admit_visitor(self, sock: socket.socket, host: str, port: int) -> None:
         self.counters.visitors += 1
-        self.take_slot()
+        self.slots.take()
         found = self.pool.take_nowait()
         if found is not None:
             self._join(sock, net.join_address(host, port), *found)
@@ -314,7 +302,7 @@ class Server(Tunnel):
         except BaseException:
             self._waiting.remove(sock)
             net.reset(sock)
-            self.free_slot()
+            self.slots.give()
             if is_gone and waiting is not None and not waiting.uncancel():
                 return  # the visitor has gone; that is all
             raise
@@ -324,7 +312,7 @@ class Server(Tunnel):
     def _turn_away(self, sock: socket.socket, level: str, key: str, why: object) -> None:
         net.reset(sock)
         self.counters.visitors_refused += 1
-        self.free_slot()
+        self.slots.give()
         self.log.repeated(level, key, "a visitor was turned away", why=why)
 
     def why_no_link(self, exc: PoolTimeout | PoolClosed) -> str:
@@ -339,18 +327,27 @@ class Server(Tunnel):
             net.reset(link.sock)
             self._turn_away(sock, "error", "engine", exc)
             return
-        member.session.launch(Kind.TCP, link.name, visitor)
-        member.relays += 1
-        now = self._loop.time()
-        member.launched[link.name] = (relay, now)
-        if member.demand.take(now):
-            announce(member)
-        self.hold(relay)
-        relay.result.add_done_callback(
-            functools.partial(self.part, relay, member, link.name, visitor)
-        )
+        self.launch(relay, member, link.name, visitor)
 
-    def part(
+    def launch(
+        self, relay: Relay | UdpRelay, client: Client, name: int | str, visitor: str
+    ) -> None:
+        """Tell a client of the visitor that has been joined with a link of it.
+
+        Args:
+            name: of the link.
+            visitor: address, for the client's log.
+        """
+        is_udp = isinstance(relay, UdpRelay)
+        client.session.launch(Kind.UDP if is_udp else Kind.TCP, name, visitor)
+        now = self._loop.time()
+        client.join(name, relay, now)
+        if client.demand.take(now):
+            announce(client)
+        self.hold(relay)
+        relay.result.add_done_callback(functools.partial(self._part, relay, client, name, visitor))
+
+    def _part(
         self,
         relay: Relay | UdpRelay,
         client: Client,
@@ -358,9 +355,8 @@ class Server(Tunnel):
         visitor: str,
         result: asyncio.Future[RelayResult] | asyncio.Future[UdpResult],
     ) -> None:
-        """Take note that a relay has ended."""
+        self.slots.give(is_udp=isinstance(relay, UdpRelay))
         client.part(name)
-        self.free_slot()
         if result.cancelled():
             self.forget(relay)
             return

@@ -20,7 +20,7 @@ class Datagrams(NamedTuple):
     """Bytes of those, without headers."""
     bytes_down: int = 0
     too_large: int = 0
-    """Dropped: longer than UDP_DATA_BUF_SIZE, or than the path takes."""
+    """Dropped: longer than UDP_DATA_BUF_SIZE."""
     slow_link: int = 0
     """Dropped: the link did not take them fast enough, or broke."""
     no_link: int = 0

@@ -26,6 +26,8 @@ from .stats import Counters, Datagrams, TunnelStatistics
 
 LAST_WORDS: Final = 1.0
 """Seconds of silence after which a UDP session counts as done once the tunnel stops."""
+DROP_PAUSE: Final = 5.0
+"""Seconds between two looks at what was lost: for who reads the log "at once"."""
 ABORT_GRACE: Final = 1.0
 """Seconds to wait for the results of aborted relays: an abort takes one turn of the engine."""
 
@@ -322,7 +324,8 @@ class Tunnel(ABC):
     def _look_at_drops(self) -> None:
         loop = asyncio.get_running_loop()
         self._drops.look(self.datagrams(), loop.time())
-        self._drop_timer = loop.call_later(self.settings.report_interval, self._look_at_drops)
+        pause = min(self.settings.report_interval, DROP_PAUSE)
+        self._drop_timer = loop.call_later(pause, self._look_at_drops)
 
     def _arm_reload(self) -> None:
         loop = asyncio.get_running_loop()

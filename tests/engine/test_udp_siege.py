@@ -196,6 +196,22 @@ async def test_stream_that_was_asked_for_once_is_not_relieved(kind: Kind) -> Non
 
 
 @both_kinds
+@pytest.mark.slow
+async def test_two_answers_at_once_are_no_stream(kind: Kind) -> None:
+    """Seconds later they are an exchange that is over, not one that has lasted."""
+    async with UdpRig(kind) as rig:
+        gate = rig.gate()
+        visitor = gate.visitor()
+        bound = rig.bind(await gate.welcome(visitor, b"A?"))
+        await hear_frame(bound.far)
+        await bound.far.say(frame(b"A!") + frame(b"AAAA!"))
+        assert [await visitor.hear() for _ in range(2)] == [b"A!", b"AAAA!"]
+        await asyncio.sleep(2.3)
+        rig.engine.udp_relieve(gate.token)
+        assert (await rig.over(bound.token)).reason == kind.module.REASON_IDLE
+
+
+@both_kinds
 async def test_gate_after_gate_on_one_slot(kind: Kind) -> None:
     """What comes late of a closed gate is not charged to the next one."""
     async with UdpRig(kind, flows=64) as rig:

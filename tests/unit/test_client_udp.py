@@ -513,3 +513,26 @@ async def test_seed_datagram_without_an_answer_ends_in_its_time() -> None:
         assert service.received == 1
         assert relays.idle == [0.1]
     await relays.close()
+
+
+@both
+async def test_launch_that_finds_no_slot_in_time_is_told_so() -> None:
+    async with paired(semaphore_limit=1, dial_timeout=0.2) as (server, desk, links):
+        await server.say("tcp://1?from=10.0.0.1:1")
+        await desk.at_target()
+        await server.say("udp://2?from=10.0.0.1:2")
+        assert await signal(server) == "fail://2?why=limit"
+        assert await is_reset(links[2])
+        assert desk.figures.visitors_waiting == 0
+
+
+@both
+async def test_launches_without_a_slot_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nodepass.client.LEAST_QUEUE", 2)
+    async with paired(idle=6, semaphore_limit=1, dial_timeout=20.0) as (server, desk, _):
+        await server.say("tcp://1?from=10.0.0.1:1")
+        await desk.at_target()
+        await server.say("\n".join(f"udp://{n}?from=10.0.0.1:{n}" for n in range(2, 6)))
+        assert await signal(server) == "fail://4?why=limit"
+        assert await signal(server) == "fail://5?why=limit"
+        assert desk.figures.visitors_waiting == 2

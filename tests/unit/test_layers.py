@@ -63,6 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     "verdict": {"_openssl", "certificate"},
     "tls": {"_openssl", "certificate", "errors", "log", "password", "record", "verdict"},
     "drop": {"log", "stats"},
+    "slot": set(),
     "datagram": {"errors", "net", "resolver"},
     "work": {"errors", "stats"},
     "relay": {"_pycopy", "environment", "errors", "log", "work"},
@@ -93,7 +94,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "server": {
         "config", "dataport", "entrance", "environment", "errors", "gate", "log", "message",
-        "net", "penalty", "pool", "relay", "roster", "session", "stats", "tls", "tunnel",
+        "net", "penalty", "pool", "relay", "roster", "session", "slot", "stats", "tls", "tunnel",
         "watch", "wire",
     },
     "client": {

@@ -15,12 +15,12 @@ import pytest
 from OpenSSL.SSL import Connection
 from tests.engine.udp_words import frame, udp_socket
 from tests.system.rig.datagram import Visitor, free_both
-from tests.system.rig.peer import NativeClient
+from tests.system.rig.peer import NativeClient, mac
 from tests.system.rig.secure import TlsStream
 from tests.system.rig.stream import Stream
 from tests.system.rig.timing import limit, until, within
 from tests.unit.engines import both, engines
-from tests.unit.server_desk import Desk, is_reset, serving
+from tests.unit.server_desk import Desk, is_reset, launched, serving
 from tests.unit.street import outside
 
 from nodepass import _pycopy, tunnel
@@ -424,3 +424,24 @@ async def test_gates_are_opened_where_tls_runs(monkeypatch: pytest.MonkeyPatch) 
         assert await visitor.read() == b"answer"
         assert desk.server.relays.statistics().gates_open == 0
     assert_free(desk.target)
+
+
+@both
+async def test_link_number_that_is_on_its_way_to_a_visitor_is_taken() -> None:
+    """Two links of one number would be launched as one, and a slot would never come back."""
+    async with serving(dial_timeout=0.5) as desk:
+        client = await desk.client()
+        visitors = [await desk.visit() for _ in range(2)]
+        await until(lambda: desk.figures.visitors_waiting == 2, 5, "two that wait")
+        links = [await client.greeted() for _ in range(2)]
+        for stream, greeting in links:  # in one turn of the server's loop
+            proof = mac(
+                client.key, b"nodepass/2 link", greeting, b"", client.session.encode(), b"7"
+            )
+            stream.sock.send(f"link://{client.session}?i=7&p={proof}\n".encode())
+        assert await launched(client) == 7
+        await until(lambda: desk.figures.visitors_refused == 1, 5, "the other to be turned away")
+        for end in (*visitors, *(stream for stream, _ in links)):
+            end.close()
+        await until(lambda: not desk.figures.visitors_open, 5, "both to have gone")
+        assert (desk.server.slots.taken, desk.figures.relays_open) == (0, 0)

@@ -20,6 +20,7 @@ cdef enum:
     RELIEF_LOOKS = 64           # relays that one udp_relieve() looks at
     RELIEF_ANSWERED_MS = 1000   # silence after an answer: a look-up that is over
     RELIEF_UNANSWERED_MS = 5000     # as long as resolvers wait (UDP_READ_TIMEOUT)
+    RELIEF_GROWN_MS = 30000     # keepalives come every 25 s or more often (WireGuard, SIP)
     RELIEF_YOUNG_MS = 2000      # longer exchanges are streams, as for the kernel's conntrack
 
 
@@ -277,6 +278,27 @@ cdef void gate_unblock(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
 
 # Somebody waits for a place: end short exchanges that are over by all appearance, oldest first.
 cdef void gate_relieve(Worker* w, Gate* gate) noexcept nogil:
+    gate_relieve_grown(w, gate)
+    gate_relieve_young(w, gate)
+
+
+# Streams, that have been silent for so long that few who use them would mind.
+cdef void gate_relieve_grown(Worker* w, Gate* gate) noexcept nogil:
+    cdef uint32_t looks = min(gate.grown.count, <uint32_t>RELIEF_LOOKS)
+    cdef uint32_t slot
+    cdef Flow* flow
+    while looks:
+        looks -= 1
+        slot = gate.grown.first
+        flow = &w.core.flows[slot]
+        if w.now_ms - flow.active_ms >= RELIEF_GROWN_MS:
+            flow_bury(w, flow, slot, R_IDLE, 0, 0)
+        else:
+            list_remove(w.core.flows, &gate.grown, LINK_YOUNG, slot)
+            list_append(w.core.flows, &gate.grown, LINK_YOUNG, slot)
+
+
+cdef void gate_relieve_young(Worker* w, Gate* gate) noexcept nogil:
     cdef uint32_t looks = min(gate.young.count, <uint32_t>RELIEF_LOOKS)
     cdef uint32_t slot
     cdef Flow* flow
@@ -288,7 +310,7 @@ cdef void gate_relieve(Worker* w, Gate* gate) noexcept nogil:
         flow = &w.core.flows[slot]
         udp = &w.core.udps[slot]
         silent = w.now_ms - flow.active_ms
-        if udp.tally[T_DATAGRAMS_DOWN] > 1 and w.now_ms - udp.born_ms >= RELIEF_YOUNG_MS:
+        if udp.tally[T_DATAGRAMS_DOWN] > 1 and flow.active_ms - udp.born_ms >= RELIEF_YOUNG_MS:
             gate_grow_up(w, gate, slot)
         elif silent >= RELIEF_UNANSWERED_MS or (
             udp.tally[T_DATAGRAMS_DOWN] and silent >= RELIEF_ANSWERED_MS
@@ -301,6 +323,7 @@ cdef void gate_relieve(Worker* w, Gate* gate) noexcept nogil:
 
 cdef inline void gate_grow_up(Worker* w, Gate* gate, uint32_t slot) noexcept nogil:
     list_remove(w.core.flows, &gate.young, LINK_YOUNG, slot)
+    list_append(w.core.flows, &gate.grown, LINK_YOUNG, slot)
     w.core.udps[slot].is_grown = 1
 
 
@@ -321,8 +344,8 @@ cdef void gate_part(Worker* w, Flow* flow, uint32_t slot, int reason) noexcept n
         if reason != R_ABORTED:
             return
         age = 0
-    elif not udp.is_grown:
-        list_remove(w.core.flows, &gate.young, LINK_YOUNG, slot)
+    else:
+        list_remove(w.core.flows, &gate.grown if udp.is_grown else &gate.young, LINK_YOUNG, slot)
     if reason == R_IDLE or age >= COOL_MS or gate.spare_count == 0 or own.is_closing:
         return
     cool = gate_use_spare(w, gate, &udp.key)

@@ -102,7 +102,7 @@ cdef int udp_forgive(Worker* w, Udp* udp, uint32_t i, int code) noexcept nogil:
     if udp.has_local and (code == EINVAL or code == EADDRNOTAVAIL or code == ENODEV):
         udp.has_local = 0       # the address has been a broadcast, or is ours no more
         return 0
-    tally_drop(w, udp, T_TOO_LARGE if code == EMSGSIZE else T_UNSENT, w.mail.frames[i])
+    tally_drop(w, udp, T_UNSENT, w.mail.frames[i])
     return 1
 
 

@@ -211,6 +211,7 @@ cdef int gate_make(Udp* udp, uint64_t seed) noexcept nogil:
     udp.own.seed = seed
     list_clear(&udp.own.blocked)
     list_clear(&udp.own.young)
+    list_clear(&udp.own.grown)
     return 0
 
 

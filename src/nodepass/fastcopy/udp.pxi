@@ -231,7 +231,7 @@ cdef void udp_bury(Worker* w, Flow* flow, uint32_t slot, int reason) noexcept no
     if udp.is_raw:
         queue_drop(w, &udp.rest)
     else:
-        tally_drop(w, udp, T_UNSENT, queue_drop_frames(w, &udp.rest))
+        tally_drop(w, udp, T_SLOW_LINK, queue_drop_frames(w, &udp.rest))
     if reason == R_FINISHED or reason == R_IDLE:
         udp_say_end(w, flow)
 

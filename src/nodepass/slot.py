@@ -1,0 +1,78 @@
+"""Slots: how many visitors are served at once, and who gets the place of one who leaves.
+
+Owns: the count of SEMAPHORE_LIMIT on the server. Called by `server` and `gate`; knows neither
+sockets nor datagrams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+TCP_SHARE: Final = 8
+"""One slot in so many is never given to UDP where both are carried: sources cost nothing to make
+up, and must not shut everybody else out."""
+
+
+class Slots:
+    """Places for visitors.
+
+    Args:
+        limit: how many there are, > 0.
+        keeps_for_tcp: whether TCP visitors come, too.
+        on_full: called when the last one for anybody, or for UDP, is taken.
+        resume_tcp: called when a TCP visitor may come again; returns whether any were held up.
+        admit_udp: called when a UDP visitor may come again; returns whether any waited.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        *,
+        keeps_for_tcp: bool,
+        on_full: Callable[[], None],
+        resume_tcp: Callable[[], bool],
+        admit_udp: Callable[[], bool],
+    ) -> None:
+        self.limit = limit
+        self._udp_limit = limit - limit // TCP_SHARE if keeps_for_tcp else limit
+        self._on_full = on_full
+        self._resume_tcp = resume_tcp
+        self._admit_udp = admit_udp
+        self._is_udp_turn = False
+        self.taken = 0
+        """Visitors with a slot."""
+        self.udp = 0
+        """How many of them are UDP sessions."""
+
+    def __repr__(self) -> str:
+        return f"<Slots {self.taken} of {self.limit}, udp={self.udp}>"
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more TCP visitor may be served."""
+        return self.taken < self.limit
+
+    @property
+    def has_udp_room(self) -> bool:
+        """Whether one more UDP visitor may be served."""
+        return self.has_room and self.udp < self._udp_limit
+
+    def take(self, *, is_udp: bool = False) -> None:
+        """Count a visitor until `give`."""
+        self.taken += 1
+        self.udp += is_udp
+        if not self.has_udp_room:
+            self._on_full()
+
+    def give(self, *, is_udp: bool = False) -> None:
+        """Take a slot back; those who wait get it, TCP and UDP by turns."""
+        self.taken -= 1
+        self.udp -= is_udp
+        if not self.has_room:
+            return
+        self._is_udp_turn = not self._is_udp_turn
+        if self._is_udp_turn and self.has_udp_room and self._admit_udp():
+            return
+        if not self._resume_tcp() and self.has_udp_room:
+            self._admit_udp()
