@@ -2,6 +2,7 @@
 #
 #   make demo     see and measure a tunnel on this machine
 #   make test     run the whole test suite; ARGS="-k half_close" picks
+#   make bench    compare with other tunnels; ARGS="--quick" takes two minutes
 #   make check    format, lint, types, layers, hints of the native build
 #   make clean    remove .venv and whatever was built
 #
@@ -24,7 +25,7 @@ SWITCHES := debug=$(NODEPASS_DEBUG) pure=$(NODEPASS_PURE) sanitize=$(NODEPASS_SA
 EXTRA = $$($(VENV)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", \
 	"rb"))["project"]["optional-dependencies"]["$(1)"])')
 
-.PHONY: demo test check clean always
+.PHONY: demo test bench check clean always
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -32,6 +33,9 @@ demo: $(VENV)/.built
 
 test: $(VENV)/.test
 	@$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+bench: $(VENV)/.built
+	@$(VENV)/bin/python -m benchmarks.run $(ARGS)
 
 check: $(VENV)/.dev
 	@PATH="$(abspath $(VENV))/bin:$$PATH" scripts/check
