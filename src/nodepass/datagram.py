@@ -7,8 +7,10 @@ because the engine takes them over. Called by `gate` and `pairing`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import socket
+import sys
 from collections.abc import Collection
 from typing import Final
 
@@ -29,7 +31,8 @@ LEAST_SILENCE: Final = 5.0
 
 _SO_SNDBUFFORCE: Final = 32
 _SO_RCVBUFFORCE: Final = 33
-"""include/uapi/asm-generic/socket.h; the socket module does not have them."""
+"""Linux' include/uapi/asm-generic/socket.h; the socket module does not have them, and elsewhere
+the numbers mean something else."""
 
 
 async def listen(host: str, port: int) -> list[socket.socket]:
@@ -46,20 +49,10 @@ async def listen(host: str, port: int) -> list[socket.socket]:
         ListenError: the name does not resolve, or an address cannot be bound.
     """
     shown = f"udp {net.join_address(host, port)}"
-    opened: list[socket.socket] = []
-    try:
-        for family, address in await net.listen_addresses(host, port):
-            if opened and port == 0:
-                address = (address[0], opened[0].getsockname()[1], *address[2:])  # noqa: PLW2901
-            opened.append(_bind(family, address, is_dual=not host))
-    except OSError as exc:
-        for sock in opened:
-            sock.close()
-        raise net.listen_error(shown, exc, "udp=0 goes without UDP") from exc
-    return opened
+    return await net.bind_all(host, port, _bind, shown, "udp=0 goes without UDP")
 
 
-def _bind(family: int, address: SocketAddress, *, is_dual: bool) -> socket.socket:
+def _bind(family: int, address: SocketAddress, is_dual: bool) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_DGRAM)
     try:
         sock.setblocking(False)
@@ -74,15 +67,18 @@ def _bind(family: int, address: SocketAddress, *, is_dual: bool) -> socket.socke
 
 
 def _set_buffers(sock: socket.socket, size: int) -> None:
-    """Ask for buffers beyond the system's limit, which takes CAP_NET_ADMIN, or up to it."""
+    """Ask for large buffers; what the system refuses stays as it was.
+
+    Beyond its limit takes CAP_NET_ADMIN. Linux cuts what is too much, others refuse it.
+    """
     for forced, plain in (
         (_SO_RCVBUFFORCE, socket.SO_RCVBUF),
         (_SO_SNDBUFFORCE, socket.SO_SNDBUF),
     ):
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, forced, size)
-        except OSError:
-            sock.setsockopt(socket.SOL_SOCKET, plain, size)
+        for option in (forced, plain) if sys.platform == "linux" else (plain,):
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, option, size)
+                break
 
 
 async def dial(

@@ -139,7 +139,7 @@ class Gates:
         Whether TCP visitors wait cannot be seen: they are in the kernel's queue.
         """
         if self._relief is None and self._gates and not self._is_shut:
-            for gate in self._gates:
+            for gate in self._gates if self._server.slots.udp else ():
                 gate.relieve()
             loop = asyncio.get_running_loop()
             self._relief = loop.call_later(RELIEF_PAUSE, self._relieve_again)
@@ -154,7 +154,7 @@ class Gates:
         slots = self._server.slots
         while slots.has_udp_room and self.admit_one():
             pass  # a slot that was a TCP visitor's turn, and none came
-        if self._waiting or not slots.has_udp_room:
+        if self._waiting or (slots.udp and not slots.has_udp_room):
             self.make_room()
 
     def _admit(self, gate: Gate, newcomer: Newcomer) -> None:

@@ -62,6 +62,7 @@ _PASSING: Final = frozenset(
 _LINGER_RESET: Final = struct.pack("ii", 1, 0)
 
 OnAccept = Callable[[socket.socket, str, int], None]
+Bind = Callable[[int, SocketAddress, bool], socket.socket]
 
 
 def join_address(host: str, port: int) -> str:
@@ -199,27 +200,40 @@ async def listen(host: str, port: int) -> list[socket.socket]:
     Raises:
         ListenError: the name does not resolve, or an address cannot be bound.
     """
-    shown = join_address(host, port)
+    return await bind_all(host, port, _bind, join_address(host, port))
+
+
+async def bind_all(
+    host: str, port: int, bind: Bind, shown: str, way_out: str = ""
+) -> list[socket.socket]:
+    """Open a socket on every address of a host.
+
+    Args:
+        host: as `listen`; so is port.
+        bind: opens one, given its family, its address, and whether it is for both families.
+        shown: the address as errors name it.
+        way_out: one clause on how to go without it, empty if there is none.
+
+    Returns:
+        At least one socket, the caller's own.
+
+    Raises:
+        ListenError: the name does not resolve, or an address cannot be bound.
+    """
     opened: list[socket.socket] = []
     try:
-        for family, address in await listen_addresses(host, port):
+        for family, address in await _listen_addresses(host, port):
             if opened and port == 0:
                 address = (address[0], opened[0].getsockname()[1], *address[2:])  # noqa: PLW2901
-            opened.append(_bind(family, address, is_dual=not host))
+            opened.append(bind(family, address, not host))
     except OSError as exc:
         for sock in opened:
             sock.close()
-        raise listen_error(shown, exc) from exc
+        raise _listen_error(shown, exc, way_out) from exc
     return opened
 
 
-def listen_error(shown: str, exc: OSError, way_out: str = "") -> ListenError:
-    """Say why an address cannot be listened on.
-
-    Args:
-        shown: the address, as the user knows it.
-        way_out: one clause on how to go without it, empty if there is none.
-    """
+def _listen_error(shown: str, exc: OSError, way_out: str) -> ListenError:
     if isinstance(exc, socket.gaierror):
         text = f"the name does not resolve ({exc.strerror})"
         return ListenError(shown, errno.EADDRNOTAVAIL, text)
@@ -230,8 +244,7 @@ def listen_error(shown: str, exc: OSError, way_out: str = "") -> ListenError:
     return ListenError(shown, code, hint)
 
 
-async def listen_addresses(host: str, port: int) -> list[Candidate]:
-    """Return what to bind for a host; empty = every address, dual stack where possible."""
+async def _listen_addresses(host: str, port: int) -> list[Candidate]:
     if host:
         return await resolve(host, port, socket.AI_PASSIVE)
     if socket.has_dualstack_ipv6():
@@ -239,7 +252,7 @@ async def listen_addresses(host: str, port: int) -> list[Candidate]:
     return [(socket.AF_INET, ("0.0.0.0", port))]  # noqa: S104 - the user asked for every address
 
 
-def _bind(family: int, address: SocketAddress, *, is_dual: bool) -> socket.socket:
+def _bind(family: int, address: SocketAddress, is_dual: bool) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)

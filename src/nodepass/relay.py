@@ -197,6 +197,9 @@ class Relays:
             on_newcomer: called with each source that waits for a link.
             has_tls: whether its links speak TLS.
 
+        Returns:
+            The gate; its result resolves when it is closed.
+
         Raises:
             EngineError: the engine is full or closed; the socket is still the caller's.
         """
@@ -229,6 +232,9 @@ class Relays:
             idle: seconds of silence that end it.
             is_raw: seed dialect: one datagram, one answer, no frames.
 
+        Returns:
+            The relay; its result resolves when it has ended.
+
         Raises:
             EngineError: nobody waits any more, or the engine is full or closed; the link is
                 still the caller's.
@@ -252,7 +258,7 @@ class Relays:
     ) -> UdpRelay:
         """Join a link with a connected UDP socket; both are the engine's from here on.
 
-        Args, Raises: as `bind`.
+        Args, Returns, Raises: as `bind`.
         """
         crew = self._crew if tls is None else self._tls()
         token = crew.engine.udp_dial(

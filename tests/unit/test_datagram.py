@@ -331,6 +331,16 @@ async def test_dial_ends_in_time_while_resolving(monkeypatch: pytest.MonkeyPatch
     assert (caught.value.errno, caught.value.attempts) == (errno.ETIMEDOUT, 0)
 
 
+def test_buffers_elsewhere_are_asked_for_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On macOS 32 is SO_BROADCAST, and a size beyond the limit is refused instead of cut."""
+    monkeypatch.setattr("sys.platform", "darwin")
+    with Recorded(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.asked = []
+        sock.refused = frozenset({socket.SO_RCVBUF})
+        datagram._set_buffers(sock, datagram.GATE_BUFFER)
+        assert [option for option, _ in sock.asked] == [socket.SO_RCVBUF, socket.SO_SNDBUF]
+
+
 # --- links -------------------------------------------------------------------------------------
 
 

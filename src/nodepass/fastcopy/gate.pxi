@@ -276,13 +276,14 @@ cdef void gate_unblock(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
         flow_want_turn(w, &w.core.flows[found], found)
 
 
-# Somebody waits for a place: end short exchanges that are over by all appearance, oldest first.
+# Places are short: end relays that are over by all appearance. Each call goes on where the last
+# one has stopped.
 cdef void gate_relieve(Worker* w, Gate* gate) noexcept nogil:
     gate_relieve_grown(w, gate)
     gate_relieve_young(w, gate)
 
 
-# Streams, that have been silent for so long that few who use them would mind.
+# Streams that have been silent for so long that few who use them would mind.
 cdef void gate_relieve_grown(Worker* w, Gate* gate) noexcept nogil:
     cdef uint32_t looks = min(gate.grown.count, <uint32_t>RELIEF_LOOKS)
     cdef uint32_t slot
