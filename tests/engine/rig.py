@@ -208,6 +208,10 @@ class Rig:
         """Receive up to the end of the stream."""
         return await self.receive(sock, 1 << 62)
 
+    async def carried(self, token: int, up: int, down: int) -> None:
+        """Wait until a flow's counts are these: they come behind the send, which may be heard."""
+        await self.until(lambda: self.engine.live(token) == (up, down), f"{up} up, {down} down")
+
     async def until(self, condition: object, what: str) -> None:
         """Wait until `condition()` holds."""
         assert callable(condition)

@@ -29,7 +29,7 @@ async def test_bytes_travel_both_ways(engine: Engine, pair: str) -> None:
         assert await rig.receive(flow.target, 8) == b"question"
         await rig.send(flow.target, b"answer")
         assert await rig.receive(flow.visitor, 6) == b"answer"
-        assert rig.engine.live(flow.token) == (8, 6)
+        await rig.carried(flow.token, 8, 6)
 
 
 @every_kind
@@ -218,7 +218,7 @@ async def test_heads_come_first(engine: Engine, pair: str) -> None:
         await rig.send(flow.target, b"body of b")
         assert await rig.receive(flow.target, 20) == b"head of a, body of a"
         assert await rig.receive(flow.visitor, 20) == b"head of b, body of b"
-        assert rig.engine.live(flow.token) == (20, 20)
+        await rig.carried(flow.token, 20, 20)
 
 
 async def test_head_larger_than_every_buffer(engine: Engine) -> None:

@@ -52,7 +52,7 @@ async def test_parked_datagrams_go_first_and_in_order(kind: Kind) -> None:
         await rig.over(peer)
         statistics = rig.engine.statistics()
         assert (statistics.peers_waiting, statistics.datagram_bytes_held) == (0, 0)
-        assert rig.counts(bound.token).datagrams_up == 80
+        assert (await rig.counted(bound.token, datagrams_up=80)).datagrams_up == 80
         assert len(rig.newcomers) == 0
 
 

@@ -83,6 +83,7 @@ async def test_newcomer_gets_a_link_and_its_launch_says_where_from(kind: str) ->
         assert [await read(link) for _ in range(3)] == [b"question", b"", b"another"]
         await link.write(frames(b"answer", b""))
         assert [await visitor.read() for _ in range(2)] == [b"answer", b""]
+        await until(lambda: desk.figures.bytes_down == 6, 5, "counts, which come behind the send")
         figures = desk.figures
         assert (figures.visitors, figures.visitors_open, figures.relays_open) == (1, 1, 1)
         assert (figures.bytes_up, figures.bytes_down) == (15, 6)
