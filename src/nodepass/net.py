@@ -59,6 +59,8 @@ _PASSING: Final = frozenset(
     }
 )
 """What accept(2) reports of one connection that died in the queue; the next may be fine."""
+_CONNECTING: Final = frozenset({errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK, errno.EINTR})
+"""What connect(2) says while it cannot tell yet."""
 _LINGER_RESET: Final = struct.pack("ii", 1, 0)
 
 OnAccept = Callable[[socket.socket, str, int], None]
@@ -448,7 +450,7 @@ async def _connect(candidate: Candidate) -> socket.socket:
     try:
         sock.setblocking(False)
         tune(sock)
-        await asyncio.get_running_loop().sock_connect(sock, address)
+        await connect(sock, address)
         if sock.getsockname()[:2] == address[:2]:
             # Nobody listens on a port of this machine from the ephemeral range, and the
             # kernel has picked that very port for us: we are talking to ourselves.
@@ -457,6 +459,42 @@ async def _connect(candidate: Candidate) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+async def connect(sock: socket.socket, address: SocketAddress) -> None:
+    """Connect a non-blocking socket to an address that is no name.
+
+    The loop's `sock_connect` is not used: uvloop's asks the resolver even about addresses, in
+    another thread, which cost more than all the rest of a dial.
+
+    Raises:
+        OSError: the kernel's answer.
+    """
+    # Asked twice, since by then this machine's own listeners have answered.
+    if _is_connected(sock.connect_ex(address)) or _is_connected(sock.connect_ex(address)):
+        return
+    loop = asyncio.get_running_loop()
+    place: asyncio.Future[None] = loop.create_future()
+    fd = sock.fileno()
+    loop.add_writer(fd, _settle, place)
+    try:
+        await place
+    finally:
+        loop.remove_writer(fd)
+    _is_connected(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+
+
+def _is_connected(code: int) -> bool:
+    if code in (0, errno.EISCONN):
+        return True
+    if code in _CONNECTING:
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def _settle(place: asyncio.Future[None]) -> None:
+    if not place.done():
+        place.set_result(None)
 
 
 def _literal_family(host: str) -> socket.AddressFamily | None:

@@ -617,7 +617,7 @@ async def test_dial_takes_turns_between_the_families(monkeypatch: pytest.MonkeyP
         raise ConnectionRefusedError(errno.ECONNREFUSED, f"attempt {len(tried)}")
 
     teach(monkeypatch, many=["::1", "::2", "::3", "127.0.0.1"])
-    monkeypatch.setattr(asyncio.get_running_loop(), "sock_connect", refuse)
+    monkeypatch.setattr(net, "connect", refuse)
     with pytest.raises(DialError) as caught:
         await net.dial("many", 80, 5)
     assert tried == ["::1", "127.0.0.1", "::2", "::3"]
@@ -629,8 +629,7 @@ async def test_dial_takes_turns_between_the_families(monkeypatch: pytest.MonkeyP
 @both
 async def test_dial_keeps_one_of_two_that_answer_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The leak guard sees to it that the other one is closed."""
-    loop = asyncio.get_running_loop()
-    connect, gate, arrived = loop.sock_connect, asyncio.Event(), 0
+    connect, gate, arrived = net.connect, asyncio.Event(), 0
 
     async def hold(sock: socket.socket, address: tuple[str, int]) -> None:
         nonlocal arrived
@@ -641,7 +640,7 @@ async def test_dial_keeps_one_of_two_that_answer_at_once(monkeypatch: pytest.Mon
         await gate.wait()
 
     monkeypatch.setattr(net, "HAPPY_DELAY", 0.01)
-    monkeypatch.setattr(loop, "sock_connect", hold)
+    monkeypatch.setattr(net, "connect", hold)
     teach(monkeypatch, two=["127.0.0.1", "127.0.0.2"])
     with listening("0.0.0.0") as target, await net.dial("two", target.getsockname()[1], 5) as sock:
         assert sock.getpeername()[0] in ("127.0.0.1", "127.0.0.2")
@@ -652,8 +651,7 @@ async def test_dial_keeps_one_of_two_that_answer_at_once(monkeypatch: pytest.Mon
 async def test_dial_that_gets_one_refused_and_one_connected_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    loop = asyncio.get_running_loop()
-    connect, gate, arrived = loop.sock_connect, asyncio.Event(), 0
+    connect, gate, arrived = net.connect, asyncio.Event(), 0
 
     async def hold(sock: socket.socket, address: tuple[str, int]) -> None:
         nonlocal arrived
@@ -664,7 +662,7 @@ async def test_dial_that_gets_one_refused_and_one_connected_at_once(
         await connect(sock, address)
 
     monkeypatch.setattr(net, "HAPPY_DELAY", 0.01)
-    monkeypatch.setattr(loop, "sock_connect", hold)
+    monkeypatch.setattr(net, "connect", hold)
     teach(monkeypatch, two=["127.0.0.2", "127.0.0.1"])
     with listening() as target, await net.dial("two", target.getsockname()[1], 5) as sock:
         assert sock.getpeername()[0] == "127.0.0.1"
@@ -674,8 +672,7 @@ async def test_dial_that_gets_one_refused_and_one_connected_at_once(
 async def test_dial_waits_for_a_slow_address_when_the_last_one_refuses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    loop = asyncio.get_running_loop()
-    connect, refused = loop.sock_connect, asyncio.Event()
+    connect, refused = net.connect, asyncio.Event()
 
     async def hold(sock: socket.socket, address: tuple[str, int]) -> None:
         if address[0] == "127.0.0.1":
@@ -687,7 +684,7 @@ async def test_dial_waits_for_a_slow_address_when_the_last_one_refuses(
             refused.set()
 
     monkeypatch.setattr(net, "HAPPY_DELAY", 0.01)
-    monkeypatch.setattr(loop, "sock_connect", hold)
+    monkeypatch.setattr(net, "connect", hold)
     teach(monkeypatch, two=["127.0.0.1", "127.0.0.2"])
     with listening() as target, await net.dial("two", target.getsockname()[1], 5) as sock:
         assert sock.getpeername()[0] == "127.0.0.1"
@@ -709,6 +706,32 @@ async def test_dial_refused() -> None:
     with pytest.raises(DialError) as caught:
         await net.dial("127.0.0.1", free_port(), 5)
     assert (caught.value.errno, caught.value.attempts) == (errno.ECONNREFUSED, 1)
+
+
+@both
+@pytest.mark.parametrize("is_refused", [False, True])
+async def test_dial_whose_answer_takes_a_while(is_refused: bool) -> None:
+    """Nothing is said to the first SYN; the second, a second later, has its answer."""
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(listening())
+        full.listen(0)
+        name = full.getsockname()
+        early = [stack.enter_context(socket.socket()) for _ in range(4)]
+        for caller in early:
+            caller.setblocking(False)
+            caller.connect_ex(name)
+        dialling = asyncio.create_task(net.dial(*name, 10))
+        await asyncio.sleep(0.1)
+        assert not dialling.done()
+        if is_refused:
+            full.close()
+            with pytest.raises(DialError) as caught:
+                await dialling
+            assert caught.value.errno == errno.ECONNREFUSED
+        else:
+            full.listen(100)
+            with await dialling as sock:
+                assert sock.getpeername() == name
 
 
 @both
@@ -749,7 +772,7 @@ async def test_dial_translates_what_the_kernel_says(
     async def fail(*_: object) -> None:
         raise fault
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "sock_connect", fail)
+    monkeypatch.setattr(net, "connect", fail)
     with pytest.raises(DialError) as caught:
         await net.dial("127.0.0.1", 80, 5)
     assert caught.value.errno == code
@@ -757,15 +780,14 @@ async def test_dial_translates_what_the_kernel_says(
 
 @both
 async def test_dial_never_talks_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = asyncio.get_running_loop()
-    connect = loop.sock_connect
+    connect = net.connect
 
     async def connect_from_there(sock: socket.socket, address: tuple[str, int]) -> None:
         # What the kernel does once in a while: it picks the wanted port as our own.
         sock.bind(address)
         await connect(sock, address)
 
-    monkeypatch.setattr(loop, "sock_connect", connect_from_there)
+    monkeypatch.setattr(net, "connect", connect_from_there)
     with pytest.raises(DialError) as caught:
         await net.dial("127.0.0.1", free_port(), 5)
     assert caught.value.errno == errno.ECONNREFUSED
@@ -792,15 +814,14 @@ async def test_dial_cancelled_with_a_connection_in_hand(
     monkeypatch: pytest.MonkeyPatch, turns: int
 ) -> None:
     """At whichever turn around the success the cancellation comes, nothing stays open."""
-    loop = asyncio.get_running_loop()
-    connect, gate, connected = loop.sock_connect, asyncio.Event(), asyncio.Event()
+    connect, gate, connected = net.connect, asyncio.Event(), asyncio.Event()
 
     async def hold(sock: socket.socket, address: tuple[str, int]) -> None:
         await connect(sock, address)
         connected.set()
         await gate.wait()
 
-    monkeypatch.setattr(loop, "sock_connect", hold)
+    monkeypatch.setattr(net, "connect", hold)
     teach(monkeypatch, two=["127.0.0.1", "127.0.0.2"])
     with listening("0.0.0.0") as target:
         dialling = asyncio.create_task(net.dial("two", target.getsockname()[1], 5))
