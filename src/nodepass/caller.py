@@ -22,7 +22,6 @@ class Caller:
     """One connection that has been greeted and not yet understood."""
 
     __slots__ = (
-        "deadline",
         "handshake",
         "heard",
         "host",
@@ -52,7 +51,6 @@ class Caller:
         self.handshake = handshake
         self.since = since
         """Seconds of the loop's clock at which it was greeted."""
-        self.deadline: asyncio.TimerHandle | None = None
         self.wait: asyncio.TimerHandle | None = None
         """Runs while it has to wait for its earlier failures."""
         self.said = b""

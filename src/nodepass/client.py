@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from . import datagram, net, wire
 from .config import Config, Mode
+from .dial import Dials
 from .errors import AuthError, NodePassError, PoolTimeout, TlsError, TunnelError
 from .handshake import ClientHandshake
 from .message import NONCE_SIZE, Dialect, Greeting
@@ -25,9 +26,10 @@ from .record import Records
 from .relay import Relays
 from .resolver import SocketAddress
 from .session import Backoff, Lost
+from .slot import Queue
 from .stats import TunnelStatistics
 from .tunnel import Tunnel
-from .watch import HangupWatch
+from .watch import Watch
 
 if TYPE_CHECKING:
     from .tls import ClientTls
@@ -59,13 +61,15 @@ class Client(Tunnel):
         self._key = await self.stretch_password()
         if self.config.tls:  # what cannot work is to be known at the start
             await asyncio.to_thread(self._load_tls)
-        self.watch = HangupWatch()
+        self.watch = Watch()
         self.resources.callback(self.watch.close)
+        self.dials = Dials(self.watch, self.settings.dial_timeout)
+        self.resources.callback(self.dials.close)
         self.resources.callback(self._close_pairing)
         shares = self.share_descriptors()
         self._limit, self.most_idle = shares.visitors, shares.idle
         self._avoided: set[SocketAddress] = set()
-        self._slots = asyncio.Semaphore(self._limit)
+        self._slots = Queue(self._limit)
         self._serving = 0
         self._is_idle = asyncio.Event()
         self._is_idle.set()
@@ -142,13 +146,17 @@ class Client(Tunnel):
         if not self._serving:
             self._is_idle.set()
 
+    def take_slot(self) -> bool:
+        """Take a slot if one is free."""
+        return self._slots.take_nowait()
+
     async def wait_slot(self) -> None:
         """Wait until fewer visitors than SEMAPHORE_LIMIT are served, at most DIAL_TIMEOUT.
 
         Raises:
             PoolTimeout: none has left in time, or as many as are served wait already.
         """
-        if self._slots.locked():
+        if self._slots.is_full:
             self.log.repeated(
                 "warn",
                 "limit",
@@ -159,7 +167,7 @@ class Client(Tunnel):
                 raise PoolTimeout("as many visitors wait as SEMAPHORE_LIMIT allows to be served")
         try:
             async with asyncio.timeout(self.settings.dial_timeout):
-                await self._slots.acquire()
+                await self._slots.take()
         except TimeoutError as exc:
             raise PoolTimeout("no slot of SEMAPHORE_LIMIT came free in time") from exc
 
@@ -181,8 +189,8 @@ class Client(Tunnel):
         self._avoided = {address}
 
     def free_slot(self) -> None:
-        """Give back what `wait_slot` has taken."""
-        self._slots.release()
+        """Give back what `take_slot` or `wait_slot` has taken."""
+        self._slots.give()
 
     # ------------------------------------------------------- connect, serve, lose, wait
 
@@ -248,6 +256,12 @@ class Client(Tunnel):
             pairing.close("stopped")
             self.pairing = None
 
+    def new_handshake(self) -> ClientHandshake:
+        """Return the rules for one fresh connection to the tunnel port."""
+        return ClientHandshake(
+            self._key, tls_floor=self.config.tls, allows_seed=self.config.compat
+        )
+
     async def greet(self, sock: socket.socket) -> tuple[ClientHandshake, Greeting]:
         """Read the greeting of a fresh connection to the tunnel port.
 
@@ -255,9 +269,7 @@ class Client(Tunnel):
             PeerWireError: what came is no greeting.
             TunnelError: none came in time, or it offers what we do not take.
         """
-        handshake = ClientHandshake(
-            self._key, tls_floor=self.config.tls, allows_seed=self.config.compat
-        )
+        handshake = self.new_handshake()
         timeout = self.settings.handshake_timeout
         said, greeting = b"", None
         try:

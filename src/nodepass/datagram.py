@@ -16,6 +16,7 @@ from typing import Final
 
 from . import net
 from .errors import DialError
+from .listener import bind_all
 from .resolver import Candidate, SocketAddress, resolve
 
 GATE_BUFFER: Final = 7 * 1024 * 1024
@@ -49,7 +50,7 @@ async def listen(host: str, port: int) -> list[socket.socket]:
         ListenError: the name does not resolve, or an address cannot be bound.
     """
     shown = f"udp {net.join_address(host, port)}"
-    return await net.bind_all(host, port, _bind, shown, "udp=0 goes without UDP")
+    return await bind_all(host, port, _bind, shown, "udp=0 goes without UDP")
 
 
 def _bind(family: int, address: SocketAddress, is_dual: bool) -> socket.socket:

@@ -30,10 +30,12 @@ from .errors import EngineError, PeerWireError, TlsError
 from .handshake import ServerHandshake
 from .log import Log
 from .message import NONCE_SIZE, VERSION, Greeting, Hello, LinkClaim
+from .patience import Patience
 from .penalty import Penalties
 from .record import Records
 from .relay import HandshakeResult, Relays
 from .stats import Counters
+from .watch import Watch
 
 if TYPE_CHECKING:
     from .tls import ServerTls
@@ -63,6 +65,7 @@ class Entrance:
         is_known: tells whether a client is connected from a source (`net.source_of`).
         counters: `strangers` grows by each connection that is turned away.
         relays: do the TLS handshakes.
+        watch: tells when callers say something.
         key: the stretched password, None where there is none.
         tls: the server's certificate, None = plain.
         penalties: how long a source has to wait for its hello to be looked at.
@@ -76,6 +79,7 @@ class Entrance:
         is_known: Callable[[str], bool],
         counters: Counters,
         relays: Relays,
+        watch: Watch,
         key: bytes | None = None,
         tls: ServerTls | None = None,
         penalties: Penalties | None = None,
@@ -85,8 +89,10 @@ class Entrance:
         self._key = key
         self._tls = tls
         self._penalties = Penalties() if penalties is None else penalties
+        self._watch = watch
         self._log = log
         self._timeout = timeout
+        self._patience = Patience[Caller](timeout, self._expire)
         self._on_opening = on_opening
         self._is_known = is_known
         self._counters = counters
@@ -123,8 +129,8 @@ class Entrance:
         caller = Caller(sock, host, port, handshake, self._loop.time())
         self._callers[sock.fileno()] = caller
         self._per_source[source] = self._per_source.get(source, 0) + 1
-        self._loop.add_reader(sock.fileno(), self._read, caller)
-        caller.deadline = self._loop.call_later(self._timeout, self._expire, caller)
+        self._watch.readable(sock, functools.partial(self._read, caller))
+        self._patience.add(caller)
 
     def promote(self, host: str, least_silence: float) -> Caller | None:
         """Release the newest silent caller of an address: its data connection has come.
@@ -146,6 +152,7 @@ class Entrance:
         for caller in list(self._callers.values()):
             self._release(caller)
             self._dismiss(caller)
+        self._patience.close()
 
     def _is_full(self, source: str) -> bool:
         return self._is_crowded(source) or len(self._callers) >= self._most
@@ -191,33 +198,34 @@ class Entrance:
         for caller in list(self._callers.values()):
             if caller.shake is not None and caller.shake.result.done():
                 self._on_secured(caller, caller.shake.result)
-            if caller.shake is None and caller.wait is None and not caller.is_released:
-                self._read(caller)
+            self._read(caller)
 
     def _allow_sweep(self) -> None:
         self._has_swept = False
 
     def _read(self, caller: Caller) -> None:
-        is_fresh = self._tls is not None and caller.records is None
-        try:
-            # The first bytes of a TLS handshake are the engine's.
-            data = caller.sock.recv(READ_SIZE, socket.MSG_PEEK if is_fresh else 0)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._drop(caller, "it closed without a word" if not caller.said else "cut short")
-        elif not is_fresh:
-            self._hear(caller, data)
-        elif data[0] == TLS_FIRST_BYTE:
-            self._secure(caller)
-        else:
-            self._drop(caller, f"it does not speak TLS; {wire.identify(data)}")
+        # To the very end: it is told but once what has come.
+        while caller.shake is None and caller.wait is None and not caller.is_released:
+            is_fresh = self._tls is not None and caller.records is None
+            try:
+                # The first bytes of a TLS handshake are the engine's.
+                data = caller.sock.recv(READ_SIZE, socket.MSG_PEEK if is_fresh else 0)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self._drop(caller, "cut short" if caller.said else "it closed without a word")
+            elif not is_fresh:
+                self._hear(caller, data)
+            elif data[0] == TLS_FIRST_BYTE:
+                self._secure(caller)
+            else:
+                self._drop(caller, f"it does not speak TLS; {wire.identify(data)}")
 
     def _secure(self, caller: Caller) -> None:
         assert self._tls is not None
-        self._loop.remove_reader(caller.sock.fileno())
+        self._watch.remove(caller.sock)
         connection = self._tls.accept(is_native=True)
         try:
             caller.shake = self._relays.shake(caller.sock, connection)
@@ -256,9 +264,8 @@ class Entrance:
         caller.records = Records(connection)
         caller.handshake.binding = caller.records.binding()
         self._hear(caller, b"")  # the first line may have come along with the handshake
-        fd = caller.sock.fileno()
-        if self._callers.get(fd) is caller and caller.wait is None:
-            self._loop.add_reader(fd, self._read, caller)
+        if self._callers.get(caller.sock.fileno()) is caller and caller.wait is None:
+            self._watch.readable(caller.sock, functools.partial(self._read, caller))
 
     def _hear(self, caller: Caller, data: bytes) -> None:
         try:
@@ -286,7 +293,7 @@ class Entrance:
             left = caller.since + self._timeout - now
             delay = min(self._penalties.delay(caller.source, now), max(0.0, left / 2))
         if delay:
-            self._loop.remove_reader(caller.sock.fileno())
+            self._watch.remove(caller.sock)
             caller.wait = self._loop.call_later(delay, self._open, caller, opening)
         else:
             self._open(caller, opening)
@@ -340,13 +347,11 @@ class Entrance:
 
     def _release(self, caller: Caller) -> None:
         caller.is_released = True
-        fd = caller.sock.fileno()
-        if caller.shake is None:
-            self._loop.remove_reader(fd)
-        del self._callers[fd]
-        for timer in (caller.deadline, caller.wait):
-            if timer is not None:
-                timer.cancel()
+        self._watch.remove(caller.sock)
+        self._patience.remove(caller)
+        del self._callers[caller.sock.fileno()]
+        if caller.wait is not None:
+            caller.wait.cancel()
         left = self._per_source[caller.source] - 1
         if left:
             self._per_source[caller.source] = left

@@ -1,25 +1,24 @@
 """The client's side of the pool: dial links in parallel until enough lie ready.
 
 Owns: how many dials are under way, the pause after failures, and the launches that came
-before their link. The dial itself is the caller's function. Called by `client`.
+before their link. The dial itself is the caller's function. Called by `pairing`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Final
 
 from . import net
-from .errors import NodePassError, PoolError, PoolTimeout
+from .errors import PoolError, PoolTimeout
 from .log import Log
 from .pool import Link, Shelf, has_result
 from .session import Backoff
 
-MAX_CONNECTING: Final = 32
-"""TCP connects under way at once: fills 200 links in a third of a second at 50 ms."""
 MAX_DIALS: Final = 60
-"""Dials under way at once, handshakes included: a server bears 64 from one address."""
+"""Dials under way at once, handshakes included: a server bears 64 from one address. Fills 200
+links in half a second at 50 ms."""
 QUIET_FAILURES: Final = 3
 """Failed dials in a row that stay at debug level: a server that stops refuses a few."""
 
@@ -27,6 +26,7 @@ YOUNG: Final = 1.0
 """Seconds that a link must live idle to count as made: several round trips of any path."""
 
 Spawn = Callable[[Coroutine[object, object, None], str], None]
+Begin = Callable[[Callable[[Link | Exception], None]], None]
 
 
 class Filler:
@@ -34,8 +34,8 @@ class Filler:
 
     Args:
         shelf: where fresh links go.
-        dial: makes one link; may raise NodePassError or OSError.
-        spawn: runs a task.
+        begin: begins to make one link; calls what it is given with the link, or with what was
+            wrong, now or later.
         random: gives a fraction, 0 <= f < 1, for the pauses.
         pause: seconds, ceiling of the pause between failing dials.
     """
@@ -43,16 +43,14 @@ class Filler:
     def __init__(
         self,
         shelf: Shelf,
-        dial: Callable[[], Awaitable[Link]],
-        spawn: Spawn,
+        begin: Begin,
         random: Callable[[], float],
         pause: float,
         log: Log,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._shelf = shelf
-        self._dial = dial
-        self._spawn = spawn
+        self._begin = begin
         self._random = random
         self._backoff = Backoff(pause)
         self._log = log
@@ -66,17 +64,15 @@ class Filler:
         """Links made since the start."""
         self.wanted = 0
         """How many links should lie ready; set it, then `fill`."""
-        self.connecting = asyncio.Semaphore(MAX_CONNECTING)
-        """For the dial function to hold while its TCP connect is under way."""
 
     def fill(self) -> None:
         """Begin as many dials as links are missing; harmless to call at any time."""
-        if self._is_closed or self._retry is not None:
-            return
         missing = self.wanted - len(self._shelf) - self.dialling
         for _ in range(min(missing, MAX_DIALS - self.dialling)):
+            if self._is_closed or self._retry is not None:
+                return
             self.dialling += 1
-            self._spawn(self._make(), "dialling a link")
+            self._begin(self._end)
 
     async def claim(self, name: int | str, timeout: float) -> Link:  # noqa: ASYNC109
         """Return the link of this name, waiting for one whose launch came first.
@@ -106,7 +102,7 @@ class Filler:
             self._claims.pop(name, None)
 
     def close(self) -> None:
-        """Dial no more; what is under way ends with the task group, or by itself."""
+        """Dial no more; a link that is made nevertheless is reset."""
         self._is_closed = True
         if self._retry is not None:
             self._retry.cancel()
@@ -114,16 +110,13 @@ class Filler:
         for place in self._claims.values():
             place.cancel()
 
-    async def _make(self) -> None:
-        try:
-            link = await self._dial()
-        except (NodePassError, OSError) as exc:
-            self._fail(exc)
-            return
-        finally:
-            self.dialling -= 1
-        self._give(link)
-        self.fill()
+    def _end(self, made: Link | Exception) -> None:
+        self.dialling -= 1
+        if isinstance(made, Link):
+            self._give(made)
+            self.fill()
+        else:
+            self._fail(made)
 
     def settle(self) -> None:
         """Take it that links work: one was launched, or lived long enough."""

@@ -1,4 +1,4 @@
-"""Sockets: listen, dial, resolve, options, accept back-off.
+"""TCP sockets: their options, how they are dialled and reset, how many there may be.
 
 Owns: every rule about how a TCP socket of ours comes to be. Sockets are bare and
 non-blocking, never wrapped in a transport, because the engine takes them over: a transport
@@ -13,11 +13,10 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable
 from itertools import chain, zip_longest
 from typing import Final, NamedTuple
 
-from .errors import DialError, ListenError
+from .errors import DialError
 from .resolver import Candidate, SocketAddress, resolve
 
 KEEPALIVE_IDLE: Final = 30
@@ -26,12 +25,6 @@ KEEPALIVE_INTERVAL: Final = 10
 """Seconds between probes."""
 KEEPALIVE_PROBES: Final = 3
 """Unanswered probes until the path is dead: found out within a minute in all."""
-BACKLOG: Final = 4096
-"""Connections the kernel may hold for us; it cuts this to net.core.somaxconn."""
-ACCEPT_BATCH: Final = 64
-"""Accepts per wake-up, so that a flood on one listener leaves the loop to others."""
-ACCEPT_PAUSE: Final = 0.1
-"""Seconds without accepting after the system ran out of something (EMFILE and its like)."""
 HAPPY_DELAY: Final = 0.25
 """Seconds before the next address is tried beside the last: RFC 8305, section 8."""
 
@@ -46,25 +39,12 @@ IDLE_ROOM: Final = 2
 UNLIMITED_DESCRIPTORS: Final = 1 << 20
 """Stands for "no limit": Linux' own ceiling for a process (fs.nr_open)."""
 
-_PASSING: Final = frozenset(
-    {
-        errno.ECONNABORTED,
-        errno.EPROTO,
-        errno.EPERM,
-        errno.ENETDOWN,
-        errno.ENOPROTOOPT,
-        errno.EHOSTUNREACH,
-        errno.EOPNOTSUPP,
-        errno.ENETUNREACH,
-    }
-)
-"""What accept(2) reports of one connection that died in the queue; the next may be fine."""
 _CONNECTING: Final = frozenset({errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK, errno.EINTR})
 """What connect(2) says while it cannot tell yet."""
+_NONBLOCK: Final = getattr(socket, "SOCK_NONBLOCK", 0)
+_STREAM: Final = socket.SOCK_STREAM | _NONBLOCK
+"""Non-blocking from the start where the kernel can do that, which saves a system call."""
 _LINGER_RESET: Final = struct.pack("ii", 1, 0)
-
-OnAccept = Callable[[socket.socket, str, int], None]
-Bind = Callable[[int, SocketAddress, bool], socket.socket]
 
 
 def join_address(host: str, port: int) -> str:
@@ -186,178 +166,6 @@ def has_ended(sock: socket.socket) -> bool:
         return True
 
 
-# ---------------------------------------------------------------------------- listening
-
-
-async def listen(host: str, port: int) -> list[socket.socket]:
-    """Open listening sockets on every address of a host.
-
-    Args:
-        host: address or name; empty = every address, one dual-stack socket where possible.
-        port: 0..65535; 0 = the kernel picks one, the same for all.
-
-    Returns:
-        At least one non-blocking listening socket, the caller's own.
-
-    Raises:
-        ListenError: the name does not resolve, or an address cannot be bound.
-    """
-    return await bind_all(host, port, _bind, join_address(host, port))
-
-
-async def bind_all(
-    host: str, port: int, bind: Bind, shown: str, way_out: str = ""
-) -> list[socket.socket]:
-    """Open a socket on every address of a host.
-
-    Args:
-        host: as `listen`; so is port.
-        bind: opens one, given its family, its address, and whether it is for both families.
-        shown: the address as errors name it.
-        way_out: one clause on how to go without it, empty if there is none.
-
-    Returns:
-        At least one socket, the caller's own.
-
-    Raises:
-        ListenError: the name does not resolve, or an address cannot be bound.
-    """
-    opened: list[socket.socket] = []
-    try:
-        for family, address in await _listen_addresses(host, port):
-            if opened and port == 0:
-                address = (address[0], opened[0].getsockname()[1], *address[2:])  # noqa: PLW2901
-            opened.append(bind(family, address, not host))
-    except OSError as exc:
-        for sock in opened:
-            sock.close()
-        raise _listen_error(shown, exc, way_out) from exc
-    return opened
-
-
-def _listen_error(shown: str, exc: OSError, way_out: str) -> ListenError:
-    if isinstance(exc, socket.gaierror):
-        text = f"the name does not resolve ({exc.strerror})"
-        return ListenError(shown, errno.EADDRNOTAVAIL, text)
-    code = exc.errno or errno.EIO
-    hint = f"{os.strerror(code).lower()}; {way_out}" if way_out else ""
-    if code == errno.EADDRNOTAVAIL:
-        hint = "this machine has no such address"
-    return ListenError(shown, code, hint)
-
-
-async def _listen_addresses(host: str, port: int) -> list[Candidate]:
-    if host:
-        return await resolve(host, port, socket.AI_PASSIVE)
-    if socket.has_dualstack_ipv6():
-        return [(socket.AF_INET6, ("::", port))]
-    return [(socket.AF_INET, ("0.0.0.0", port))]  # noqa: S104 - the user asked for every address
-
-
-def _bind(family: int, address: SocketAddress, is_dual: bool) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not is_dual)
-        tune(sock)
-        sock.bind(address)
-        sock.listen(BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-class Listener:
-    """Accept on listening sockets and hand over bare non-blocking connections.
-
-    Args:
-        socks: listening sockets; owned from here on.
-        on_accept: called with the connection, now the hearer's, and the peer's host and port.
-        on_trouble: called when the system has run out of something, or worse; accepting then
-            pauses for ACCEPT_PAUSE seconds and goes on by itself.
-    """
-
-    def __init__(
-        self,
-        socks: list[socket.socket],
-        on_accept: OnAccept,
-        on_trouble: Callable[[OSError], None],
-    ) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._socks = socks
-        name = socks[0].getsockname()
-        self.address: tuple[str, int] = (str(name[0]), int(name[1]))
-        """Host and port of the first socket."""
-        self._on_accept = on_accept
-        self._on_trouble = on_trouble
-        self._is_reading = False
-        self._is_paused = True
-        self._retry: asyncio.TimerHandle | None = None
-
-    @property
-    def is_paused(self) -> bool:
-        return self._is_paused
-
-    def resume(self) -> None:
-        """Begin, or go on, accepting."""
-        self._is_paused = False
-        self._poll()
-
-    def pause(self) -> None:
-        """Leave new connections in the kernel's queue; none is refused."""
-        self._is_paused = True
-        self._poll()
-
-    def close(self) -> None:
-        """Stop listening; idempotent."""
-        self.pause()
-        if self._retry is not None:
-            self._retry.cancel()
-            self._retry = None
-        for sock in self._socks:
-            sock.close()
-        self._socks = []
-
-    def _poll(self) -> None:
-        wants = not self._is_paused and self._retry is None
-        if wants == self._is_reading:
-            return
-        self._is_reading = wants
-        for sock in self._socks:
-            if wants:
-                self._loop.add_reader(sock.fileno(), self._accept, sock)
-            else:
-                self._loop.remove_reader(sock.fileno())
-
-    def _accept(self, listening: socket.socket) -> None:
-        for _ in range(ACCEPT_BATCH):
-            if not self._is_reading:
-                return
-            try:
-                sock, address = listening.accept()
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError as exc:
-                if exc.errno in _PASSING:
-                    continue
-                self._back_off(exc)
-                return
-            sock.setblocking(False)
-            self._on_accept(sock, plain_host(address[0]), address[1])
-
-    def _back_off(self, exc: OSError) -> None:
-        self._retry = self._loop.call_later(ACCEPT_PAUSE, self._try_again)
-        self._poll()
-        self._on_trouble(exc)
-
-    def _try_again(self) -> None:
-        self._retry = None
-        self._poll()
-
-
 # ------------------------------------------------------------------------------ dialling
 
 
@@ -381,10 +189,10 @@ async def dial(host: str, port: int, timeout: float) -> socket.socket:  # noqa: 
     attempts = 0
     try:
         async with asyncio.timeout(timeout):
-            family = _literal_family(host)
-            if family is not None:
+            candidate = literal(host, port)
+            if candidate is not None:
                 attempts = 1
-                return await _connect((family, (host, port)))
+                return await _connect(candidate)
             candidates = _take_turns(await resolve(host, port))
             attempts = len(candidates)
             return await _race(candidates)
@@ -446,15 +254,22 @@ def _close_late(task: asyncio.Task[socket.socket]) -> None:
 
 async def _connect(candidate: Candidate) -> socket.socket:
     family, address = candidate
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = open_stream(family)
     try:
-        sock.setblocking(False)
-        tune(sock)
         await connect(sock, address)
-        if sock.getsockname()[:2] == address[:2]:
-            # Nobody listens on a port of this machine from the ephemeral range, and the
-            # kernel has picked that very port for us: we are talking to ourselves.
-            raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def open_stream(family: int) -> socket.socket:
+    """Make a tuned non-blocking socket for a dial."""
+    sock = socket.socket(family, _STREAM)
+    try:
+        if not _NONBLOCK:
+            sock.setblocking(False)
+        tune(sock)
     except BaseException:
         sock.close()
         raise
@@ -470,25 +285,44 @@ async def connect(sock: socket.socket, address: SocketAddress) -> None:
     Raises:
         OSError: the kernel's answer.
     """
-    # Asked twice, since by then this machine's own listeners have answered.
-    if _is_connected(sock.connect_ex(address)) or _is_connected(sock.connect_ex(address)):
-        return
     loop = asyncio.get_running_loop()
-    place: asyncio.Future[None] = loop.create_future()
-    fd = sock.fileno()
-    loop.add_writer(fd, _settle, place)
-    try:
-        await place
-    finally:
-        loop.remove_writer(fd)
-    _is_connected(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+    while not connect_now(sock, address):
+        place: asyncio.Future[None] = loop.create_future()
+        fd = sock.fileno()
+        loop.add_writer(fd, _settle, place)
+        try:
+            await place
+        finally:
+            loop.remove_writer(fd)
 
 
-def _is_connected(code: int) -> bool:
+def connect_now(sock: socket.socket, address: SocketAddress) -> bool:
+    """Begin to connect a non-blocking socket, or look how far it has come.
+
+    Returns:
+        True if it is connected, False if the answer is still to come.
+
+    Raises:
+        OSError: the kernel's answer.
+    """
+    # Asked twice, since by then this machine's own listeners have answered.
+    if not (_is_connected(sock, address) or _is_connected(sock, address)):
+        return False
+    if sock.getsockname()[:2] == address[:2]:
+        # Nobody listens on a port of this machine from the ephemeral range, and the
+        # kernel has picked that very port for us: we are talking to ourselves.
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
+    return True
+
+
+def _is_connected(sock: socket.socket, address: SocketAddress) -> bool:
+    code = sock.connect_ex(address)
     if code in (0, errno.EISCONN):
         return True
     if code in _CONNECTING:
         return False
+    if code == errno.EINVAL:  # BSD: it has failed before, and this tells why
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or code
     raise OSError(code, os.strerror(code))
 
 
@@ -497,11 +331,33 @@ def _settle(place: asyncio.Future[None]) -> None:
         place.set_result(None)
 
 
-def _literal_family(host: str) -> socket.AddressFamily | None:
+def send_line(sock: socket.socket, line: bytes) -> None:
+    """Send a line on a fresh connection, whose buffer takes it whole.
+
+    Raises:
+        OSError: the peer has gone, or ours is a kernel with buffers of a few hundred bytes.
+    """
+    if sock.send(line) < len(line):
+        raise OSError(errno.ENOBUFS, "the socket's buffer does not take one line")
+
+
+def literal(host: str, port: int) -> Candidate | None:
+    """Return how to dial a host, None if it is a name and has to be resolved."""
+    host, _, zone = host.partition("%")
+    if zone:
+        return _scoped(host, port, zone)
     for family in (socket.AF_INET, socket.AF_INET6):
         try:
             socket.inet_pton(family, host)
         except OSError:
             continue
-        return family
+        return family, (host, port)
     return None
+
+
+def _scoped(host: str, port: int, zone: str) -> Candidate | None:
+    try:
+        socket.inet_pton(socket.AF_INET6, host)
+        return socket.AF_INET6, (host, port, 0, socket.if_nametoindex(zone))
+    except OSError:
+        return None

@@ -12,12 +12,14 @@ import errno
 import functools
 import random
 import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from . import datagram, net, wire
 from .control import Control
-from .errors import DialError, EngineError, PeerWireError, PoolTimeout
+from .errors import DialError, EngineError, NodePassError, PeerWireError, PoolError, PoolTimeout
 from .filler import Filler
+from .linkdial import LinkDials
 from .message import (
     SEED_ID_SIZE,
     Dialect,
@@ -74,11 +76,11 @@ class Pairing:
         self._settings = settings = client.settings
         self._host = host
         self._port = port
-        self._id = session_id
-        self._key = key
+        target = client.config.target
+        self._target = net.literal(target.host, target.port)
+        """Where visitors go, None if that is a name."""
         self.tls = tls
         """TLS mode that the server greeted us with, and every link is to have."""
-        self._number = 0
         self._is_closed = False
         self.session = Session(
             Role.CLIENT, dialect, now=self._loop.time(), interval=settings.report_interval
@@ -89,10 +91,12 @@ class Pairing:
         self.is_drained = asyncio.Event()
         """Set once no launch can come any more."""
         self.shelf = Shelf(client.watch, self._on_link_lost, settings.handshake_timeout)
+        self._links: LinkDials | None = None
+        if dialect is Dialect.NATIVE:
+            self._links = LinkDials(client, host, port, session_id, key, tls)
         self.filler = Filler(
             self.shelf,
-            self._dial_link if dialect is Dialect.NATIVE else self._dial_seed_link,
-            client.spawn,
+            self._begin_seed_link if self._links is None else self._links.begin,
             random.random,
             settings.service_cooldown,
             client.log,
@@ -116,6 +120,8 @@ class Pairing:
             return
         self._is_closed = True
         self.filler.close()
+        if self._links is not None:
+            self._links.close()
         self.control.close(reason)
         self.shelf.clear()
         self.is_drained.set()
@@ -124,30 +130,22 @@ class Pairing:
 
     # ------------------------------------------------------------------------ links
 
-    async def _dial_link(self) -> Link:
-        sock = await self._connect()
+    def _begin_seed_link(self, on_end: Callable[[Link | Exception], None]) -> None:
+        self._client.spawn(self._make_seed_link(on_end), "dialling a link")
+
+    async def _make_seed_link(self, on_end: Callable[[Link | Exception], None]) -> None:
         try:
-            handshake, greeting = await self._client.greet(sock)
-            if not greeting.is_native or greeting.tls != self.tls:
-                raise PeerWireError("the server has changed its dialect or its TLS mode")
-            records, binding = None, b""
-            if self.tls:
-                records = await self._client.secure(sock, self.tls, is_native=True)
-                binding = records.binding()
-            self._number += 1
-            number = self._number
-            line = handshake.claim_link(self._id, self._key, number, binding)
-            await self._loop.sock_sendall(sock, line if records is None else records.seal(line))
+            link = await self._dial_seed_link()
+        except (NodePassError, OSError) as exc:
+            on_end(exc)
+            return
         except BaseException:
-            sock.close()
+            on_end(PoolError("its making was cut short"))
             raise
-        self._client.counters.links += 1
-        if records is None:
-            return Link(sock, number, handshake.rest())
-        return Link(sock, number, tls=records.connection)
+        on_end(link)
 
     async def _dial_seed_link(self) -> Link:
-        sock = await self._connect()
+        sock = await net.dial(self._host, self._port, self._settings.dial_timeout)
         try:
             records = None
             if self.tls:
@@ -178,10 +176,6 @@ class Pairing:
             raise PeerWireError("the data port closed before giving an id")
         return data if records is None else records.open(data)
 
-    async def _connect(self) -> socket.socket:
-        async with self.filler.connecting:
-            return await net.dial(self._host, self._port, self._settings.dial_timeout)
-
     def _want(self, idle: int) -> None:
         # The server knows the rate of visitors; what the user set here still bounds its wish.
         self.filler.wanted = min(self._most_idle, max(self._least_idle, idle))
@@ -201,9 +195,9 @@ class Pairing:
     def _on_event(self, event: Event) -> None:
         match event:
             case Launch(kind, number, visitor):
-                self._client.spawn(self._serve(kind, number, visitor), "serving a visitor")
+                self._launch(kind, number, visitor)
             case SeedLaunch(link_id, kind):
-                self._client.spawn(self._serve(kind, link_id, ""), "serving a visitor")
+                self._launch(kind, link_id, "")
             case Idle(count):
                 self._want(count)
                 self.filler.fill()
@@ -214,12 +208,33 @@ class Pairing:
                 if not self.lost.done():
                     self.lost.set_result(event)
 
+    def _launch(self, kind: Kind, name: int | str, visitor: str) -> None:
+        """Serve a visitor: in a task only if something but a connect is to be waited for."""
+        client = self._client
+        if kind is Kind.TCP and client.config.tcp and self._target and client.take_slot():
+            link = self._claim_nowait(name)
+            if link is not None:
+                client.counters.visitors += 1
+                client.enter()
+                on_answer = functools.partial(self._on_answer, link, visitor)
+                client.dials.begin(self._target, on_answer)
+                return
+            client.free_slot()
+        client.spawn(self._serve(kind, name, visitor), "serving a visitor")
+
+    def _on_answer(self, link: Link, visitor: str, answer: socket.socket | DialError) -> None:
+        if isinstance(answer, DialError):
+            self._miss(link, answer)
+            self._client.leave()
+        elif not self._join(Kind.TCP, link, visitor, answer):
+            self._client.leave()
+
     async def _serve(self, kind: Kind, name: int | str, visitor: str) -> None:
         """Claim the link, dial the target, and hand both to the engine."""
         client = self._client
         client.counters.visitors += 1
         client.enter()
-        relay = None
+        is_joined = False
         try:
             try:
                 link = self._claim_nowait(name) or await self._claim(name)
@@ -231,21 +246,20 @@ class Pairing:
                 why = f"{kind}=0 is set here, but not on the server"
                 self._give_up(name, Failure.REFUSED, why)
                 return
-            relay = await self._join(kind, link, visitor)
+            is_joined = await self._dial_and_join(kind, link, visitor)
         finally:
-            if relay is None:
+            if not is_joined:
                 client.leave()
 
-    async def _join(self, kind: Kind, link: Link, visitor: str) -> Relay | UdpRelay | None:
+    async def _dial_and_join(self, kind: Kind, link: Link, visitor: str) -> bool:
         client, target = self._client, self._client.config.target
-        relay: Relay | UdpRelay
         address: SocketAddress | None = None
         try:
             await client.wait_slot()
         except PoolTimeout as exc:
             net.reset(link.sock)
             self._give_up(link.name, Failure.LIMIT, str(exc))
-            return None
+            return False
         except BaseException:
             net.reset(link.sock)
             raise
@@ -255,14 +269,32 @@ class Pairing:
             else:
                 sock, address = await client.dial_udp()
         except DialError as exc:
-            net.reset(link.sock)
-            client.free_slot()
-            failure = _FAILURES.get(exc.errno or 0, Failure.UNREACHABLE)
-            self._give_up(link.name, failure, str(exc))
-            return None
+            self._miss(link, exc)
+            return False
         except BaseException:
             net.reset(link.sock)
             raise
+        return self._join(kind, link, visitor, sock, address)
+
+    def _miss(self, link: Link, exc: DialError) -> None:
+        """Take it that the target cannot be reached: there is no relay."""
+        net.reset(link.sock)
+        self._client.free_slot()
+        if exc.errno != errno.ECANCELED:  # we are stopping, and that is said elsewhere
+            failure = _FAILURES.get(exc.errno or 0, Failure.UNREACHABLE)
+            self._give_up(link.name, failure, str(exc))
+
+    def _join(
+        self,
+        kind: Kind,
+        link: Link,
+        visitor: str,
+        sock: socket.socket,
+        address: SocketAddress | None = None,
+    ) -> bool:
+        """Hand link and target to the engine; return whether it took them."""
+        client = self._client
+        relay: Relay | UdpRelay
         try:
             if kind is Kind.TCP:
                 relay = client.relays.join(link.sock, sock, tls_a=link.tls, head_a=link.head)
@@ -273,14 +305,14 @@ class Pairing:
             net.reset(sock)
             client.free_slot()
             self._give_up(link.name, Failure.LIMIT, str(exc))
-            return None
+            return False
         client.hold(relay)
         if client.is_stopping:
             client.hurry()  # its launch was on its way when the others were hurried
         relay.result.add_done_callback(
             functools.partial(self._part, relay, link.name, visitor, address)
         )
-        return relay
+        return True
 
     def _join_udp(self, link: Link, sock: socket.socket) -> UdpRelay:
         settings = self._settings

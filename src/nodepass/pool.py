@@ -12,6 +12,7 @@ Called by `server`, `client` and `filler`.
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from .errors import PoolClosed, PoolTimeout, TlsError
 from .message import Dialect, Idle
 from .record import Records
 from .session import Session, State
-from .watch import HangupWatch
+from .watch import Watch
 
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection
@@ -80,9 +81,8 @@ class Shelf:
             side the end may come first; the server, which launches, needs no grace (0).
     """
 
-    def __init__(
-        self, watch: HangupWatch, on_lost: Callable[[Link], None], grace: float = 0.0
-    ) -> None:
+    def __init__(self, watch: Watch, on_lost: Callable[[Link], None], grace: float = 0.0) -> None:
+        self._loop = asyncio.get_running_loop()
         self._watch = watch
         self._on_lost = on_lost
         self._grace = grace
@@ -100,8 +100,8 @@ class Shelf:
     def put(self, link: Link) -> None:
         """Keep a link; its name must not be here already."""
         self._idle[link.name] = link
-        link.since = asyncio.get_running_loop().time()
-        self._watch.add(link.sock, lambda: self._check(link))
+        link.since = self._loop.time()
+        self._watch.hangup(link.sock, functools.partial(self._check, link))
 
     def take(self) -> Link | None:
         """Hand over the newest live link: the one least likely to have died unnoticed."""
@@ -154,8 +154,7 @@ class Shelf:
             if len(self._ending) >= MAX_ENDING:
                 self._forget(next(iter(self._ending.values())))
             self._ending[link.name] = link
-            loop = asyncio.get_running_loop()
-            link.ending = loop.call_later(self._grace, self._forget, link)
+            link.ending = self._loop.call_later(self._grace, self._forget, link)
             self._on_lost(link)
             return
         self._bury(link)

@@ -43,7 +43,7 @@ from .pool import Demand, Link, Member, Pool, Shelf, announce
 from .relay import Relay, UdpRelay
 from .session import Event, Lost, Role, Session
 from .stats import Counters
-from .watch import HangupWatch
+from .watch import Watch
 
 MAX_CLIENTS: Final = 1024
 """Sessions at once: bounds what somebody can make us keep where no password is asked."""
@@ -115,7 +115,7 @@ class Roster:
         log: Log,
         counters: Counters,
         pool: Pool,
-        watch: HangupWatch,
+        watch: Watch,
         spawn: Spawn,
         shares: net.Shares,
         penalties: Penalties | None = None,

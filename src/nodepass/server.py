@@ -20,6 +20,7 @@ from .dataport import DataPort
 from .entrance import Entrance
 from .errors import EngineError, PoolClosed, PoolTimeout
 from .gate import Gates
+from .listener import Listener, OnAccept, listen
 from .message import Kind
 from .penalty import Penalties
 from .pool import Link, Member, Pool, announce
@@ -28,7 +29,7 @@ from .roster import Client, Roster
 from .slot import Slots
 from .stats import Datagrams, TunnelStatistics, least_rtt
 from .tunnel import ABORT_GRACE, Tunnel
-from .watch import HangupWatch
+from .watch import Watch
 
 if TYPE_CHECKING:
     from .tls import ServerTls
@@ -60,9 +61,9 @@ class Server(Tunnel):
             resume_tcp=self._resume_tcp,
             admit_udp=self._gates.admit_one,
         )
-        self._waiting = HangupWatch()
+        self._waiting = Watch()
         self.resources.callback(self._waiting.close)
-        idle = HangupWatch()
+        idle = Watch()
         self.resources.callback(idle.close)
         self.pool = Pool()
         self._clients = Roster(
@@ -85,6 +86,7 @@ class Server(Tunnel):
             self._clients.has_source,
             self.counters,
             self.relays,
+            self._waiting,
             key,
             self._tls,
             penalties,
@@ -95,7 +97,7 @@ class Server(Tunnel):
             tunnel.host, tunnel.port, self._entrance.admit, self._entrance.make_room
         )
         await self._open_target()
-        self._data: net.Listener | None = None
+        self._data: Listener | None = None
         self._seed_links: DataPort | None = None
         if self.config.compat:
             self._seed_links = DataPort(
@@ -114,7 +116,7 @@ class Server(Tunnel):
     async def _open_target(self) -> None:
         """Listen for visitors, TCP and UDP on one port."""
         host, port = self.config.target.host, self.config.target.port
-        self._target: net.Listener | None = None
+        self._target: Listener | None = None
         if self.config.tcp:
             self._target = await self._listen(host, port, self._admit_visitor)
             port = self._target.address[1]
@@ -126,16 +128,16 @@ class Server(Tunnel):
         self,
         host: str,
         port: int,
-        on_accept: net.OnAccept,
+        on_accept: OnAccept,
         relieve: Callable[[], None] = lambda: None,
-    ) -> net.Listener:
+    ) -> Listener:
         """Listen; `relieve` is called when there is trouble, to give something back."""
 
         def on_trouble(exc: OSError) -> None:
             relieve()
             self._tell_trouble(exc)
 
-        listener = net.Listener(await net.listen(host, port), on_accept, on_trouble)
+        listener = Listener(await listen(host, port), on_accept, on_trouble)
         self.resources.callback(listener.close)
         return listener
 
@@ -292,7 +294,7 @@ class Server(Tunnel):
                 assert waiting is not None
                 waiting.cancel()
 
-        self._waiting.add(sock, leave)
+        self._waiting.hangup(sock, leave)
         try:
             member, link = await self.pool.take(self.settings.dial_timeout)
         except (PoolTimeout, PoolClosed) as exc:

@@ -1,11 +1,15 @@
 """Slots: how many visitors are served at once, and who gets the place of one who leaves.
 
-Owns: the count of SEMAPHORE_LIMIT on the server. Called by `server` and `gate`; knows neither
-sockets nor datagrams.
+    Slots  SEMAPHORE_LIMIT on the server, shared by TCP and UDP
+    Queue  the same on the client, where launches wait their turn
+
+Called by `server`, `gate` and `client`; knows neither sockets nor datagrams.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
@@ -76,3 +80,45 @@ class Slots:
             return
         if not self._resume_tcp() and self.has_udp_room:
             self._admit_udp()
+
+
+class Queue:
+    """Places for launches: taken at once, or waited for, first come first served."""
+
+    def __init__(self, limit: int) -> None:
+        self._free = limit
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the next one has to wait."""
+        return not self._free
+
+    def take_nowait(self) -> bool:
+        """Take a place if one is free."""
+        if not self._free:
+            return False
+        self._free -= 1
+        return True
+
+    async def take(self) -> None:
+        """Take a place, waiting for one if need be."""
+        if self.take_nowait():
+            return
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(place)
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():
+                self.give()  # it came in the turn in which we gave up
+            raise
+
+    def give(self) -> None:
+        """Give a place back; whoever waits longest gets it."""
+        while self._waiting:
+            place = self._waiting.popleft()
+            if not place.done():
+                place.set_result(None)
+                return
+        self._free += 1

@@ -1,8 +1,8 @@
-"""Hang-ups of idle connections, noticed at once and for next to nothing.
+"""Connections that are not joined yet: when they can be read or written, when they hang up.
 
-Owns: which idle sockets are watched, never the sockets themselves. Takes no byte from them:
-what arrives early stays in the kernel for whoever the connection is joined with. Called by
-`pool` and `server`.
+Owns: which sockets are watched and for what, never the sockets themselves. Takes no byte from
+them: what arrives early stays in the kernel for whoever the connection is joined with. Called by
+`entrance`, `linkdial`, `pool` and `server`.
 """
 
 from __future__ import annotations
@@ -11,19 +11,33 @@ import asyncio
 import select
 import socket
 from collections.abc import Callable
+from typing import Final
+
+OnReady = Callable[[], None]
+
+HANGUP: Final = 0x2000 | 1 << 31
+"""EPOLLRDHUP | EPOLLET. Edges only: a link that has been hung up on may stay for a while."""
+READABLE: Final = 0x1 | HANGUP
+"""EPOLLIN besides."""
+WRITABLE: Final = 0x4 | HANGUP
+"""EPOLLOUT besides."""
+BATCH: Final = 256
+"""Events taken at once; what is left makes the loop call again."""
 
 
-class HangupWatch:
-    """Tell when the peers of many idle connections close or reset them.
+class Watch:
+    """Tell what becomes of many connections.
 
-    One epoll set stands behind one reader of the loop, so a connection costs two system
-    calls in and out instead of a handle. Bytes that arrive early are left where they are;
-    without epoll (not Linux) they also end the watch of that connection.
+    One epoll set stands behind one reader of the loop, so to watch a connection costs one
+    system call, and neither a handle nor a task. Each connection is watched for one thing at a
+    time; to watch it for another replaces that. Callbacks may come without need, and more than
+    once. Without epoll (not Linux) the loop itself watches, and early bytes end a watch for
+    hang-ups.
     """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._callbacks: dict[int, OnReady] = {}
         self._epoll = select.epoll() if hasattr(select, "epoll") else None
         if self._epoll is not None:
             self._loop.add_reader(self._epoll.fileno(), self._drain, self._epoll)
@@ -31,30 +45,33 @@ class HangupWatch:
     def __len__(self) -> int:
         return len(self._callbacks)
 
-    def add(self, sock: socket.socket, on_hangup: Callable[[], None]) -> None:
-        """Watch a connection until `remove`; may call back more than once."""
-        fd = sock.fileno()
-        self._callbacks[fd] = on_hangup
-        if self._epoll is not None:
-            self._epoll.register(fd, select.EPOLLRDHUP | select.EPOLLET)
-        else:
-            self._loop.add_reader(fd, self._readable, fd)
+    def readable(self, sock: socket.socket, on_ready: OnReady) -> None:
+        """Tell when something has arrived; whoever hears it reads until there is no more."""
+        self._watch(sock.fileno(), READABLE, on_ready)
+
+    def writable(self, sock: socket.socket, on_ready: OnReady) -> None:
+        """Tell when a connect has its answer."""
+        self._watch(sock.fileno(), WRITABLE, on_ready)
+
+    def hangup(self, sock: socket.socket, on_ready: OnReady) -> None:
+        """Tell when the peer has closed or reset the connection."""
+        self._watch(sock.fileno(), HANGUP, on_ready)
 
     def again(self, sock: socket.socket) -> None:
-        """Go on watching after bytes that meant nothing and have been read."""
+        """Go on watching for hang-ups after bytes that meant nothing and have been read."""
         fd = sock.fileno()
         if self._epoll is None and fd in self._callbacks:
-            self._loop.add_reader(fd, self._readable, fd)
+            self._loop.add_reader(fd, self._hung_up, fd)
 
     def remove(self, sock: socket.socket) -> None:
-        """Forget a connection; must happen before it is closed or handed over."""
+        """Forget a connection; must happen before it is closed or handed over. Idempotent."""
         fd = sock.fileno()
         if self._callbacks.pop(fd, None) is None:
             return
         if self._epoll is not None:
             self._epoll.unregister(fd)
         else:
-            self._loop.remove_reader(fd)
+            self._leave_loop(fd)
 
     def close(self) -> None:
         """Forget all; idempotent."""
@@ -63,15 +80,40 @@ class HangupWatch:
             self._epoll.close()
         elif self._epoll is None:
             for fd in self._callbacks:
-                self._loop.remove_reader(fd)
+                self._leave_loop(fd)
         self._callbacks.clear()
 
-    def _drain(self, epoll: select.epoll) -> None:
-        for fd, _ in epoll.poll(0, 256):
-            callback = self._callbacks.get(fd)
-            if callback is not None:
-                callback()
+    def _watch(self, fd: int, events: int, on_ready: OnReady) -> None:
+        is_known = fd in self._callbacks
+        self._callbacks[fd] = on_ready
+        if self._epoll is None:
+            self._enter_loop(fd, events, on_ready)
+        elif is_known:
+            self._epoll.modify(fd, events)
+        else:
+            self._epoll.register(fd, events)
 
-    def _readable(self, fd: int) -> None:
+    def _drain(self, epoll: select.epoll) -> None:
+        for fd, _ in epoll.poll(0, BATCH):
+            on_ready = self._callbacks.get(fd)
+            if on_ready is not None:
+                on_ready()
+
+    # ------------------------------------------------------------------ without epoll
+
+    def _enter_loop(self, fd: int, events: int, on_ready: OnReady) -> None:
+        self._leave_loop(fd)
+        if events == WRITABLE:
+            self._loop.add_writer(fd, on_ready)
+        elif events == READABLE:
+            self._loop.add_reader(fd, on_ready)
+        else:
+            self._loop.add_reader(fd, self._hung_up, fd)
+
+    def _leave_loop(self, fd: int) -> None:
+        self._loop.remove_reader(fd)
+        self._loop.remove_writer(fd)
+
+    def _hung_up(self, fd: int) -> None:
         self._loop.remove_reader(fd)
         self._callbacks[fd]()

@@ -430,24 +430,32 @@ def _line(text: str) -> bytes:
     except UnicodeEncodeError as exc:
         raise LocalWireError("a line may hold ASCII only") from exc
     _require(line.count(b"\n") == 1, "a line may hold one LF only, at its end")
-    _require(len(line) <= MAX_LINE, f"a line may hold {MAX_LINE} bytes at most")
+    if len(line) > MAX_LINE:
+        raise LocalWireError(f"a line may hold {MAX_LINE} bytes at most")
     return line
 
 
+# Their texts are put together only where they are needed: each line comes by here.
+
+
 def _check_number(number: int, what: str) -> None:
-    _require(0 <= number < MAX_NUMBER, f"{what} outside 0..{MAX_NUMBER - 1}")
+    if not 0 <= number < MAX_NUMBER:
+        raise LocalWireError(f"{what} outside 0..{MAX_NUMBER - 1}")
 
 
 def _check_session(session: str) -> None:
-    _require(_is_hex(session, SESSION_SIZE), f"session is not {SESSION_SIZE * 2} hex characters")
+    if not _is_hex(session, SESSION_SIZE):
+        raise LocalWireError(f"session is not {SESSION_SIZE * 2} hex characters")
 
 
 def _check_word(word: str, what: str) -> None:
-    _require(_is_word(word), f"{what} is not one lower-case word")
+    if not _is_word(word):
+        raise LocalWireError(f"{what} is not one lower-case word")
 
 
 def _proof_hex(proof: bytes) -> str:
-    _require(len(proof) == KEY_SIZE, f"a proof or key is not {KEY_SIZE} bytes")
+    if len(proof) != KEY_SIZE:
+        raise LocalWireError(f"a proof or key is not {KEY_SIZE} bytes")
     return proof.hex()
 
 

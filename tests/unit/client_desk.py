@@ -103,7 +103,10 @@ async def hello_again(server: NativeServer) -> tuple[Stream, str]:
     """Take the next control connection, past links that were still under way; and its name."""
     async with within(5):
         while True:
-            stream, _, line = await server.accept()
+            try:
+                stream, _, line = await server.accept()
+            except (EOFError, ConnectionError):
+                continue  # a link that was given up together with its session
             if line.startswith("hello://"):
                 return stream, line.removeprefix("hello://").partition("?")[0]
 

@@ -27,6 +27,7 @@ from nodepass.penalty import Penalties
 from nodepass.relay import Relays
 from nodepass.stats import Counters
 from nodepass.tls import ServerTls
+from nodepass.watch import Watch
 
 
 class CountedTls(ServerTls):
@@ -69,6 +70,7 @@ class Street:
         self.tls: CountedTls | None = None
         if is_secure:
             self.tls = CountedTls(1, None, None, Log("street", level), self.relays.alpn_selector)
+        self.watch = Watch()
         self.entrance = Entrance(
             Log("street", level),
             timeout,
@@ -76,6 +78,7 @@ class Street:
             self.known.__contains__,
             self.counters,
             self.relays,
+            self.watch,
             key,
             self.tls,
             self.penalties,
@@ -149,6 +152,7 @@ class Street:
 
     async def __aexit__(self, *_: object) -> None:
         self.entrance.close()
+        self.watch.close()
         await self.relays.close()
         for sock in self._socks:
             sock.close()

@@ -382,10 +382,10 @@ async def test_failure_of_the_target_has_a_name(
 ) -> None:
     async with paired(target=target) as (server, _, links):
 
-        async def fail(sock: socket.socket, address: object) -> None:
+        def fail(sock: socket.socket, address: object) -> bool:
             raise OSError(code, "as it happens")
 
-        monkeypatch.setattr(asyncio.get_running_loop(), "sock_connect", fail)
+        monkeypatch.setattr(net, "connect_now", fail)
         await server.say("tcp://1?from=10.0.0.1:1")
         assert await signal(server) == f"fail://1?why={why}"
         assert await is_reset(links[1])

@@ -7,7 +7,7 @@ import itertools
 import logging
 import socket
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable
 
 import pytest
 from tests.engine.rig import tcp_pair
@@ -15,10 +15,10 @@ from tests.system.rig.timing import until, within
 
 from nodepass import net
 from nodepass.errors import PeerWireError, PoolTimeout
-from nodepass.filler import MAX_CONNECTING, MAX_DIALS, QUIET_FAILURES, Filler
+from nodepass.filler import MAX_DIALS, QUIET_FAILURES, Filler
 from nodepass.log import Log
 from nodepass.pool import Link, Shelf
-from nodepass.watch import HangupWatch
+from nodepass.watch import Watch
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -27,23 +27,21 @@ class Yard:
     """A filler over a shelf; its dials are what the test makes of them."""
 
     def __init__(self, *, pause: float = 0.01, level: str = "none") -> None:
-        self.watch = HangupWatch()
+        self.watch = Watch()
         self.shelf = Shelf(self.watch, self._on_lost)
         self.gate = asyncio.Event()
         """Dials wait until it is set."""
         self.fault: Exception | None = None
-        """What dials raise instead of making a link."""
+        """What dials end with instead of a link."""
+        self.fault_now: Exception | None = None
+        """What they end with before they have begun."""
         self.dials = 0
-        self.connecting = 0
-        self.most_connecting = 0
         self.names: list[int | str] = []
         self.far: dict[int | str, socket.socket] = {}
         self._numbers = itertools.count(1)
         self._tasks: set[asyncio.Task[None]] = set()
         self._socks: list[socket.socket] = []
-        self.filler = Filler(
-            self.shelf, self._dial, self._spawn, lambda: 1.0, pause, Log("yard", level)
-        )
+        self.filler = Filler(self.shelf, self._begin, lambda: 1.0, pause, Log("yard", level))
 
     def want(self, count: int) -> None:
         self.filler.wanted = count
@@ -64,28 +62,25 @@ class Yard:
     def _on_lost(self, link: Link) -> None:
         self.filler.lose(link)
 
-    def _spawn(self, work: Coroutine[object, object, None], what: str) -> None:
-        assert "link" in what
-        task = asyncio.ensure_future(work)
+    def _begin(self, on_end: Callable[[Link | Exception], None]) -> None:
+        self.dials += 1
+        if self.fault_now is not None:
+            on_end(self.fault_now)
+            return
+        task = asyncio.ensure_future(self._dial(on_end))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _dial(self) -> Link:
-        self.dials += 1
-        async with self.filler.connecting:
-            self.connecting += 1
-            self.most_connecting = max(self.most_connecting, self.connecting)
-            try:
-                await self.gate.wait()
-            finally:
-                self.connecting -= 1
+    async def _dial(self, on_end: Callable[[Link | Exception], None]) -> None:
+        await self.gate.wait()
         if self.fault is not None:
-            raise self.fault
+            on_end(self.fault)
+            return
         name = self.names.pop(0) if self.names else next(self._numbers)
         near, far = tcp_pair()
         self._socks += [near, far]
         self.far[name] = far
-        return Link(near, name)
+        on_end(Link(near, name))
 
     async def __aenter__(self) -> Yard:
         return self
@@ -134,17 +129,15 @@ async def test_refills_what_is_taken_and_what_dies() -> None:
 
 
 @both
-async def test_bounds_dials_and_connects_under_way() -> None:
+async def test_bounds_dials_under_way() -> None:
     async with Yard() as yard:
         yard.want(500)
         await asyncio.sleep(0.02)
         assert yard.filler.dialling == MAX_DIALS
-        assert yard.connecting == MAX_CONNECTING
         yard.filler.fill()
         assert yard.filler.dialling == MAX_DIALS
         yard.open_gate()
         await until(lambda: len(yard.shelf) == 500, 10, "all links")
-        assert yard.most_connecting == MAX_CONNECTING
         assert yard.filler.made == 500
 
 
@@ -162,6 +155,17 @@ async def test_failures_back_off_and_do_not_spin(fault: Exception) -> None:
         await asyncio.sleep(0.3)
         assert 8 <= yard.dials <= 4 * 7
         yard.fault = None
+        await until(lambda: len(yard.shelf) == 4, 5, "links once it works again")
+
+
+@both
+async def test_a_dial_that_fails_at_once_ends_the_round() -> None:
+    async with Yard(pause=0.05) as yard:
+        yard.open_gate()
+        yard.fault_now = OSError("no descriptor")
+        yard.want(4)
+        assert (yard.dials, yard.filler.dialling) == (1, 0)
+        yard.fault_now = None
         await until(lambda: len(yard.shelf) == 4, 5, "links once it works again")
 
 
@@ -359,16 +363,6 @@ async def test_close_ends_claims() -> None:
         async with within(1):
             await asyncio.wait({claiming})
         assert claiming.cancelled() or isinstance(claiming.exception(), PoolTimeout)
-
-
-async def test_a_cancelled_dial_is_no_longer_under_way() -> None:
-    async with Yard() as yard:
-        yard.want(3)
-        await asyncio.sleep(0)
-        assert yard.filler.dialling == 3
-        yard.cancel_dials()
-        await yard.settle()
-        assert yard.filler.dialling == 0
 
 
 def _block(seconds: float) -> None:

@@ -58,13 +58,16 @@ ALLOWED: dict[str, set[str]] = {
     # sockets, and beside them certificates and contexts
     "resolver": set(),
     "watch": set(),
+    "patience": set(),
     "net": {"errors", "resolver"},
+    "listener": {"errors", "net", "resolver"},
+    "dial": {"errors", "net", "patience", "resolver", "watch"},
     "certificate": {"errors"},
     "verdict": {"_openssl", "certificate"},
     "tls": {"_openssl", "certificate", "errors", "log", "password", "record", "verdict"},
     "drop": {"log", "stats"},
     "slot": set(),
-    "datagram": {"errors", "net", "resolver"},
+    "datagram": {"errors", "listener", "net", "resolver"},
     "work": {"errors", "stats"},
     "relay": {"_pycopy", "environment", "errors", "log", "work"},
     "control": {"errors", "log", "message", "net", "record", "session"},
@@ -72,9 +75,10 @@ ALLOWED: dict[str, set[str]] = {
     "filler": {"errors", "log", "net", "pool", "session"},
     "caller": {"handshake", "net", "record", "relay"},
     "entrance": {
-        "caller", "errors", "handshake", "log", "message", "net", "penalty", "record", "relay",
-        "stats", "tls", "wire",
+        "caller", "errors", "handshake", "log", "message", "net", "patience", "penalty", "record",
+        "relay", "stats", "tls", "watch", "wire",
     },
+    "linkdial": {"errors", "handshake", "net", "patience", "pool", "wire"},
     # lifecycles
     "tunnel": {"config", "drop", "errors", "log", "net", "proof", "relay", "stats"},
     "roster": {
@@ -89,18 +93,18 @@ ALLOWED: dict[str, set[str]] = {
         "datagram", "errors", "message", "net", "pool", "relay", "roster", "session", "stats",
     },
     "pairing": {
-        "config", "control", "datagram", "environment", "errors", "filler", "log", "message",
-        "net", "pool", "record", "relay", "resolver", "session", "stats", "wire",
+        "config", "control", "datagram", "environment", "errors", "filler", "linkdial", "log",
+        "message", "net", "pool", "record", "relay", "resolver", "session", "stats", "wire",
     },
     "server": {
-        "config", "dataport", "entrance", "environment", "errors", "gate", "log", "message",
-        "net", "penalty", "pool", "relay", "roster", "session", "slot", "stats", "tls", "tunnel",
-        "watch", "wire",
+        "config", "dataport", "entrance", "environment", "errors", "gate", "listener", "log",
+        "message", "net", "penalty", "pool", "relay", "roster", "session", "slot", "stats", "tls",
+        "tunnel", "watch", "wire",
     },
     "client": {
-        "config", "datagram", "environment", "errors", "handshake", "log", "message", "net",
-        "pairing", "record", "relay", "resolver", "session", "stats", "tls", "tunnel", "watch",
-        "wire",
+        "config", "datagram", "dial", "environment", "errors", "handshake", "log", "message",
+        "net", "pairing", "record", "relay", "resolver", "session", "slot", "stats", "tls",
+        "tunnel", "watch", "wire",
     },
     # the program
     "demo": set(),
@@ -123,6 +127,7 @@ TYPES_ONLY: dict[str, set[str]] = {
     "work": {"_fastcopy"},
     "relay": {"_fastcopy"},
     "gate": {"_fastcopy", "server"},
+    "linkdial": {"client"},
     "pairing": {"client"},
 }
 

@@ -1,4 +1,4 @@
-"""net: listening, dialling, accept back-off and the hang-up watch, on real loopback sockets."""
+"""net: listening, dialling, and accept back-off, on real loopback sockets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.system.rig.timing import free_port, until, within
 import nodepass
 from nodepass import net
 from nodepass.errors import DialError, ListenError
-from nodepass.watch import HangupWatch
+from nodepass.listener import ACCEPT_BATCH, Listener, listen
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -306,9 +306,9 @@ def test_is_stalled(monkeypatch: pytest.MonkeyPatch) -> None:
 @both
 @needs_ipv6
 async def test_listen_on_every_address_is_one_dual_stack_socket() -> None:
-    with closing(await net.listen("", 0)) as socks, Hearer() as hearer:
+    with closing(await listen("", 0)) as socks, Hearer() as hearer:
         assert [sock.family for sock in socks] == [socket.AF_INET6]
-        listener = net.Listener(socks, hearer.accept, hearer.complain)
+        listener = Listener(socks, hearer.accept, hearer.complain)
         listener.resume()
         for host in ("127.0.0.1", "::1"):
             (await net.dial(host, listener.address[1], 5)).close()
@@ -319,7 +319,7 @@ async def test_listen_on_every_address_is_one_dual_stack_socket() -> None:
 
 async def test_listen_on_every_address_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
-    with closing(await net.listen("", 0)) as socks:
+    with closing(await listen("", 0)) as socks:
         assert [sock.family for sock in socks] == [socket.AF_INET]
         assert socks[0].getsockname()[0] == "0.0.0.0"
 
@@ -327,7 +327,7 @@ async def test_listen_on_every_address_without_ipv6(monkeypatch: pytest.MonkeyPa
 @needs_ipv6
 async def test_listen_on_one_ipv6_wildcard_leaves_ipv4_alone() -> None:
     port = free_port("0.0.0.0")
-    with closing(await net.listen("::", port)), closing(await net.listen("0.0.0.0", port)):
+    with closing(await listen("::", port)), closing(await listen("0.0.0.0", port)):
         pass
 
 
@@ -335,13 +335,13 @@ async def test_listen_on_one_ipv6_wildcard_leaves_ipv4_alone() -> None:
 @needs_ipv6
 async def test_listen_on_a_name_takes_each_address_once(monkeypatch: pytest.MonkeyPatch) -> None:
     teach(monkeypatch, twice=["127.0.0.1", "::1", "127.0.0.1"])
-    with closing(await net.listen("twice", 0)) as socks:
+    with closing(await listen("twice", 0)) as socks:
         assert [sock.family for sock in socks] == [socket.AF_INET, socket.AF_INET6]
         assert len({sock.getsockname()[1] for sock in socks}) == 1, "one port for all"
 
 
 async def test_listen_on_port_0_twice_gives_two_ports() -> None:
-    with closing(await net.listen("127.0.0.1", 0) + await net.listen("127.0.0.1", 0)) as socks:
+    with closing(await listen("127.0.0.1", 0) + await listen("127.0.0.1", 0)) as socks:
         assert len({sock.getsockname()[1] for sock in socks}) == 2
 
 
@@ -349,7 +349,7 @@ async def test_listen_names_an_address_in_use() -> None:
     with listening() as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ListenError, match="in use") as caught:
-            await net.listen("127.0.0.1", port)
+            await listen("127.0.0.1", port)
     assert caught.value.errno == errno.EADDRINUSE
     assert caught.value.address == f"127.0.0.1:{port}"
 
@@ -359,22 +359,22 @@ async def test_listen_gives_back_what_it_had(monkeypatch: pytest.MonkeyPatch) ->
     with listening() as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ListenError):
-            await net.listen("twice", port)
-        with closing(await net.listen("127.0.0.2", port)):
+            await listen("twice", port)
+        with closing(await listen("127.0.0.2", port)):
             pass
 
 
 async def test_listen_on_a_name_that_does_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
     teach(monkeypatch)
     with pytest.raises(ListenError, match="nowhere:80: the name does not resolve") as caught:
-        await net.listen("nowhere", 80)
+        await listen("nowhere", 80)
     assert caught.value.errno == errno.EADDRNOTAVAIL
 
 
 async def test_what_is_accepted_is_tuned() -> None:
-    with closing(await net.listen("127.0.0.1", 0)) as socks, Hearer() as hearer:
+    with closing(await listen("127.0.0.1", 0)) as socks, Hearer() as hearer:
         assert not socks[0].getblocking()
-        listener = net.Listener(socks, hearer.accept, hearer.complain)
+        listener = Listener(socks, hearer.accept, hearer.complain)
         listener.resume()
         with await net.dial(*listener.address, 5) as dialled:
             await until(lambda: hearer.socks, 5, "the connection")
@@ -392,7 +392,7 @@ async def test_what_is_accepted_is_tuned() -> None:
 @both
 async def test_listener_leaves_callers_in_the_queue_while_paused() -> None:
     with Hearer() as hearer, contextlib.ExitStack() as stack:
-        listener = net.Listener(await net.listen("127.0.0.1", 0), hearer.accept, hearer.complain)
+        listener = Listener(await listen("127.0.0.1", 0), hearer.accept, hearer.complain)
         stack.callback(listener.close)
         assert listener.is_paused
         stack.enter_context(await net.dial(*listener.address, 5))
@@ -419,7 +419,7 @@ async def test_listener_stops_in_mid_batch(word: str) -> None:
             hearer.accept(sock, host, port)
             getattr(listener, word)()
 
-        listener = net.Listener(await net.listen("127.0.0.1", 0), accept_one, hearer.complain)
+        listener = Listener(await listen("127.0.0.1", 0), accept_one, hearer.complain)
         stack.callback(listener.close)
         for _ in range(3):
             stack.enter_context(await net.dial(*listener.address, 5))
@@ -431,7 +431,7 @@ async def test_listener_stops_in_mid_batch(word: str) -> None:
 
 @both
 async def test_listener_leaves_the_loop_to_others_in_a_flood() -> None:
-    count = net.ACCEPT_BATCH + 20
+    count = ACCEPT_BATCH + 20
     accepted_before_others = []
     with Hearer() as hearer, contextlib.ExitStack() as stack:
 
@@ -442,20 +442,20 @@ async def test_listener_leaves_the_loop_to_others_in_a_flood() -> None:
                 )
             hearer.accept(sock, host, port)
 
-        listener = net.Listener(await net.listen("127.0.0.1", 0), accept, hearer.complain)
+        listener = Listener(await listen("127.0.0.1", 0), accept, hearer.complain)
         stack.callback(listener.close)
         for _ in range(count):
             stack.enter_context(socket.create_connection(listener.address))
         listener.resume()
         await until(lambda: len(hearer.socks) == count, 5, "all of them")
-    assert accepted_before_others[0] <= net.ACCEPT_BATCH
+    assert accepted_before_others[0] <= ACCEPT_BATCH
 
 
 @both
 async def test_listener_goes_on_behind_a_connection_that_died_in_the_queue() -> None:
     with Hearer() as hearer:
         sock = faulty(errno.ECONNABORTED, errno.EPROTO, errno.EINTR)
-        listener = net.Listener([sock], hearer.accept, hearer.complain)
+        listener = Listener([sock], hearer.accept, hearer.complain)
         listener.resume()
         with await net.dial(*listener.address, 5):
             await until(lambda: hearer.socks, 5, "the connection behind it")
@@ -470,9 +470,9 @@ async def test_listener_goes_on_behind_a_connection_that_died_in_the_queue() -> 
 async def test_listener_backs_off_and_comes_back(
     monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    monkeypatch.setattr(net, "ACCEPT_PAUSE", 0.05)
+    monkeypatch.setattr("nodepass.listener.ACCEPT_PAUSE", 0.05)
     with Hearer() as hearer:
-        listener = net.Listener([faulty(code, code)], hearer.accept, hearer.complain)
+        listener = Listener([faulty(code, code)], hearer.accept, hearer.complain)
         listener.resume()
         with await net.dial(*listener.address, 5):
             await until(lambda: hearer.complaints, 5, "the complaint")
@@ -485,9 +485,9 @@ async def test_listener_backs_off_and_comes_back(
 async def test_listener_stays_paused_when_the_back_off_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(net, "ACCEPT_PAUSE", 0.01)
+    monkeypatch.setattr("nodepass.listener.ACCEPT_PAUSE", 0.01)
     with Hearer() as hearer:
-        listener = net.Listener([faulty(errno.EMFILE)], hearer.accept, hearer.complain)
+        listener = Listener([faulty(errno.EMFILE)], hearer.accept, hearer.complain)
         listener.resume()
         with await net.dial(*listener.address, 5):
             await until(lambda: hearer.complaints, 5, "the complaint")
@@ -502,9 +502,9 @@ async def test_listener_stays_paused_when_the_back_off_ends(
 async def test_listener_closed_while_backing_off_never_comes_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(net, "ACCEPT_PAUSE", 0.01)
+    monkeypatch.setattr("nodepass.listener.ACCEPT_PAUSE", 0.01)
     with Hearer() as hearer:
-        listener = net.Listener([faulty(errno.EMFILE)], hearer.accept, hearer.complain)
+        listener = Listener([faulty(errno.EMFILE)], hearer.accept, hearer.complain)
         address = listener.address
         listener.resume()
         with await net.dial(*address, 5):
@@ -522,19 +522,19 @@ def test_listener_out_of_descriptors_neither_ends_nor_spins() -> None:
     """A child with a low limit: EMFILE for real, then room again."""
     script = """
         import asyncio, os, resource, socket
-        from nodepass import net
+        from nodepass.listener import ACCEPT_PAUSE, Listener, listen
 
         async def main() -> None:
             accepted, complaints = [], []
             hear = lambda sock, host, port: accepted.append(sock)
-            listener = net.Listener(await net.listen("127.0.0.1", 0), hear, complaints.append)
+            listener = Listener(await listen("127.0.0.1", 0), hear, complaints.append)
             callers = [socket.socket() for _ in range(8)]
             used = len(os.listdir("/proc/self/fd")) - 1
             resource.setrlimit(resource.RLIMIT_NOFILE, (used + 3, used + 3))
             for caller in callers:
                 caller.connect(listener.address)
             listener.resume()
-            await asyncio.sleep(5 * net.ACCEPT_PAUSE)
+            await asyncio.sleep(5 * ACCEPT_PAUSE)
             assert len(accepted) == 3, accepted
             assert 1 <= len(complaints) <= 6, complaints
             while len(accepted) < len(callers):
@@ -720,7 +720,7 @@ async def test_dial_whose_answer_takes_a_while(is_refused: bool) -> None:
         for caller in early:
             caller.setblocking(False)
             caller.connect_ex(name)
-        dialling = asyncio.create_task(net.dial(*name, 10))
+        dialling = asyncio.create_task(net.dial("127.0.0.1", name[1], 10))
         await asyncio.sleep(0.1)
         assert not dialling.done()
         if is_refused:
@@ -834,147 +834,3 @@ async def test_dial_cancelled_with_a_connection_in_hand(
         await asyncio.wait({dialling})
         if not dialling.cancelled():
             dialling.result().close()
-
-
-# --- HangupWatch -------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def watching() -> Iterator[HangupWatch]:
-    watch = HangupWatch()
-    try:
-        yield watch
-    finally:
-        watch.close()
-
-
-@pytest.fixture(params=["epoll", "readers"])
-def watch_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The watch as it is on Linux, and as it is elsewhere."""
-    if request.param == "readers":
-        monkeypatch.delattr(select, "epoll", raising=False)
-    return str(request.param)
-
-
-@both
-@pytest.mark.parametrize("how", ["end", "reset"])
-async def test_watch_tells_of_a_hangup(watch_kind: str, how: str) -> None:
-    with ends() as (near, far), ends() as (other, _), watching() as watch:
-        heard: list[str] = []
-        watch.add(near, lambda: heard.append("near"))
-        watch.add(other, lambda: heard.append("other"))
-        await asyncio.sleep(0.02)
-        assert not heard
-        if how == "reset":
-            net.reset(far)
-        else:
-            far.close()
-        await until(lambda: heard, 5, "the hang-up")
-        assert set(heard) == {"near"}
-        watch.remove(near)
-
-
-@both
-async def test_watch_tells_of_what_had_ended_before(watch_kind: str) -> None:
-    with ends() as (near, far), watching() as watch:
-        far.close()
-        heard: list[str] = []
-        watch.add(near, lambda: heard.append("near"))
-        await until(lambda: heard, 5, "the hang-up")
-
-
-@both
-async def test_watch_leaves_early_bytes_alone(watch_kind: str) -> None:
-    with ends() as (near, far), watching() as watch:
-        heard: list[str] = []
-        watch.add(near, lambda: heard.append("near"))
-        far.send(b"early")
-        await asyncio.sleep(0.02)
-        assert len(heard) <= 1, "no spin"
-        if watch_kind == "epoll":
-            assert not heard
-            far.close()
-            await until(lambda: heard, 5, "the end behind the bytes")
-        assert near.recv(10) == b"early"
-        watch.remove(near)
-
-
-@both
-async def test_watch_forgets_what_is_removed(watch_kind: str) -> None:
-    with ends() as (near, far), watching() as watch:
-        heard: list[str] = []
-        watch.add(near, lambda: heard.append("near"))
-        watch.remove(near)
-        watch.remove(near)
-        far.close()
-        await asyncio.sleep(0.02)
-        assert not heard
-
-
-@both
-async def test_watch_is_not_fooled_by_a_number_used_again(watch_kind: str) -> None:
-    with watching() as watch:
-        heard: list[str] = []
-        near, far = tcp_pair()
-        number = near.fileno()
-        watch.add(near, lambda: heard.append("old"))
-        watch.remove(near)
-        near.close()
-        far.close()
-        near, far = tcp_pair()
-        if near.fileno() != number:
-            near, far = far, near
-        assert near.fileno() == number, "the kernel gives the lowest free number"
-        with near, far:
-            watch.add(near, lambda: heard.append("new"))
-            far.close()
-            await until(lambda: heard, 5, "the hang-up")
-            assert set(heard) == {"new"}
-            watch.remove(near)
-
-
-@both
-async def test_watch_callbacks_may_remove_each_other(watch_kind: str) -> None:
-    with ends() as (one, far_one), ends() as (two, far_two), watching() as watch:
-        heard: list[str] = []
-
-        def lose(name: str) -> None:
-            heard.append(name)
-            watch.remove(one)
-            watch.remove(two)
-
-        watch.add(one, lambda: lose("one"))
-        watch.add(two, lambda: lose("two"))
-        far_one.close()
-        far_two.close()
-        await until(lambda: heard, 5, "a hang-up")
-        await asyncio.sleep(0.02)
-        assert len(heard) == 1
-
-
-@both
-async def test_watch_hears_a_crowd_that_leaves_at_once() -> None:
-    with contextlib.ExitStack() as stack, watching() as watch:
-        pairs = [socket.socketpair() for _ in range(300)]
-        heard = set()
-        for number, (near, far) in enumerate(pairs):
-            stack.enter_context(near)
-            stack.enter_context(far)
-            watch.add(near, lambda number=number: heard.add(number))  # type: ignore[misc]
-        for _, far in pairs:
-            far.close()
-        await until(lambda: len(heard) == len(pairs), 5, "all of them")
-
-
-@both
-async def test_watch_close_forgets_all(watch_kind: str) -> None:
-    with ends() as (near, far):
-        watch = HangupWatch()
-        heard: list[str] = []
-        watch.add(near, lambda: heard.append("near"))
-        watch.close()
-        watch.close()
-        far.close()
-        await asyncio.sleep(0.02)
-        watch.remove(near)
-        assert not heard

@@ -28,7 +28,7 @@ from nodepass.pool import (
     announce,
 )
 from nodepass.session import Role, Session, State
-from nodepass.watch import HangupWatch
+from nodepass.watch import Watch
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -40,7 +40,7 @@ class House:
     """A watch, links with their far ends, and everything closed at the end."""
 
     def __init__(self) -> None:
-        self.watch = HangupWatch()
+        self.watch = Watch()
         self.far: dict[int | str, socket.socket] = {}
         self.lost = 0
         self._socks: list[socket.socket] = []
@@ -284,10 +284,10 @@ async def test_shelf_told_again_of_a_link_that_has_gone() -> None:
 async def test_shelf_survives_a_needless_wake_up() -> None:
     """A watch may call back although the link is alive (a number used again)."""
 
-    class Nervous(HangupWatch):
-        def add(self, sock: socket.socket, on_hangup: object) -> None:
-            super().add(sock, on_hangup)  # type: ignore[arg-type]
-            callbacks.append(on_hangup)
+    class Nervous(Watch):
+        def hangup(self, sock: socket.socket, on_ready: object) -> None:
+            super().hangup(sock, on_ready)  # type: ignore[arg-type]
+            callbacks.append(on_ready)
 
     callbacks: list[object] = []
     with House() as house:

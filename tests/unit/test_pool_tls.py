@@ -26,7 +26,7 @@ from nodepass.pool import LOOKS, READ_SIZE, Link, Shelf
 from nodepass.record import Records
 from nodepass.relay import Relays
 from nodepass.tls import ClientTls, ServerTls
-from nodepass.watch import HangupWatch
+from nodepass.watch import Watch
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -50,7 +50,7 @@ class House:
     def __init__(self, files: Issued, grace: float = 5.0) -> None:
         self._files = files
         self._relays = Relays(Settings(threads=1, engine="python"))
-        self._watch = HangupWatch()
+        self._watch = Watch()
         self._ends: list[TlsStream] = []
         self._links: list[Link] = []
         self.lost: list[Link] = []
@@ -196,7 +196,7 @@ async def test_link_that_brings_nothing_but_new_keys_is_not_read_on(is_asked: bo
     near, far = tcp_pair()
     hand = HandSealer()
     relays = Relays(Settings(threads=1, engine="python"))
-    watch = HangupWatch()
+    watch = Watch()
     lost: list[Link] = []
     shelf = Shelf(watch, lost.append)
     accepted = ServerTls(1, None, None, Log("house", "none"), None).accept(is_native=True)

@@ -22,6 +22,7 @@ from nodepass import net, roster
 from nodepass import server as server_module
 from nodepass.environment import Settings
 from nodepass.errors import ListenError, TunnelError
+from nodepass.listener import Listener
 from nodepass.relay import Relay, Relays
 from nodepass.server import Server
 
@@ -796,12 +797,12 @@ async def test_out_of_descriptors_is_told_with_advice(caplog: pytest.LogCaptureF
 async def test_trouble_of_another_kind_is_told_without_advice(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Broken(net.Listener):
+    class Broken(Listener):
         def resume(self) -> None:
             super().resume()
             self._on_trouble(OSError(12, "Cannot allocate memory"))
 
-    monkeypatch.setattr(net, "Listener", Broken)
+    monkeypatch.setattr("nodepass.server.Listener", Broken)
     with caplog.at_level(logging.ERROR, "nodepass"):
         async with serving("log=error"):
             pass

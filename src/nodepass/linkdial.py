@@ -1,0 +1,170 @@
+"""New links of a native session, each from its connect to its claim.
+
+Owns: the connections that are not links yet, and their deadlines. Runs on callbacks: no task and
+no timer of its own for a link, since with short visitors as many links are made as there are
+visitors. Called by `pairing`.
+
+    connect ──> greeting ──> [TLS ──>] claim ──> on_end(link)
+       └───────────┴───────────┴─────────┴────> on_end(what was wrong)
+"""
+
+from __future__ import annotations
+
+import functools
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from . import net, wire
+from .errors import DialError, NodePassError, PeerWireError, TunnelError
+from .handshake import ClientHandshake
+from .patience import Patience
+from .pool import Link
+
+if TYPE_CHECKING:
+    from .client import Client
+
+READ_SIZE: Final = wire.MAX_GREETING
+"""Bytes per read of a greeting: what follows it belongs to others."""
+
+OnEnd = Callable[[Link | Exception], None]
+
+
+class _Dial:
+    """One connection that waits for its greeting, or for the end of its TLS handshake."""
+
+    __slots__ = ("handshake", "on_end", "said", "sock")
+
+    def __init__(self, sock: socket.socket, handshake: ClientHandshake, on_end: OnEnd) -> None:
+        self.sock = sock
+        self.handshake = handshake
+        self.on_end = on_end
+        self.said = b""
+
+
+class LinkDials:
+    """Every link that one session is making.
+
+    Args:
+        host: address of the server, no name.
+        port: its tunnel port.
+        session: id, 16 hex characters.
+        key: what links of the session prove themselves with.
+        tls: mode that every greeting has to show.
+    """
+
+    def __init__(
+        self, client: Client, host: str, port: int, session: str, key: bytes, tls: int
+    ) -> None:
+        address = net.literal(host, port)
+        assert address is not None, f"{host} is no address"
+        self._client = client
+        self._address = address
+        self._session = session
+        self._key = key
+        self._tls = tls
+        self._number = 0
+        self._waiting = Patience[_Dial](client.settings.handshake_timeout, self._on_late)
+        self._open: set[_Dial] = set()
+        """Those that wait for a greeting."""
+        self._is_closed = False
+
+    def begin(self, on_end: OnEnd) -> None:
+        """Make a link.
+
+        Args:
+            on_end: called once, maybe before this returns, with the link, or with the
+                NodePassError or OSError that was in its way; not at all after `close`.
+        """
+        on_answer = functools.partial(self._on_answer, on_end)
+        self._client.dials.begin(self._address, on_answer)
+
+    def close(self) -> None:
+        """Drop what is on its way; idempotent. A TLS handshake ends by itself."""
+        self._is_closed = True
+        for dial in list(self._open):
+            self._release(dial)
+            dial.sock.close()
+        self._waiting.close()
+
+    def _on_answer(self, on_end: OnEnd, answer: socket.socket | DialError) -> None:
+        if isinstance(answer, DialError):
+            on_end(answer)
+        elif self._is_closed:
+            answer.close()
+        else:
+            dial = _Dial(answer, self._client.new_handshake(), on_end)
+            self._open.add(dial)
+            self._waiting.add(dial)
+            self._client.watch.readable(answer, functools.partial(self._read, dial))
+
+    def _read(self, dial: _Dial) -> None:
+        greeting = None
+        try:
+            while greeting is None:  # to the very end: it is told but once what has come
+                data = dial.sock.recv(READ_SIZE)
+                if not data:
+                    raise TunnelError("the other side closed the connection during the handshake")
+                dial.said += data
+                greeting = dial.handshake.receive_greeting(data)
+            if not greeting.is_native or greeting.tls != self._tls:
+                raise PeerWireError("the server has changed its dialect or its TLS mode")
+        except (BlockingIOError, InterruptedError):
+            return
+        except (NodePassError, OSError) as exc:
+            self._fail(dial, exc)
+            return
+        self._release(dial)
+        if self._tls:
+            self._client.spawn(self._secure(dial), "making a link")
+        else:
+            self._claim(dial)
+
+    def _claim(self, dial: _Dial) -> None:
+        self._number += 1
+        number = self._number
+        line = dial.handshake.claim_link(self._session, self._key, number)
+        try:
+            net.send_line(dial.sock, line)
+        except OSError as exc:
+            dial.sock.close()
+            dial.on_end(exc)
+            return
+        self._client.counters.links += 1
+        dial.on_end(Link(dial.sock, number, dial.handshake.rest()))
+
+    async def _secure(self, dial: _Dial) -> None:
+        sock = dial.sock
+        try:
+            records = await self._client.secure(sock, self._tls, is_native=True)
+            self._number += 1
+            number = self._number
+            line = dial.handshake.claim_link(self._session, self._key, number, records.binding())
+            net.send_line(sock, records.seal(line))
+        except (NodePassError, OSError) as exc:
+            sock.close()
+            dial.on_end(exc)
+            return
+        except BaseException:
+            sock.close()
+            dial.on_end(TunnelError("its making was cut short"))
+            raise
+        self._client.counters.links += 1
+        dial.on_end(Link(sock, number, tls=records.connection))
+
+    def _on_late(self, dial: _Dial) -> None:
+        seconds = self._client.settings.handshake_timeout
+        looks = wire.identify(dial.said)
+        self._fail(
+            dial, TunnelError(f"no greeting within {seconds:g} s: the other side is {looks}")
+        )
+
+    def _fail(self, dial: _Dial, exc: Exception) -> None:
+        self._release(dial)
+        dial.sock.close()
+        dial.on_end(exc)
+
+    def _release(self, dial: _Dial) -> None:
+        self._open.discard(dial)
+        self._waiting.remove(dial)
+        self._client.watch.remove(dial.sock)

@@ -1,0 +1,210 @@
+"""Listening: ports are bound, connections accepted, and nothing spins when the system is full.
+
+Owns: listening sockets. Hands over bare non-blocking connections, never wrapped in a transport
+(see `net`). Called by `server` and `datagram`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+from collections.abc import Callable
+from typing import Final
+
+from .errors import ListenError
+from .net import join_address, plain_host, tune
+from .resolver import Candidate, SocketAddress, resolve
+
+BACKLOG: Final = 4096
+"""Connections the kernel may hold for us; it cuts this to net.core.somaxconn."""
+ACCEPT_BATCH: Final = 64
+"""Accepts per wake-up, so that a flood on one listener leaves the loop to others."""
+ACCEPT_PAUSE: Final = 0.1
+"""Seconds without accepting after the system ran out of something (EMFILE and its like)."""
+_PASSING: Final = frozenset(
+    {
+        errno.ECONNABORTED,
+        errno.EPROTO,
+        errno.EPERM,
+        errno.ENETDOWN,
+        errno.ENOPROTOOPT,
+        errno.EHOSTUNREACH,
+        errno.EOPNOTSUPP,
+        errno.ENETUNREACH,
+    }
+)
+"""What accept(2) reports of one connection that died in the queue; the next may be fine."""
+
+OnAccept = Callable[[socket.socket, str, int], None]
+Bind = Callable[[int, SocketAddress, bool], socket.socket]
+
+
+async def listen(host: str, port: int) -> list[socket.socket]:
+    """Open listening sockets on every address of a host.
+
+    Args:
+        host: address or name; empty = every address, one dual-stack socket where possible.
+        port: 0..65535; 0 = the kernel picks one, the same for all.
+
+    Returns:
+        At least one non-blocking listening socket, the caller's own.
+
+    Raises:
+        ListenError: the name does not resolve, or an address cannot be bound.
+    """
+    return await bind_all(host, port, _bind, join_address(host, port))
+
+
+async def bind_all(
+    host: str, port: int, bind: Bind, shown: str, way_out: str = ""
+) -> list[socket.socket]:
+    """Open a socket on every address of a host.
+
+    Args:
+        host: as `listen`; so is port.
+        bind: opens one, given its family, its address, and whether it is for both families.
+        shown: the address as errors name it.
+        way_out: one clause on how to go without it, empty if there is none.
+
+    Returns:
+        At least one socket, the caller's own.
+
+    Raises:
+        ListenError: the name does not resolve, or an address cannot be bound.
+    """
+    opened: list[socket.socket] = []
+    try:
+        for family, address in await _listen_addresses(host, port):
+            if opened and port == 0:
+                address = (address[0], opened[0].getsockname()[1], *address[2:])  # noqa: PLW2901
+            opened.append(bind(family, address, not host))
+    except OSError as exc:
+        for sock in opened:
+            sock.close()
+        raise _listen_error(shown, exc, way_out) from exc
+    return opened
+
+
+def _listen_error(shown: str, exc: OSError, way_out: str) -> ListenError:
+    if isinstance(exc, socket.gaierror):
+        text = f"the name does not resolve ({exc.strerror})"
+        return ListenError(shown, errno.EADDRNOTAVAIL, text)
+    code = exc.errno or errno.EIO
+    hint = f"{os.strerror(code).lower()}; {way_out}" if way_out else ""
+    if code == errno.EADDRNOTAVAIL:
+        hint = "this machine has no such address"
+    return ListenError(shown, code, hint)
+
+
+async def _listen_addresses(host: str, port: int) -> list[Candidate]:
+    if host:
+        return await resolve(host, port, socket.AI_PASSIVE)
+    if socket.has_dualstack_ipv6():
+        return [(socket.AF_INET6, ("::", port))]
+    return [(socket.AF_INET, ("0.0.0.0", port))]  # noqa: S104 - the user asked for every address
+
+
+def _bind(family: int, address: SocketAddress, is_dual: bool) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not is_dual)
+        tune(sock)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class Listener:
+    """Accept on listening sockets and hand over bare non-blocking connections.
+
+    Args:
+        socks: listening sockets; owned from here on.
+        on_accept: called with the connection, now the hearer's, and the peer's host and port.
+        on_trouble: called when the system has run out of something, or worse; accepting then
+            pauses for ACCEPT_PAUSE seconds and goes on by itself.
+    """
+
+    def __init__(
+        self,
+        socks: list[socket.socket],
+        on_accept: OnAccept,
+        on_trouble: Callable[[OSError], None],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._socks = socks
+        name = socks[0].getsockname()
+        self.address: tuple[str, int] = (str(name[0]), int(name[1]))
+        """Host and port of the first socket."""
+        self._on_accept = on_accept
+        self._on_trouble = on_trouble
+        self._is_reading = False
+        self._is_paused = True
+        self._retry: asyncio.TimerHandle | None = None
+
+    @property
+    def is_paused(self) -> bool:
+        return self._is_paused
+
+    def resume(self) -> None:
+        """Begin, or go on, accepting."""
+        self._is_paused = False
+        self._poll()
+
+    def pause(self) -> None:
+        """Leave new connections in the kernel's queue; none is refused."""
+        self._is_paused = True
+        self._poll()
+
+    def close(self) -> None:
+        """Stop listening; idempotent."""
+        self.pause()
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+        for sock in self._socks:
+            sock.close()
+        self._socks = []
+
+    def _poll(self) -> None:
+        wants = not self._is_paused and self._retry is None
+        if wants == self._is_reading:
+            return
+        self._is_reading = wants
+        for sock in self._socks:
+            if wants:
+                self._loop.add_reader(sock.fileno(), self._accept, sock)
+            else:
+                self._loop.remove_reader(sock.fileno())
+
+    def _accept(self, listening: socket.socket) -> None:
+        for _ in range(ACCEPT_BATCH):
+            if not self._is_reading:
+                return
+            try:
+                sock, address = listening.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as exc:
+                if exc.errno in _PASSING:
+                    continue
+                self._back_off(exc)
+                return
+            sock.setblocking(False)
+            self._on_accept(sock, plain_host(address[0]), address[1])
+
+    def _back_off(self, exc: OSError) -> None:
+        self._retry = self._loop.call_later(ACCEPT_PAUSE, self._try_again)
+        self._poll()
+        self._on_trouble(exc)
+
+    def _try_again(self) -> None:
+        self._retry = None
+        self._poll()

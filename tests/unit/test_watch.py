@@ -1,0 +1,250 @@
+"""watch: hang-ups, bytes and answers of connections that are not joined yet."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import select
+import socket
+from collections.abc import Iterator
+
+import pytest
+from tests.engine.rig import tcp_pair
+from tests.system.rig.timing import until
+
+from nodepass import net
+from nodepass.watch import Watch
+
+both = pytest.mark.loops("asyncio", "uvloop")
+
+
+@contextlib.contextmanager
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    near, far = tcp_pair()
+    with near, far:
+        yield near, far
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[Watch]:
+    watch = Watch()
+    try:
+        yield watch
+    finally:
+        watch.close()
+
+
+@pytest.fixture(params=["epoll", "readers"])
+def watch_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The watch as it is on Linux, and as it is elsewhere."""
+    if request.param == "readers":
+        monkeypatch.delattr(select, "epoll", raising=False)
+    return str(request.param)
+
+
+@both
+@pytest.mark.parametrize("how", ["end", "reset"])
+async def test_watch_tells_of_a_hangup(watch_kind: str, how: str) -> None:
+    with ends() as (near, far), ends() as (other, _), watching() as watch:
+        heard: list[str] = []
+        watch.hangup(near, lambda: heard.append("near"))
+        watch.hangup(other, lambda: heard.append("other"))
+        await asyncio.sleep(0.02)
+        assert not heard
+        if how == "reset":
+            net.reset(far)
+        else:
+            far.close()
+        await until(lambda: heard, 5, "the hang-up")
+        assert set(heard) == {"near"}
+        watch.remove(near)
+
+
+@both
+async def test_watch_tells_of_what_had_ended_before(watch_kind: str) -> None:
+    with ends() as (near, far), watching() as watch:
+        far.close()
+        heard: list[str] = []
+        watch.hangup(near, lambda: heard.append("near"))
+        await until(lambda: heard, 5, "the hang-up")
+
+
+@both
+async def test_watch_leaves_early_bytes_alone(watch_kind: str) -> None:
+    with ends() as (near, far), watching() as watch:
+        heard: list[str] = []
+        watch.hangup(near, lambda: heard.append("near"))
+        far.send(b"early")
+        await asyncio.sleep(0.02)
+        assert len(heard) <= 1, "no spin"
+        if watch_kind == "epoll":
+            assert not heard
+            far.close()
+            await until(lambda: heard, 5, "the end behind the bytes")
+        assert near.recv(10) == b"early"
+        watch.remove(near)
+
+
+@both
+async def test_watch_forgets_what_is_removed(watch_kind: str) -> None:
+    with ends() as (near, far), watching() as watch:
+        heard: list[str] = []
+        watch.hangup(near, lambda: heard.append("near"))
+        watch.remove(near)
+        watch.remove(near)
+        far.close()
+        await asyncio.sleep(0.02)
+        assert not heard
+
+
+@both
+async def test_watch_is_not_fooled_by_a_number_used_again(watch_kind: str) -> None:
+    with watching() as watch:
+        heard: list[str] = []
+        near, far = tcp_pair()
+        number = near.fileno()
+        watch.hangup(near, lambda: heard.append("old"))
+        watch.remove(near)
+        near.close()
+        far.close()
+        near, far = tcp_pair()
+        if near.fileno() != number:
+            near, far = far, near
+        assert near.fileno() == number, "the kernel gives the lowest free number"
+        with near, far:
+            watch.hangup(near, lambda: heard.append("new"))
+            far.close()
+            await until(lambda: heard, 5, "the hang-up")
+            assert set(heard) == {"new"}
+            watch.remove(near)
+
+
+@both
+async def test_watch_callbacks_may_remove_each_other(watch_kind: str) -> None:
+    with ends() as (one, far_one), ends() as (two, far_two), watching() as watch:
+        heard: list[str] = []
+
+        def lose(name: str) -> None:
+            heard.append(name)
+            watch.remove(one)
+            watch.remove(two)
+
+        watch.hangup(one, lambda: lose("one"))
+        watch.hangup(two, lambda: lose("two"))
+        far_one.close()
+        far_two.close()
+        await until(lambda: heard, 5, "a hang-up")
+        await asyncio.sleep(0.02)
+        assert len(heard) == 1
+
+
+@both
+async def test_watch_hears_a_crowd_that_leaves_at_once() -> None:
+    with contextlib.ExitStack() as stack, watching() as watch:
+        pairs = [socket.socketpair() for _ in range(300)]
+        heard = set()
+        for number, (near, far) in enumerate(pairs):
+            stack.enter_context(near)
+            stack.enter_context(far)
+            watch.hangup(near, lambda number=number: heard.add(number))  # type: ignore[misc]
+        for _, far in pairs:
+            far.close()
+        await until(lambda: len(heard) == len(pairs), 5, "all of them")
+
+
+@both
+async def test_watch_close_forgets_all(watch_kind: str) -> None:
+    with ends() as (near, far):
+        watch = Watch()
+        heard: list[str] = []
+        watch.hangup(near, lambda: heard.append("near"))
+        watch.close()
+        watch.close()
+        far.close()
+        await asyncio.sleep(0.02)
+        watch.remove(near)
+        assert not heard
+
+
+# --- what has arrived, and answers -------------------------------------------------------------
+
+
+@both
+async def test_watch_tells_of_bytes_and_of_the_end(watch_kind: str) -> None:
+    with ends() as (near, far), watching() as watch:
+        heard: list[bytes] = []
+
+        def read() -> None:
+            with contextlib.suppress(BlockingIOError):
+                while not heard or heard[-1]:
+                    heard.append(near.recv(2))
+
+        watch.readable(near, read)
+        await asyncio.sleep(0.02)
+        assert not heard
+        far.send(b"word")
+        await until(lambda: heard, 5, "the bytes")
+        assert heard == [b"wo", b"rd"]
+        far.close()
+        await until(lambda: len(heard) == 3, 5, "the end")
+        assert heard[2] == b""
+        watch.remove(near)
+
+
+@both
+async def test_watch_tells_of_what_had_arrived_before(watch_kind: str) -> None:
+    with ends() as (near, far), watching() as watch:
+        far.send(b"early")
+        heard: list[bytes] = []
+        watch.readable(near, lambda: heard.append(near.recv(10)))
+        await until(lambda: heard, 5, "the bytes")
+        assert heard[0] == b"early"
+        watch.remove(near)
+
+
+@both
+@pytest.mark.parametrize("is_refused", [False, True])
+async def test_watch_tells_of_an_answer(watch_kind: str, is_refused: bool) -> None:
+    """The first SYN finds the backlog full; the second comes a second later."""
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.socket())
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        name = full.getsockname()
+        for _ in range(4):
+            stack.enter_context(net.open_stream(socket.AF_INET)).connect_ex(name)
+        sock = stack.enter_context(net.open_stream(socket.AF_INET))
+        watch = stack.enter_context(watching())
+        assert not net.connect_now(sock, name)
+        heard: list[str] = []
+        watch.writable(sock, lambda: heard.append("answer"))
+        await asyncio.sleep(0.02)
+        assert not heard
+        if is_refused:
+            full.close()
+        else:
+            full.listen(100)
+        await until(lambda: heard, 5, "the answer")
+        if is_refused:
+            with pytest.raises(ConnectionRefusedError):
+                net.connect_now(sock, name)
+        else:
+            assert net.connect_now(sock, name)
+        watch.remove(sock)
+
+
+@both
+async def test_watch_for_one_thing_replaces_that_for_another(watch_kind: str) -> None:
+    with ends() as (near, far), watching() as watch:
+        heard: list[str] = []
+        watch.writable(near, lambda: heard.append("writable"))
+        watch.readable(near, lambda: heard.append("readable"))
+        watch.hangup(near, lambda: heard.append("hangup"))
+        assert len(watch) == 1
+        await asyncio.sleep(0.02)
+        assert not heard
+        far.close()
+        await until(lambda: heard, 5, "the hang-up")
+        assert set(heard) == {"hangup"}
+        watch.remove(near)
+        assert len(watch) == 0
