@@ -82,12 +82,10 @@ class ServerHandshake:
         answer = Welcome(session, idle, proof=proof.server_proof(self._key, script, session))
         return wire.pack_answer(answer), proof.session_key(self._key, script, session)
 
-    def is_link_proven(self, claim: LinkClaim, session_key: bytes) -> bool:
+    def is_link_proven(self, claim: LinkClaim, key: proof.LinkKey) -> bool:
         """Tell whether this connection belongs to the session that it names."""
-        wanted = proof.link_proof(
-            session_key, self.greeting_line[:-1], self.binding, claim.session, claim.number
-        )
-        return proof.is_same_proof(claim.proof, wanted)
+        wanted = key.proof(self.greeting_line[:-1], self.binding, claim.number)
+        return claim.session == key.session and proof.is_same_proof(claim.proof, wanted)
 
 
 class ClientHandshake:
@@ -183,12 +181,10 @@ class ClientHandshake:
             )
         return answer, proof.session_key(self._key, self._script, answer.session)
 
-    def claim_link(
-        self, session: str, session_key: bytes, number: int, binding: bytes = b""
-    ) -> bytes:
+    def claim_link(self, key: proof.LinkKey, number: int, binding: bytes = b"") -> bytes:
         """Return the line that makes this connection a link of a session."""
-        p = proof.link_proof(session_key, self._greeting_line, binding, session, number)
-        return wire.pack_link_claim(LinkClaim(session, number, p))
+        p = key.proof(self._greeting_line, binding, number)
+        return wire.pack_link_claim(LinkClaim(key.session, number, p))
 
     def rest(self) -> bytes:
         """Hand over the bytes that came behind the last line."""

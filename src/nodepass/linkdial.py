@@ -20,6 +20,7 @@ from .errors import DialError, NodePassError, PeerWireError, TunnelError
 from .handshake import ClientHandshake
 from .patience import Patience
 from .pool import Link
+from .proof import LinkKey
 
 if TYPE_CHECKING:
     from .client import Client
@@ -60,8 +61,7 @@ class LinkDials:
         assert address is not None, f"{host} is no address"
         self._client = client
         self._address = address
-        self._session = session
-        self._key = key
+        self._key = LinkKey(key, session)
         self._tls = tls
         self._number = 0
         self._waiting = Patience[_Dial](client.settings.handshake_timeout, self._on_late)
@@ -123,7 +123,7 @@ class LinkDials:
     def _claim(self, dial: _Dial) -> None:
         self._number += 1
         number = self._number
-        line = dial.handshake.claim_link(self._session, self._key, number)
+        line = dial.handshake.claim_link(self._key, number)
         try:
             net.send_line(dial.sock, line)
         except OSError as exc:
@@ -139,7 +139,7 @@ class LinkDials:
             records = await self._client.secure(sock, self._tls, is_native=True)
             self._number += 1
             number = self._number
-            line = dial.handshake.claim_link(self._session, self._key, number, records.binding())
+            line = dial.handshake.claim_link(self._key, number, records.binding())
             net.send_line(sock, records.seal(line))
         except (NodePassError, OSError) as exc:
             sock.close()

@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from .errors import ListenError
 from .net import join_address, plain_host, tune
@@ -107,7 +107,7 @@ async def _listen_addresses(host: str, port: int) -> list[Candidate]:
 
 
 def _bind(family: int, address: SocketAddress, is_dual: bool) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = Port(family)
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -120,6 +120,23 @@ def _bind(family: int, address: SocketAddress, is_dual: bool) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+class Port(socket.socket):
+    """A listening socket that accepts at less cost.
+
+    `socket.socket.accept` turns family and type into enumerations and back, and asks for the
+    default time-out, for each connection: a third of what accepting one costs in Python.
+    """
+
+    def __init__(self, family: int) -> None:
+        super().__init__(family, socket.SOCK_STREAM)
+        self._family = family
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Accept a connection; it is blocking."""
+        fd, address = self._accept()  # type: ignore[attr-defined]
+        return socket.socket(self._family, socket.SOCK_STREAM, 0, fd), address
 
 
 class Listener:

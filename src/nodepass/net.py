@@ -44,6 +44,19 @@ _CONNECTING: Final = frozenset({errno.EINPROGRESS, errno.EALREADY, errno.EWOULDB
 _NONBLOCK: Final = getattr(socket, "SOCK_NONBLOCK", 0)
 _STREAM: Final = socket.SOCK_STREAM | _NONBLOCK
 """Non-blocking from the start where the kernel can do that, which saves a system call."""
+_TUNING: Final = (
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    *(
+        (socket.IPPROTO_TCP, getattr(socket, name), value)
+        for name, value in (
+            ("TCP_KEEPIDLE", KEEPALIVE_IDLE),
+            ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL),
+            ("TCP_KEEPCNT", KEEPALIVE_PROBES),
+        )
+        if hasattr(socket, name)
+    ),
+)
 _LINGER_RESET: Final = struct.pack("ii", 1, 0)
 
 
@@ -70,12 +83,8 @@ def tune(sock: socket.socket) -> None:
     No TCP_USER_TIMEOUT here: Linux also counts it while a peer's window stays closed, so it
     would cut off a reader that merely pauses. `tests/system` shows this.
     """
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if hasattr(socket, "TCP_KEEPIDLE"):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+    for level, option, value in _TUNING:
+        sock.setsockopt(level, option, value)
 
 
 def limit_silence(sock: socket.socket, seconds: float) -> None:

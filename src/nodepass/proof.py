@@ -31,13 +31,10 @@ def length_prefixed(*parts: bytes) -> bytes:
     Raises:
         LocalWireError: a part is longer than 65535 bytes.
     """
-    joined = bytearray()
-    for part in parts:
-        if len(part) > 0xFFFF:
-            raise LocalWireError("proof: a part is longer than 65535 bytes")
-        joined += len(part).to_bytes(2, "big")
-        joined += part
-    return bytes(joined)
+    try:
+        return b"".join([len(part).to_bytes(2, "big") + part for part in parts])
+    except OverflowError:
+        raise LocalWireError("proof: a part is longer than 65535 bytes") from None
 
 
 @functools.lru_cache(maxsize=16)
@@ -80,18 +77,27 @@ def session_key(key: bytes, script: bytes, session: str) -> bytes:
     return _mac(key, b"nodepass/2 session", script, session.encode())
 
 
-def link_proof(
-    key: bytes, greeting_line: bytes, binding: bytes, session: str, number: int
-) -> bytes:
-    """Prove that a data link belongs to a session; bound to its own connection's greeting."""
-    return _mac(
-        key,
-        b"nodepass/2 link",
-        greeting_line,
-        binding,
-        session.encode(),
-        str(number).encode(),
-    )
+class LinkKey:
+    """What the links of one session prove themselves with, made ready for many proofs.
+
+    Args:
+        key: of the session, KEY_SIZE bytes.
+        session: its id, which every proof is bound to.
+    """
+
+    __slots__ = ("_mac", "_session", "session")
+
+    def __init__(self, key: bytes, session: str) -> None:
+        self.session = session
+        self._session = length_prefixed(session.encode())
+        self._mac = hmac.new(key, length_prefixed(b"nodepass/2 link"), digestmod="sha256")
+
+    def proof(self, greeting_line: bytes, binding: bytes, number: int) -> bytes:
+        """Prove that a link belongs to the session; bound to its own connection's greeting."""
+        mac = self._mac.copy()
+        head, tail = length_prefixed(greeting_line, binding), length_prefixed(b"%d" % number)
+        mac.update(head + self._session + tail)
+        return mac.digest()
 
 
 def is_same_proof(left: bytes, right: bytes) -> bool:

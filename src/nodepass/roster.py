@@ -40,6 +40,7 @@ from .message import (
 )
 from .penalty import Penalties
 from .pool import Demand, Link, Member, Pool, Shelf, announce
+from .proof import LinkKey
 from .relay import Relay, UdpRelay
 from .session import Event, Lost, Role, Session
 from .stats import Counters
@@ -60,7 +61,8 @@ class Client(Member):
     id: str = ""
     name: str = ""
     host: str = ""
-    key: bytes = field(default=b"", repr=False)
+    key: LinkKey | None = field(default=None, repr=False)
+    """None = its links prove nothing: it speaks the seed dialect."""
     control: Control | None = None
     launched: dict[int | str, tuple[Relay | UdpRelay, float]] = field(default_factory=dict)
     """Open relays by link, each with the time of its launch in seconds of the loop."""
@@ -158,7 +160,7 @@ class Roster:
     def seat_seed(self, caller: Caller) -> Client:
         """Make a silent caller the seed client; its socket is ours from here on."""
         session_id, name = secrets.token_hex(SESSION_SIZE), f"seed-{caller.host}"
-        return self._seat(caller, Dialect.SEED, session_id, name, b"", self._demand())
+        return self._seat(caller, Dialect.SEED, session_id, name, None, self._demand())
 
     def take_opening(self, caller: Caller, opening: Hello | LinkClaim) -> None:
         """Take a caller that has said what it is; its socket is ours from here on."""
@@ -189,7 +191,8 @@ class Roster:
 
     def _take_link(self, caller: Caller, claim: LinkClaim) -> None:
         client = self._clients.get(claim.session)
-        if client is None or not caller.handshake.is_link_proven(claim, client.key):
+        key = None if client is None else client.key
+        if client is None or key is None or not caller.handshake.is_link_proven(claim, key):
             # A link of a session that has just ended is no attack; it has no key to prove.
             net.reset(caller.sock)
             if client is not None:
@@ -249,7 +252,8 @@ class Roster:
         for other in list(self._clients.values()):
             if other.name == hello.name and other.session.dialect is Dialect.NATIVE:
                 self.replace(other)
-        self._seat(caller, Dialect.NATIVE, session_id, hello.name, key, demand)
+        link_key = LinkKey(key, session_id)
+        self._seat(caller, Dialect.NATIVE, session_id, hello.name, link_key, demand)
 
     def _refuse(self, caller: Caller, exc: TunnelError) -> None:
         try:
@@ -281,7 +285,7 @@ class Roster:
         dialect: Dialect,
         session_id: str,
         name: str,
-        key: bytes,
+        key: LinkKey | None,
         demand: Demand,
     ) -> Client:
         session = Session(

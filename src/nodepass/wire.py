@@ -114,7 +114,8 @@ def pack_greeting(greeting: Greeting) -> bytes:
     _require(greeting.tls in (0, 1, 2), "greeting: tls is not 0, 1 or 2")
     if not greeting.is_native:
         return b"//%d#%d\n" % (greeting.data_port, greeting.tls)
-    _require(len(greeting.nonce) == NONCE_SIZE, f"greeting: nonce is not {NONCE_SIZE} bytes")
+    if len(greeting.nonce) != NONCE_SIZE:
+        raise LocalWireError(f"greeting: nonce is not {NONCE_SIZE} bytes")
     return b"//%d?v=%d&n=%s&a=%d#%d\n" % (
         greeting.data_port,
         greeting.version,

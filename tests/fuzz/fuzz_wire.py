@@ -25,6 +25,7 @@ from nodepass import wire
 from nodepass.errors import PeerWireError, TunnelError
 from nodepass.handshake import ClientHandshake, ServerHandshake
 from nodepass.message import Dialect, Greeting, Hello, LinkClaim
+from nodepass.proof import LinkKey
 from nodepass.session import Lost, Role, Session
 
 CORPUS: Final = Path(__file__).with_name("corpus")
@@ -64,7 +65,7 @@ def read_as_server(data: bytes) -> None:
                 server.accept(opening, session=SESSION, idle=1, fresh_key=KEY)
                 assert key is None, "a guessed password"
             elif isinstance(opening, LinkClaim):
-                assert not server.is_link_proven(opening, KEY), "a guessed key"
+                assert not server.is_link_proven(opening, LinkKey(KEY, opening.session)), "a guessed key"
         except (PeerWireError, TunnelError) as exc:
             told = str(exc)
         assert told.isprintable(), told

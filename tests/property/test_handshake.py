@@ -23,6 +23,7 @@ from nodepass import wire
 from nodepass.errors import AuthError, PeerWireError, TunnelError
 from nodepass.handshake import ClientHandshake, ServerHandshake
 from nodepass.message import Greeting, Hello, LinkClaim, Welcome
+from nodepass.proof import LinkKey
 
 FRESH = bytes(range(32))
 TLS = st.integers(0, 2)
@@ -200,11 +201,15 @@ def test_a_link_holds_for_its_own_tls_connection(
 ) -> None:
     server, client = meeting.server, meeting.client
     assert client.receive_greeting(meeting.greeting()) is not None
-    claim = server.receive(client.claim_link(meeting.session, key, number, meeting.binding))
+    claim = server.receive(
+        client.claim_link(LinkKey(key, meeting.session), number, meeting.binding)
+    )
     assert isinstance(claim, LinkClaim)
-    assert server.is_link_proven(claim, key)
+    assert server.is_link_proven(claim, LinkKey(key, meeting.session))
     server.binding = other
-    assert server.is_link_proven(claim, key) is (other == meeting.binding)
+    assert server.is_link_proven(claim, LinkKey(key, meeting.session)) is (
+        other == meeting.binding
+    )
 
 
 @given(st.data(), meetings(st.none()), numbers, keys, st.integers(1, 3), st.booleans())
@@ -227,7 +232,7 @@ def test_an_edited_link_is_noticed(
             return
     except (PeerWireError, TunnelError):
         return
-    line = client.claim_link(meeting.session, key, number, meeting.binding)
+    line = client.claim_link(LinkKey(key, meeting.session), number, meeting.binding)
     good = wire.parse_opening(line[:-1])
     changed = line if edits_greeting else data.draw(edited(line, times))
     try:
@@ -236,7 +241,7 @@ def test_an_edited_link_is_noticed(
         return
     if isinstance(claim, LinkClaim):
         means_the_same = claim == good and not edits_greeting
-        assert server.is_link_proven(claim, key) is means_the_same
+        assert server.is_link_proven(claim, LinkKey(key, meeting.session)) is means_the_same
 
 
 # ----------------------------------------------------------------------------- garbage
@@ -254,7 +259,7 @@ def test_garbage_at_the_server(
         for piece in pieces:
             opening = server.receive(piece)
             if isinstance(opening, LinkClaim):
-                assert not server.is_link_proven(opening, FRESH)
+                assert not server.is_link_proven(opening, LinkKey(FRESH, opening.session))
             elif opening is not None:
                 server.accept(opening, session="0" * 16, idle=1, fresh_key=FRESH)
                 assert key is None, "garbage held the password"

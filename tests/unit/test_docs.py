@@ -220,7 +220,7 @@ def link_lines(
     key: bytes, data_port: int, needs_password: bool, mode: int = 0, binding: bytes = b""
 ) -> tuple[bytes, bytes]:
     greeting = wire.pack_greeting(Greeting(data_port, mode, NONCES[2], needs_password, VERSION))
-    mac = proof.link_proof(key, greeting[:-1], binding, SESSION, 1)
+    mac = proof.LinkKey(key, SESSION).proof(greeting[:-1], binding, 1)
     return greeting, wire.pack_link_claim(LinkClaim(SESSION, 1, mac))
 
 

@@ -10,6 +10,7 @@ from nodepass import proof, wire
 from nodepass.errors import AuthError, PeerWireError, TunnelError
 from nodepass.handshake import ClientHandshake, ServerHandshake
 from nodepass.message import Greeting, Hello, LinkClaim, Refusal, Refuse, Welcome
+from nodepass.proof import LinkKey
 
 PASSWORD = b"k" * 32
 """A stretched password; how it was stretched makes no difference here."""
@@ -215,11 +216,11 @@ def test_server_waits_for_a_line_that_still_fits() -> None:
 def test_link_is_proven(binding: bytes) -> None:
     server, client = server_of(binding=binding), ClientHandshake()
     assert client.receive_greeting(server.greeting_line) == OPEN
-    line = client.claim_link(SESSION, FRESH, 7, binding)
+    line = client.claim_link(LinkKey(FRESH, SESSION), 7, binding)
     claim = claim_at(server, line + b"visitor's bytes")
     assert (claim.session, claim.number) == (SESSION, 7)
-    assert server.is_link_proven(claim, FRESH)
-    assert not server.is_link_proven(claim, FRESH[::-1])
+    assert server.is_link_proven(claim, LinkKey(FRESH, SESSION))
+    assert not server.is_link_proven(claim, LinkKey(FRESH[::-1], SESSION))
     assert server.rest() == b"visitor's bytes"
 
 
@@ -235,20 +236,20 @@ def test_link_is_proven(binding: bytes) -> None:
 def test_link_proof_holds_for_its_own_connection_only(server: ServerHandshake) -> None:
     client = ClientHandshake()
     client.receive_greeting(server_of().greeting_line)
-    claim = claim_at(server, client.claim_link(SESSION, FRESH, 7))
-    assert not server.is_link_proven(claim, FRESH)
+    claim = claim_at(server, client.claim_link(LinkKey(FRESH, SESSION), 7))
+    assert not server.is_link_proven(claim, LinkKey(FRESH, SESSION))
 
 
 def test_link_proof_holds_for_its_own_claim_only() -> None:
     server, client = server_of(), ClientHandshake()
     client.receive_greeting(server.greeting_line)
-    claim = claim_at(server, client.claim_link(SESSION, FRESH, 7))
+    claim = claim_at(server, client.claim_link(LinkKey(FRESH, SESSION), 7))
     for other in (
         dataclasses.replace(claim, session="f" * 16),
         dataclasses.replace(claim, number=8),
         dataclasses.replace(claim, proof=b"p" * 32),
     ):
-        assert not server.is_link_proven(other, FRESH)
+        assert not server.is_link_proven(other, LinkKey(FRESH, SESSION))
 
 
 def greeted(binding: bytes, nonce: bytes) -> tuple[ServerHandshake, ClientHandshake]:
@@ -270,14 +271,22 @@ def test_links_of_a_session_that_was_made_with_a_password(bindings: tuple[bytes,
     assert answer[1] == server_key
     assert server_key.hex().encode() not in welcome
     link, link_client = greeted(own, b"1" * 16)
-    line = link_client.claim_link(SESSION, answer[1], 7, own)
-    assert link.is_link_proven(claim_at(link, line), server_key)
+    line = link_client.claim_link(LinkKey(answer[1], SESSION), 7, own)
+    assert link.is_link_proven(claim_at(link, line), LinkKey(server_key, SESSION))
     replayed, _ = greeted(own, b"2" * 16)
-    assert not replayed.is_link_proven(claim_at(replayed, line), server_key), "another greeting"
+    assert not replayed.is_link_proven(claim_at(replayed, line), LinkKey(server_key, SESSION)), (
+        "another greeting"
+    )
     other_tls, _ = greeted(b"m" * 32, b"1" * 16)
-    assert not other_tls.is_link_proven(claim_at(other_tls, line), server_key), "another TLS"
-    assert not link.is_link_proven(claim_at(link, line), FRESH), "the key of no password"
-    assert not link.is_link_proven(claim_at(link, line), PASSWORD), "the password's own key"
+    assert not other_tls.is_link_proven(claim_at(other_tls, line), LinkKey(server_key, SESSION)), (
+        "another TLS"
+    )
+    assert not link.is_link_proven(claim_at(link, line), LinkKey(FRESH, SESSION)), (
+        "the key of no password"
+    )
+    assert not link.is_link_proven(claim_at(link, line), LinkKey(PASSWORD, SESSION)), (
+        "the password's own key"
+    )
 
 
 def test_session_keys_of_two_sessions_differ() -> None:

@@ -78,12 +78,12 @@ ALLOWED: dict[str, set[str]] = {
         "caller", "errors", "handshake", "log", "message", "net", "patience", "penalty", "record",
         "relay", "stats", "tls", "watch", "wire",
     },
-    "linkdial": {"errors", "handshake", "net", "patience", "pool", "wire"},
+    "linkdial": {"errors", "handshake", "net", "patience", "pool", "proof", "wire"},
     # lifecycles
     "tunnel": {"config", "drop", "errors", "log", "net", "proof", "relay", "stats"},
     "roster": {
         "caller", "control", "environment", "errors", "filler", "log", "message", "net",
-        "penalty", "pool", "record", "relay", "session", "stats", "watch", "wire",
+        "penalty", "pool", "proof", "record", "relay", "session", "stats", "watch", "wire",
     },
     "dataport": {
         "caller", "errors", "log", "message", "net", "pool", "record", "relay", "roster",

@@ -80,7 +80,7 @@ def test_stretched_passwords_differ_as_their_letters_do() -> None:
             "a0f80c978fdbb6a79be18364634b1317f153284b04df8aa1d9d8d63552f6e2f3",
         ),
         (
-            proof.link_proof(KEY, GREETING, BINDING, SESSION, 7),
+            proof.LinkKey(KEY, SESSION).proof(GREETING, BINDING, 7),
             "63a99ecc9c8ccd09d15c4c202b6d12d30d3bd902f14e912e89fcdddd0ce3b1a1",
         ),
     ],
@@ -93,14 +93,14 @@ def test_vector(made: bytes, wanted: str) -> None:
 def test_whatever_changes_changes_the_link_proof() -> None:
     """Moving a byte from one part to the next is a change, too."""
     proofs = [
-        proof.link_proof(KEY, GREETING, BINDING, SESSION, 7),
-        proof.link_proof(KEY[::-1], GREETING, BINDING, SESSION, 7),
-        proof.link_proof(KEY, GREETING[:-1] + b"1", BINDING, SESSION, 7),
-        proof.link_proof(KEY, GREETING, b"", SESSION, 7),
-        proof.link_proof(KEY, GREETING + BINDING[:1], BINDING[1:], SESSION, 7),
-        proof.link_proof(KEY, GREETING, BINDING, SESSION[:-1] + "0", 7),
-        proof.link_proof(KEY, GREETING, BINDING, SESSION, 8),
-        proof.link_proof(KEY, GREETING, BINDING, SESSION[:-1], int(SESSION[-1], 16) * 10 + 7),
+        proof.LinkKey(KEY, SESSION).proof(GREETING, BINDING, 7),
+        proof.LinkKey(KEY[::-1], SESSION).proof(GREETING, BINDING, 7),
+        proof.LinkKey(KEY, SESSION).proof(GREETING[:-1] + b"1", BINDING, 7),
+        proof.LinkKey(KEY, SESSION).proof(GREETING, b"", 7),
+        proof.LinkKey(KEY, SESSION).proof(GREETING + BINDING[:1], BINDING[1:], 7),
+        proof.LinkKey(KEY, SESSION[:-1] + "0").proof(GREETING, BINDING, 7),
+        proof.LinkKey(KEY, SESSION).proof(GREETING, BINDING, 8),
+        proof.LinkKey(KEY, SESSION[:-1]).proof(GREETING, BINDING, int(SESSION[-1], 16) * 10 + 7),
         proof.client_proof(KEY, SCRIPT),
         proof.server_proof(KEY, SCRIPT, SESSION),
         proof.session_key(KEY, SCRIPT, SESSION),
