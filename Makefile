@@ -2,7 +2,7 @@
 #
 #   make demo     see and measure a tunnel on this machine
 #   make test     run the whole test suite; ARGS="-k half_close" picks
-#   make bench    compare with other tunnels; ARGS="--quick" takes two minutes
+#   make bench    compare with other tunnels in half an hour; ARGS="--quick" takes two minutes
 #   make check    format, lint, types, layers, hints of the native build
 #   make clean    remove .venv and whatever was built
 #
@@ -34,7 +34,7 @@ demo: $(VENV)/.built
 test: $(VENV)/.test
 	@$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-bench: $(VENV)/.built
+bench: $(VENV)/.bench
 	@$(VENV)/bin/python -m benchmarks.run $(ARGS)
 
 check: $(VENV)/.dev
@@ -64,6 +64,10 @@ $(VENV)/.built: pyproject.toml setup.py $(NATIVE) $(VENV)/.switches
 $(VENV)/.test: $(VENV)/.built
 	@$(PIP) $(call EXTRA,test)
 	@touch $@
+
+# For the pictures alone; where it cannot be installed there are none.
+$(VENV)/.bench: $(VENV)/.built
+	@$(PIP) $(call EXTRA,bench) && touch $@ || echo "no matplotlib, so there will be no pictures"
 
 $(VENV)/.dev: $(VENV)/.test
 	@$(PIP) $(call EXTRA,dev)

@@ -7,6 +7,8 @@ the caller's folder. Must never start a row whose programs are missing.
 from __future__ import annotations
 
 import contextlib
+import os
+import pwd
 import re
 import shutil
 import sys
@@ -16,17 +18,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, cast
 
-from benchmarks.bench_udp import BenchmarkError
+from benchmarks import catalog
+from benchmarks.load import Load
+from benchmarks.machine import HERE, BenchmarkError
 from benchmarks.process import Child, is_listening, run_tool, running
 
-FILE: Final = Path(__file__).resolve().parent / "contenders.toml"
-PROTOCOLS: Final = ("tcp", "tls")
-PLACEHOLDERS: Final = ("visitors", "target", "tunnel", "config", "certificate", "python")
-ROW_KEYS: Final = ("name", "protocols", "programs", "environment", "server", "client")
+FILE: Final = HERE / "contenders.toml"
+PROTOCOLS: Final = ("tcp", "udp", "tls")
+PORTS: Final = ("visitors", "target", "tunnel")
+MAKERS: Final = {"certificate": "openssl", "key": "ssh-keygen"}
+"""Placeholders for files that we make when a row wants them, and the program that it takes."""
+PLACEHOLDERS: Final = (*PORTS, "network", "config", *MAKERS, "user", "python")
+ROW_KEYS: Final = (
+    *("name", "protocols", "programs", "environment", "loads", "help"),
+    *("server", "client"),
+)
 SIDE_KEYS: Final = ("command", "config", "ready")
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]*")
 PLACEHOLDER: Final = re.compile(r"\{([a-z_]+)\}")
-OPENSSL_LIMIT: Final = 30.0
+KEY_LIMIT: Final = 30.0
 """Seconds for a new key; it takes milliseconds."""
 
 
@@ -51,8 +61,22 @@ class Contender:
     protocols: tuple[str, ...]
     programs: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    loads: tuple[str, ...] = ()
+    """As for --only: under these alone; empty: under all."""
+    help: tuple[str, ...] = ()
+    """A command that ends by itself, for the load of that name."""
     server: Side | None = None
     client: Side | None = None
+
+    def suits(self, load: Load) -> bool:
+        """Whether there is anything to measure under this load."""
+        if load.network is None:
+            return bool(self.help)
+        return load.network in self.protocols and bool(self.sides or not load.needs_sides)
+
+    def prefers(self, load: Load) -> bool:
+        """Whether it is to be measured under this load if nobody has named it."""
+        return not self.loads or any(map(load.belongs_to, self.loads))
 
     @property
     def sides(self) -> tuple[tuple[str, Side], ...]:
@@ -154,8 +178,8 @@ def _contender(number: int, row: Mapping[str, object]) -> Contender:
     for protocol in protocols:
         if protocol not in PROTOCOLS:
             raise table.error("protocols", f"{protocol!r} is none of {', '.join(PROTOCOLS)}")
-    if "tcp" not in protocols:
-        raise table.error("protocols", 'must hold "tcp"')
+    if not {"tcp", "udp"} & {*protocols}:
+        raise table.error("protocols", 'must hold "tcp" or "udp"')
     environment = table.table("environment")
     if not all(isinstance(value, str) for value in environment.values()):
         raise table.error("environment", "must be a table of texts")
@@ -164,11 +188,25 @@ def _contender(number: int, row: Mapping[str, object]) -> Contender:
         protocols,
         table.words("programs"),
         cast("Mapping[str, str]", environment),
+        _loads(table),
+        table.words("help"),
         *(_side(table, key) for key in ("server", "client")),
     )
-    if contender.wants("certificate") and "openssl" not in contender.programs:
-        raise table.error("programs", 'must hold "openssl", which makes the {certificate}')
+    _check_placeholders(table, "help", contender.help, ("python",))
+    for placeholder, program in MAKERS.items():
+        if contender.wants(placeholder) and program not in contender.programs:
+            why = f'must hold "{program}", which makes the {{{placeholder}}}'
+            raise table.error("programs", why)
     return contender
+
+
+def _loads(row: _Table) -> tuple[str, ...]:
+    words = row.words("loads")
+    try:
+        catalog.choose(words)
+    except BenchmarkError as error:
+        raise row.error("loads", str(error)) from None
+    return words
 
 
 def _side(row: _Table, key: str) -> Side | None:
@@ -179,14 +217,20 @@ def _side(row: _Table, key: str) -> Side | None:
     side = Side(table.words("command"), table.text("config"), table.text("ready"))
     if not side.command:
         raise table.error("command", "is missing")
-    for name, texts in (("command", side.command), ("config", (side.config or "",))):
-        for used in (word for text in texts for word in PLACEHOLDER.findall(text)):
-            if used not in PLACEHOLDERS:
-                known = ", ".join(f"{{{word}}}" for word in PLACEHOLDERS)
-                raise table.error(name, f"{{{used}}} is none of {known}")
-            if used == "config" and (name == "config" or side.config is None):
-                raise table.error(name, "{config} without a config to write")
+    _check_placeholders(table, "command", side.command, PLACEHOLDERS)
+    _check_placeholders(table, "config", [side.config or ""], PLACEHOLDERS)
+    if side.config is None and any("{config}" in word for word in side.command):
+        raise table.error("command", "{config} without a config to write")
     return side
+
+
+def _check_placeholders(
+    table: _Table, key: str, texts: Sequence[str], known: Sequence[str]
+) -> None:
+    for used in (word for text in texts for word in PLACEHOLDER.findall(text)):
+        if used not in known:
+            words = ", ".join(f"{{{word}}}" for word in known)
+            raise table.error(key, f"{{{used}}} is none of {words}")
 
 
 def fill(text: str, values: Mapping[str, str]) -> str:
@@ -197,24 +241,36 @@ def fill(text: str, values: Mapping[str, str]) -> str:
 # --- what a row needs ------------------------------------------------------------------------
 
 
-def missing(programs: Sequence[str], path: str) -> str | None:
-    """Return why these programs cannot be used, or None when all are on this PATH."""
-    absent = [program for program in programs if shutil.which(program, path=path) is None]
-    if not absent:
-        return None
-    return f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not on the PATH"
+def make_files(
+    rows: Sequence[Contender], folder: Path, environment: Mapping[str, str]
+) -> dict[str, Path]:
+    """Make the files that these rows want, readable for us alone; return them by placeholder."""
+    makers = {"certificate": make_certificate, "key": make_key}
+    return {
+        placeholder: make(folder, environment)
+        for placeholder, make in makers.items()
+        if any(row.wants(placeholder) for row in rows)
+    }
 
 
 def make_certificate(folder: Path, environment: Mapping[str, str]) -> Path:
-    """Make a self-signed certificate and its key, both in one file that only we can read."""
+    """Make a self-signed certificate and its key, both in one file."""
     certificate, key = folder / "certificate.pem", folder / "key.pem"
     words = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 7"
     command = [*words.split(), "-subj", "/CN=localhost", "-keyout", str(key)]
-    run_tool([*command, "-out", str(certificate)], OPENSSL_LIMIT, environment)
+    run_tool([*command, "-out", str(certificate)], KEY_LIMIT, environment)
     both = folder / "both.pem"
     both.touch(mode=0o600)
     both.write_text(certificate.read_text() + key.read_text())
     return both
+
+
+def make_key(folder: Path, environment: Mapping[str, str]) -> Path:
+    """Make an SSH key without a passphrase; its public half lies beside it, as NAME.pub."""
+    key = folder / "ssh"
+    words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "benchmarks", "-f", str(key)]
+    run_tool(words, KEY_LIMIT, environment)
+    return key
 
 
 # --- running it ------------------------------------------------------------------------------
@@ -227,7 +283,10 @@ class Place:
     folder: Path
     """For configs and logs."""
     environment: Mapping[str, str]
-    certificate: Path | None
+    files: Mapping[str, Path]
+    """Made by make_files."""
+    network: str
+    """ "tcp" or "udp"."""
     visitors: int
     target: int
     tunnel: int
@@ -238,10 +297,28 @@ class Place:
             "visitors": str(self.visitors),
             "target": str(self.target),
             "tunnel": str(self.tunnel),
+            "network": self.network,
             "config": str(config),
-            "certificate": str(self.certificate or ""),
+            **{name: str(self.files.get(name, "")) for name in MAKERS},
+            "user": _user(),
             "python": sys.executable,
         }
+
+
+def _user() -> str:
+    """Who we are, whatever LOGNAME says; a number that nobody knows stays one."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
+def command_of(
+    words: Sequence[str], values: Mapping[str, str], environment: Mapping[str, str]
+) -> list[str]:
+    """Fill in what a row says; the program gets its whole path, which sshd insists on."""
+    program, *rest = (fill(word, values) for word in words)
+    return [shutil.which(program, path=environment.get("PATH")) or program, *rest]
 
 
 @contextlib.contextmanager
@@ -259,18 +336,18 @@ def started(contender: Contender, place: Place) -> Iterator[list[Child]]:
             values = place.values(config)
             if side.config is not None:
                 config.write_text(fill(side.config, values))
-            command = [fill(word, values) for word in side.command]
+            command = command_of(side.command, values, environment)
             child = stack.enter_context(running(name, command, place.folder, environment))
             children.append(child)
-            ports = [place.visitors, *([place.tunnel] if contender.wants("tunnel") else [])]
-            _wait_for(child, side.ready, ports)
+            _wait_for(child, side.ready, place, has_tunnel=contender.wants("tunnel"))
         yield children
 
 
-def _wait_for(child: Child, ready: str | None, ports: Sequence[int]) -> None:
+def _wait_for(child: Child, ready: str | None, place: Place, *, has_tunnel: bool) -> None:
     """Wait for the text, or for a listener: the server has one of the ports, both sides all."""
     if ready is not None:
         child.wait_until(lambda: child.says(ready), repr(ready))
         return
+    ports = [(place.visitors, place.network), *([(place.tunnel, "tcp")] if has_tunnel else [])]
     enough = any if child.name == "server" else all
-    child.wait_until(lambda: enough(map(is_listening, ports)), "a listener")
+    child.wait_until(lambda: enough(is_listening(*port) for port in ports), "a listener")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from benchmarks.bench_udp import BenchmarkError, last_line
+from benchmarks.machine import PROC, BenchmarkError
 
 START_LIMIT: Final = 10.0
 """Seconds until a child works; interpreters start in 0.3 s."""
@@ -24,9 +24,8 @@ STOP_LIMIT: Final = 5.0
 """Seconds that a child may take to end at SIGTERM; then it is killed."""
 PAUSE: Final = 0.01
 """Seconds between two looks."""
-PROC: Final = Path("/proc")
-LISTEN: Final = "0A"
-"""State of a listening socket in /proc/net/tcp."""
+WAITING: Final = {"tcp": "0A", "udp": "07"}
+"""State of a socket that listens, in /proc/net/tcp; of one that is not connected, in udp."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +86,32 @@ def running(
 
 
 def _end(child: Child, process: subprocess.Popen[bytes]) -> None:
-    """Ask it to stop, wait with a bound, and kill what is left of its group."""
-    try:
-        os.killpg(child.pid, signal.SIGTERM)
-        end = time.monotonic() + STOP_LIMIT
-        while not child.has_ended() and time.monotonic() < end:
-            time.sleep(PAUSE)
-    finally:
-        # Not reaped yet, so the group's number cannot be somebody else's.
-        os.killpg(child.pid, signal.SIGKILL)
-        process.wait()
+    """Ask it to stop, wait with a bound, and kill what is left of its group and its family."""
+    with contextlib.ExitStack() as stack:
+        emigrants = _emigrants(child.pid, stack)
+        try:
+            os.killpg(child.pid, signal.SIGTERM)
+            end = time.monotonic() + STOP_LIMIT
+            while not child.has_ended() and time.monotonic() < end:
+                time.sleep(PAUSE)
+        finally:
+            # Not reaped yet, so the group's number cannot be somebody else's.
+            os.killpg(child.pid, signal.SIGKILL)
+            for handle in emigrants:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(handle, signal.SIGKILL)
+            process.wait()
+
+
+def _emigrants(pid: int, stack: contextlib.ExitStack) -> list[int]:
+    """Return handles of descendants that left the group, as sshd's do; the stack closes them."""
+    handles: list[int] = []
+    for descendant in family([pid]):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(descendant) != pid:
+                handles.append(os.pidfd_open(descendant))
+                stack.callback(os.close, handles[-1])
+    return handles
 
 
 def run_tool(command: Sequence[str], limit: float, environment: Mapping[str, str]) -> str:
@@ -124,13 +139,18 @@ def run_tool(command: Sequence[str], limit: float, environment: Mapping[str, str
     return done.stdout
 
 
-def is_listening(port: int) -> bool:
-    """Whether somebody listens on this TCP port; nobody is disturbed by the question."""
-    for table in ("net/tcp", "net/tcp6"):
+def last_line(log: Path) -> str:
+    """What a child said last."""
+    return (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+
+
+def is_listening(port: int, network: str = "tcp") -> bool:
+    """Whether somebody listens on this port ("tcp" or "udp"); the question disturbs nobody."""
+    for table in (network, f"{network}6"):
         with contextlib.suppress(OSError):
-            for line in (PROC / table).read_text().splitlines()[1:]:
+            for line in (PROC / "net" / table).read_text().splitlines()[1:]:
                 words = line.split()
-                if words[3] == LISTEN and int(words[1].rpartition(":")[2], 16) == port:
+                if words[3] == WAITING[network] and int(words[1].rpartition(":")[2], 16) == port:
                     return True
     return False
 
@@ -172,5 +192,16 @@ def memory_of(pids: Iterable[int]) -> float:
         with contextlib.suppress(OSError):
             for line in (PROC / str(pid) / "status").read_text().splitlines():
                 if line.startswith("VmHWM:"):
+                    total += int(line.split()[1]) * 1024
+    return float(total)
+
+
+def pss_of(pids: Iterable[int]) -> float:
+    """Bytes of memory of these families now; of pages shared by n processes, one n-th (PSS)."""
+    total = 0
+    for pid in family(pids):
+        with contextlib.suppress(OSError):
+            for line in (PROC / str(pid) / "smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
                     total += int(line.split()[1]) * 1024
     return float(total)

@@ -65,7 +65,8 @@ def read_as_server(data: bytes) -> None:
                 server.accept(opening, session=SESSION, idle=1, fresh_key=KEY)
                 assert key is None, "a guessed password"
             elif isinstance(opening, LinkClaim):
-                assert not server.is_link_proven(opening, LinkKey(KEY, opening.session)), "a guessed key"
+                key_of_it = LinkKey(KEY, opening.session)
+                assert not server.is_link_proven(opening, key_of_it), "a guessed key"
         except (PeerWireError, TunnelError) as exc:
             told = str(exc)
         assert told.isprintable(), told

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from benchmarks import bench_udp
+from benchmarks.datagram import build
+from benchmarks.machine import BenchmarkError
 
 LIMIT = 10.0
 """Seconds for one call of udpload; it takes a fraction of one."""
@@ -25,8 +26,8 @@ Counts = dict[str, float]
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
-        return bench_udp.build(tmp_path_factory.mktemp("udpload"))
-    except bench_udp.BenchmarkError as error:
+        return build(tmp_path_factory.mktemp("udpload"))
+    except BenchmarkError as error:
         if "no C compiler" not in str(error):
             raise
         pytest.skip(str(error))
@@ -335,32 +336,3 @@ def test_help(program: Path) -> None:
     )
     assert all(mode in done.stdout for mode in ("echo", "sink", "window", "rate"))
     assert done.stderr == ""
-
-
-# --- the driver ------------------------------------------------------------------------------
-
-
-def test_the_driver_names_what_it_cannot_measure(
-    program: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """The straight way is measured all the same, and the exit code is 1."""
-    monkeypatch.setattr(bench_udp, "build", lambda _: program)
-    monkeypatch.setattr(bench_udp, "WARM_UP", 0.05)
-    monkeypatch.setattr(bench_udp, "CASES", (bench_udp.Case(200, 2, 4),))
-    broken = bench_udp.Contender("nodepass", "udp=1&nonsense=1")
-    monkeypatch.setattr(bench_udp, "CONTENDERS", (bench_udp.Contender("direct"), broken))
-    path = tmp_path / "figures.json"
-    assert bench_udp.main(["--runs", "2", "--seconds", "0.1", "--json", str(path)]) == 1
-    output, errors = capsys.readouterr()
-    assert "| 200 B, 2 visitors, window 4 each | direct | " in output
-    (line,) = [line for line in output.splitlines() if line.startswith("Not measured: nodepass: ")]
-    assert "nonsense" in line
-    assert "run 2: direct" in errors
-    report = json.loads(path.read_text())
-    (row,) = report["results"]
-    assert (row["contender"], len(row["runs"]), row["median"]["ratio"]) == ("direct", 2, 1.0)
-    assert list(report["failures"]) == ["nodepass"]
-    assert {"kernel", "cores", "commit", "python"} <= report.keys()
