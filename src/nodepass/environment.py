@@ -79,6 +79,15 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def default_threads() -> int:
+    """Count the engine threads that pay: half the cores.
+
+    The kernel's network work, the event loop and the programs at either end want the others, and
+    flows that share a thread also share its wake-ups.
+    """
+    return max(1, available_cores() // 2)
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What the environment decides: the same for every tunnel of the process."""
@@ -95,7 +104,7 @@ class Settings:
     reload_interval: float = 3600.0
     handshake_timeout: float = 5.0
     dial_timeout: float = 5.0
-    threads: int = field(default_factory=available_cores)
+    threads: int = field(default_factory=default_threads)
     engine: Literal["native", "python"] = "native"
     splice: bool = True
     udp_gso: bool = False

@@ -10,6 +10,8 @@ passed over. What breaks the rules raises `PeerWireError`, whatever the bytes we
 
 from __future__ import annotations
 
+import functools
+import re
 from typing import Final
 from urllib.parse import quote, unquote
 
@@ -51,6 +53,11 @@ MAX_LINE: Final = 1024
 """Bytes, LF included, of every other line: what a stranger may make us keep."""
 
 _HEX: Final = frozenset("0123456789abcdef")
+
+# What our own side writes, read at a glance: two of these lines come with each short visitor.
+# Whatever looks different, and be it right, is taken apart field by field.
+_GREETING: Final = re.compile(rb"//(\d{1,5})\?v=%d&n=([0-9a-f]{32})&a=([01])#([012])" % VERSION)
+_CLAIM: Final = re.compile(rb"link://([0-9a-f]{16})\?i=(\d{1,15})&p=([0-9a-f]{64})")
 
 
 class LineBuffer:
@@ -110,19 +117,24 @@ def pack_greeting(greeting: Greeting) -> bytes:
 
     Source: docs/protocol.md, "Greeting".
     """
-    _require(0 <= greeting.data_port <= 65535, "greeting: data port outside 0..65535")
-    _require(greeting.tls in (0, 1, 2), "greeting: tls is not 0, 1 or 2")
     if not greeting.is_native:
-        return b"//%d#%d\n" % (greeting.data_port, greeting.tls)
+        return _greeting_ends(greeting.data_port, greeting.tls, False, 0)[0]
     if len(greeting.nonce) != NONCE_SIZE:
         raise LocalWireError(f"greeting: nonce is not {NONCE_SIZE} bytes")
-    return b"//%d?v=%d&n=%s&a=%d#%d\n" % (
-        greeting.data_port,
-        greeting.version,
-        greeting.nonce.hex().encode(),
-        greeting.needs_password,
-        greeting.tls,
+    head, tail = _greeting_ends(
+        greeting.data_port, greeting.tls, greeting.needs_password, greeting.version
     )
+    return head + greeting.nonce.hex().encode() + tail
+
+
+@functools.lru_cache(maxsize=64)
+def _greeting_ends(port: int, tls: int, needs_password: bool, version: int) -> tuple[bytes, bytes]:
+    """Return what stands before and behind the nonce: the same on every connection of a server."""
+    _require(0 <= port <= 65535, "greeting: data port outside 0..65535")
+    _require(tls in (0, 1, 2), "greeting: tls is not 0, 1 or 2")
+    if not version:
+        return b"//%d#%d\n" % (port, tls), b""
+    return b"//%d?v=%d&n=" % (port, version), b"&a=%d#%d\n" % (needs_password, tls)
 
 
 def parse_greeting(line: bytes) -> Greeting:
@@ -131,6 +143,10 @@ def parse_greeting(line: bytes) -> Greeting:
     Raises:
         PeerWireError: this is no greeting; the text says what the peer looks like instead.
     """
+    ours = _GREETING.fullmatch(line)
+    if ours is not None and int(ours[1]) < 65536:
+        nonce = bytes.fromhex(ours[2].decode())
+        return Greeting(int(ours[1]), int(ours[4]), nonce, ours[3] == b"1", VERSION)
     text = _ascii(line)
     if not text.startswith("//"):
         raise PeerWireError(f"not a greeting: the other side looks like {identify(line)}")
@@ -194,6 +210,9 @@ def parse_opening(line: bytes) -> Hello | LinkClaim:
     Raises:
         PeerWireError: neither a hello nor a link claim.
     """
+    ours = _CLAIM.fullmatch(line)
+    if ours is not None:
+        return LinkClaim(ours[1].decode(), int(ours[2]), bytes.fromhex(ours[3].decode()))
     scheme, host, fields = _split(line)
     if scheme == "hello":
         name = unquote(host, errors="replace")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from unittest import mock
 
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -47,6 +49,9 @@ def line_of(packed: bytes, limit: int = wire.MAX_LINE) -> bytes:
     return packed[:-1]
 
 
+NEVER = re.compile(rb"(?!)")
+
+
 @given(greetings)
 def test_greeting_round_trip(greeting: Greeting) -> None:
     line = line_of(wire.pack_greeting(greeting), wire.MAX_GREETING)
@@ -61,6 +66,28 @@ def test_hello_round_trip(hello: Hello) -> None:
 @given(claims)
 def test_link_claim_round_trip(claim: LinkClaim) -> None:
     assert wire.parse_opening(line_of(wire.pack_link_claim(claim))) == claim
+
+
+@given(st.data(), greetings | claims, st.integers(0, 3))
+def test_what_is_read_at_a_glance_is_read_the_same(
+    data: st.DataObject, value: Greeting | LinkClaim, times: int
+) -> None:
+    is_greeting = isinstance(value, Greeting)
+    line = wire.pack_greeting(value) if is_greeting else wire.pack_link_claim(value)  # type: ignore[arg-type]
+    line = line[:-1]
+    if times:
+        line = data.draw(edited(line, times))
+    parse = wire.parse_greeting if is_greeting else wire.parse_opening
+
+    def said() -> object:
+        try:
+            return parse(line)
+        except PeerWireError as exc:
+            return str(exc)
+
+    glance = said()
+    with mock.patch.object(wire, "_GREETING", NEVER), mock.patch.object(wire, "_CLAIM", NEVER):
+        assert said() == glance
 
 
 @given(answers)

@@ -17,6 +17,7 @@ from nodepass.environment import (
     Settings,
     Variable,
     available_cores,
+    default_threads,
     parse_duration,
     show_duration,
     suggest,
@@ -112,7 +113,7 @@ TABLE: list[tuple[str, object, str, object]] = [
     ("RELOAD_INTERVAL", 3600.0, "8760h", LONGEST),
     ("HANDSHAKE_TIMEOUT", 5.0, "1.5s", 1.5),
     ("DIAL_TIMEOUT", 5.0, "10s", 10.0),
-    ("NODEPASS_THREADS", available_cores(), "3", 3),
+    ("NODEPASS_THREADS", default_threads(), "3", 3),
     ("NODEPASS_ENGINE", "native", "Python", "python"),
     ("NODEPASS_SPLICE", True, "0", False),
     ("NODEPASS_UDP_GSO", False, "1", True),
@@ -237,9 +238,9 @@ def test_variables_are_values() -> None:
 def test_cores_without_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert available_cores() == 6
+    assert (available_cores(), default_threads()) == (6, 3)
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert available_cores() == 1
+    assert (available_cores(), default_threads()) == (1, 1)
 
 
 def test_suggest() -> None:
