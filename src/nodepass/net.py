@@ -13,6 +13,7 @@ import errno
 import os
 import socket
 import struct
+import sys
 from itertools import chain, zip_longest
 from typing import Final, NamedTuple
 
@@ -57,6 +58,9 @@ _TUNING: Final = (
         if hasattr(socket, name)
     ),
 )
+_TCP_INFO: Final = getattr(socket, "TCP_INFO", None) if sys.platform == "linux" else None
+_TCP_ESTABLISHED: Final = 1
+"""Of Linux' struct tcp_info: neither side has ended."""
 _LINGER_RESET: Final = struct.pack("ii", 1, 0)
 
 
@@ -167,6 +171,11 @@ def is_stalled(sock: socket.socket) -> bool:
 
 def has_ended(sock: socket.socket) -> bool:
     """Tell whether the peer of an idle connection has gone, without taking a byte from it."""
+    if _TCP_INFO is not None:
+        # Its first byte is the state. A look at it takes no exception where nothing is to be read,
+        # which is the usual case and costs more than all the rest of taking a link.
+        if sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 1)[0] == _TCP_ESTABLISHED:
+            return False
     try:
         return not sock.recv(1, socket.MSG_PEEK)
     except BlockingIOError:

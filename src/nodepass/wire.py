@@ -52,6 +52,7 @@ MAX_GREETING: Final = 256
 MAX_LINE: Final = 1024
 """Bytes, LF included, of every other line: what a stranger may make us keep."""
 
+_KINDS: Final = {str(kind): kind for kind in Kind}
 _HEX: Final = frozenset("0123456789abcdef")
 
 # What our own side writes, read at a glance: two of these lines come with each short visitor.
@@ -321,9 +322,10 @@ def parse_signal(line: bytes, dialect: Dialect) -> Signal:
     if not mark:
         return Unknown(line)
     host, _, query = rest.partition("?")
-    if scheme in ("tcp", "udp"):
+    kind = _KINDS.get(scheme)
+    if kind is not None:
         number = _number(host, "link number", MAX_NUMBER)
-        return Launch(Kind(scheme), number, _fields(query).get("from", ""))
+        return Launch(kind, number, _fields(query).get("from", ""))
     if scheme == "fail":
         number = _number(host, "link number", MAX_NUMBER)
         return Fail(number, _word(_fields(query).get("why", "unknown"), "failure"))
