@@ -298,6 +298,7 @@ cdef struct Worker:
     uint32_t round_turns        # turns between two looks at events and orders
     uint8_t is_started          # [c]
     uint8_t is_joined           # [c]
+    uint8_t has_deferred        # [c]: orders lie there for which nobody has rung yet
     char pad0[CACHE_LINE]
     uint32_t wake_rung          # atomic, both
     uint32_t stop               # atomic, [c]

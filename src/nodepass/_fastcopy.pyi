@@ -184,6 +184,7 @@ class Engine:
         head_a: bytes = b"",
         head_b: bytes = b"",
         idle: float = 0.0,
+        defer: bool = False,
     ) -> int:
         """Join two connected non-blocking stream sockets.
 
@@ -196,6 +197,8 @@ class Engine:
             head_a: plaintext already read from a; it reaches b before anything else.
             head_b: plaintext already read from b; it reaches a before anything else.
             idle: seconds without a byte in either direction that end the flow; 0 = never.
+            defer: let the flow begin with the next ring(), so that several which are made in a
+                row wake their thread once.
 
         Returns:
             A token, > 0. Both descriptors and Connections are the engine's from now on.
@@ -207,6 +210,13 @@ class Engine:
             ValueError: the idle limit is out of range.
 
         After: one Completion with this token comes out of poll().
+        """
+
+    def ring(self) -> None:
+        """Let the flows begin that relay() has deferred.
+
+        Raises:
+            EngineClosed: after close(), or in a forked child.
         """
 
     def handshake(self, fd: int, tls: Connection) -> int:

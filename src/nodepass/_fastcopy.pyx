@@ -68,7 +68,7 @@ include "fastcopy/out.pxi"
 include "fastcopy/raw.pxi"
 include "fastcopy/order.pxi"
 
-ABI = 3
+ABI = 4
 REASON_FINISHED = R_FINISHED
 REASON_RESET = R_RESET
 REASON_ABORTED = R_ABORTED
@@ -369,7 +369,9 @@ cdef class Engine:
         self.check("fileno")
         return self.core.notify
 
-    def relay(self, fd_a, fd_b, *, tls_a=None, tls_b=None, head_a=b"", head_b=b"", idle=0.0):
+    def relay(
+        self, fd_a, fd_b, *, tls_a=None, tls_b=None, head_a=b"", head_b=b"", idle=0.0, defer=False
+    ):
         """Join two connected non-blocking stream sockets.
 
         Args:
@@ -381,6 +383,8 @@ cdef class Engine:
             head_a: plaintext already read from a; it reaches b before anything else.
             head_b: plaintext already read from b; it reaches a before anything else.
             idle: seconds without a byte in either direction that end the flow; 0 = never.
+            defer: let the flow begin with the next ring(), so that several which are made in a
+                row wake their thread once.
 
         Returns:
             A token, > 0. Both descriptors and Connections are the engine's from now on.
@@ -396,6 +400,7 @@ cdef class Engine:
         cdef int a = fd_a
         cdef int b = fd_b
         cdef double seconds = idle
+        cdef bint is_deferred = defer
         cdef bytes first_up = head_a
         cdef bytes first_down = head_b
         cdef const char* up = first_up
@@ -438,7 +443,20 @@ cdef class Engine:
             slot_give(self.core, slot)
             raise EngineError("relay", -rc)
         self.core.total += 1
-        return self.submit(w, flow, slot, connections)
+        return self.submit(w, flow, slot, connections, is_deferred)
+
+    def ring(self):
+        """Let the flows begin that relay() has deferred.
+
+        Raises:
+            EngineClosed: after close(), or in a forked child.
+        """
+        cdef uint32_t i
+        self.check("ring")
+        for i in range(self.core.threads):
+            if self.core.workers[i].has_deferred:
+                self.core.workers[i].has_deferred = 0
+                worker_call(&self.core.workers[i])
 
     def handshake(self, fd, tls):
         """Drive a TLS handshake on a connected non-blocking stream socket.
@@ -485,10 +503,12 @@ cdef class Engine:
         flow_secure(flow, 0, &handles)
         flow.kind = KIND_HANDSHAKE
         self.core.handshakes += 1
-        return self.submit(w, flow, slot, (tls,))
+        return self.submit(w, flow, slot, (tls,), 0)
 
     # Hand a flow over, and keep what its worker uses alive.
-    cdef object submit(self, Worker* w, Flow* flow, uint32_t slot, tuple connections):
+    cdef object submit(
+        self, Worker* w, Flow* flow, uint32_t slot, tuple connections, bint is_deferred
+    ):
         cdef object token = token_of(flow, slot)
         if connections:
             self.connections[token] = connections
@@ -497,7 +517,11 @@ cdef class Engine:
                 Py_INCREF(self.connections)
                 self.pinned = <PyObject*>self.connections
         w.load += 1
-        order_put(w, flow, slot, ORDER_ADMIT)
+        order_lay(w, flow, slot, ORDER_ADMIT)
+        if is_deferred:
+            w.has_deferred = 1
+        else:
+            worker_call(w)
         return token
 
     def udp_serve(self, fd, *, datagram=8192, waiting=512, gso=False):
@@ -550,7 +574,7 @@ cdef class Engine:
         udp.own.gso = bool(gso) and udp_has_gso(descriptor)
         udp.own.waiting = waiting
         self.core.gates += 1
-        token = self.submit(&self.core.workers[flow.worker], flow, slot, ())
+        token = self.submit(&self.core.workers[flow.worker], flow, slot, (), 0)
         self.gates[slot] = True
         self.lend()
         return token
@@ -693,7 +717,7 @@ cdef class Engine:
         else:
             udp_set_up(target)
             udp.gso = gso and udp_has_gso(target)
-        return self.submit(w, flow, slot, () if tls is None else (tls,))
+        return self.submit(w, flow, slot, () if tls is None else (tls,), 0)
 
     # A free slot, or the error that there is none, or that a descriptor will not do.
     cdef uint32_t take_slot(self, str operation, int rc) except? 0xFFFFFFFF:

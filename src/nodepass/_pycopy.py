@@ -51,7 +51,7 @@ __all__ = [
     "tls_trouble",
 ]  # fmt: skip
 
-ABI: Final = 3
+ABI: Final = 4
 
 MAX_THREADS: Final = 256  # the native engine's limit, checked alike
 
@@ -158,6 +158,7 @@ class Engine(UdpHalf[Completion]):
         head_a: bytes = b"",
         head_b: bytes = b"",
         idle: float = 0.0,
+        defer: bool = False,  # noqa: ARG002 - there is no thread to wake
     ) -> int:
         """Join two connected non-blocking stream sockets; own both on success."""
         self._check("relay")
@@ -181,6 +182,10 @@ class Engine(UdpHalf[Completion]):
         self._flows[token] = flow
         self._keep_watch()
         return token
+
+    def ring(self) -> None:
+        """Let deferred flows begin, which they do by themselves here."""
+        self._check("ring")
 
     def handshake(self, fd: int, tls: Connection) -> int:
         """Do a TLS handshake on a borrowed non-blocking stream socket."""

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from .environment import Settings
+from .errors import EngineClosed
 from .log import Log
 from .work import (
     Engine,
@@ -56,6 +57,7 @@ class _Crew:
         self.engine = engine
         self._newcomer = newcomer
         self.open: dict[int, Relay | Handshake | UdpRelay | Gate] = {}
+        self._is_ringing = False
         self._loop.add_reader(engine.fileno(), self.drain)
 
     def drain(self, *, is_last: bool = False) -> None:
@@ -74,6 +76,17 @@ class _Crew:
             gate = self.open.get(newcomer.gate)
             if isinstance(gate, Gate) and not is_last:
                 gate.meet(newcomer)
+
+    def ring_soon(self) -> None:
+        """Let the relays that are made in this turn of the loop begin together."""
+        if not self._is_ringing:
+            self._is_ringing = True
+            self._loop.call_soon(self._ring)
+
+    def _ring(self) -> None:
+        self._is_ringing = False
+        with contextlib.suppress(EngineClosed):
+            self.engine.ring()
 
     def leave_loop(self) -> None:
         self._loop.remove_reader(self.engine.fileno())
@@ -136,16 +149,19 @@ class Relays:
         Raises:
             EngineError: the engine is full or closed; both sockets are still the caller's.
         """
-        if tls_a is None and tls_b is None:
-            crew = self._crew
-            token = crew.engine.relay(a.fileno(), b.fileno(), head_a=head_a, head_b=head_b)
-        else:
-            crew = self._tls()
-            token = crew.engine.relay(
-                a.fileno(), b.fileno(), tls_a=tls_a, tls_b=tls_b, head_a=head_a, head_b=head_b
-            )
+        crew = self._crew if tls_a is None and tls_b is None else self._tls()
+        token = crew.engine.relay(
+            a.fileno(),
+            b.fileno(),
+            tls_a=tls_a,
+            tls_b=tls_b,
+            head_a=head_a,
+            head_b=head_b,
+            defer=True,
+        )
         a.detach()
         b.detach()
+        crew.ring_soon()
         relay = Relay(crew.engine, token, self._loop.create_future())
         crew.open[token] = relay
         return relay

@@ -147,7 +147,9 @@ class Engine(Protocol):
         head_a: bytes = b"",
         head_b: bytes = b"",
         idle: float = 0.0,
+        defer: bool = False,
     ) -> int: ...
+    def ring(self) -> None: ...
     def handshake(self, fd: int, tls: Connection) -> int: ...
     def udp_serve(
         self, fd: int, *, datagram: int = 8192, waiting: int = 512, gso: bool = False

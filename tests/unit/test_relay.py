@@ -211,6 +211,9 @@ class Stuck:
         self._tokens += 1
         return self._tokens
 
+    def ring(self) -> None:
+        pass
+
     def poll(self) -> list[tuple[int, ...]]:
         return self.completions
 
