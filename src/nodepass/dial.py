@@ -57,7 +57,7 @@ class Dials:
 
         Args:
             on_end: called once, maybe before this returns, with the connection, tuned and the
-                hearer's own, or with what was wrong.
+                hearer's own, or with what was wrong. Must not raise.
         """
         family, address = candidate
         try:
@@ -66,18 +66,22 @@ class Dials:
             on_end(_error(candidate, exc.errno))
             return
         try:
-            is_connected = net.connect_now(sock, address)
+            if not net.connect_now(sock, address):
+                self._wait(_Connect(sock, candidate, on_end))
+                return
         except OSError as exc:
             sock.close()
             on_end(_error(candidate, exc.errno))
             return
-        if is_connected:
-            on_end(sock)
-            return
-        connect = _Connect(sock, candidate, on_end)
+        except BaseException:
+            sock.close()
+            raise
+        on_end(sock)
+
+    def _wait(self, connect: _Connect) -> None:
+        self._watch.writable(connect.sock, functools.partial(self._on_answer, connect))
         self._open.add(connect)
         self._waiting.add(connect)
-        self._watch.writable(sock, functools.partial(self._on_answer, connect))
 
     def close(self) -> None:
         """Give up what is under way, ECANCELED; idempotent."""

@@ -129,8 +129,11 @@ class Entrance:
         caller = Caller(sock, host, port, handshake, self._loop.time())
         self._callers[sock.fileno()] = caller
         self._per_source[source] = self._per_source.get(source, 0) + 1
-        self._watch.readable(sock, functools.partial(self._read, caller))
         self._patience.add(caller)
+        try:
+            self._watch.readable(sock, functools.partial(self._read, caller))
+        except OSError as exc:
+            self._leave(caller, f"it cannot be watched: {exc.strerror}")
 
     def promote(self, host: str, least_silence: float) -> Caller | None:
         """Release the newest silent caller of an address: its data connection has come.

@@ -152,7 +152,7 @@ class Variable:
     def default(self) -> str:
         """The default as the help shows it."""
         if self.field == "threads":
-            return "cores"
+            return "half the cores"
         value = getattr(Settings(), self.field)
         if isinstance(value, float):
             return show_duration(value)

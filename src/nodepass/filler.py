@@ -72,7 +72,11 @@ class Filler:
             if self._is_closed or self._retry is not None:
                 return
             self.dialling += 1
-            self._begin(self._end)
+            try:
+                self._begin(self._end)
+            except Exception as exc:  # noqa: BLE001 - whoever asks for links is not at fault
+                self._log.error("a fault of ours in dialling a link; please report it", error=exc)
+                self._end(exc)
 
     async def claim(self, name: int | str, timeout: float) -> Link:  # noqa: ASYNC109
         """Return the link of this name, waiting for one whose launch came first.

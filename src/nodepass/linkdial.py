@@ -74,7 +74,7 @@ class LinkDials:
 
         Args:
             on_end: called once, maybe before this returns, with the link, or with the
-                NodePassError or OSError that was in its way; not at all after `close`.
+                NodePassError or OSError that was in its way; maybe not at all after `close`.
         """
         on_answer = functools.partial(self._on_answer, on_end)
         self._client.dials.begin(self._address, on_answer)
@@ -96,7 +96,10 @@ class LinkDials:
             dial = _Dial(answer, self._client.new_handshake(), on_end)
             self._open.add(dial)
             self._waiting.add(dial)
-            self._client.watch.readable(answer, functools.partial(self._read, dial))
+            try:
+                self._client.watch.readable(answer, functools.partial(self._read, dial))
+            except OSError as exc:
+                self._fail(dial, exc)
 
     def _read(self, dial: _Dial) -> None:
         greeting = None

@@ -173,12 +173,12 @@ def has_ended(sock: socket.socket) -> bool:
     """Tell whether the peer of an idle connection has gone, without taking a byte from it."""
     # The first byte of TCP_INFO is the state. A look at it takes no exception where nothing is to
     # be read, which is the usual case and costs more than all the rest of taking a link.
-    if (
-        _TCP_INFO is not None
-        and sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 1)[0] == _TCP_ESTABLISHED
-    ):
-        return False
     try:
+        if (
+            _TCP_INFO is not None
+            and sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 1)[0] == _TCP_ESTABLISHED
+        ):
+            return False
         return not sock.recv(1, socket.MSG_PEEK)
     except BlockingIOError:
         return False
@@ -328,7 +328,7 @@ def connect_now(sock: socket.socket, address: SocketAddress) -> bool:
     # Asked twice, since by then this machine's own listeners have answered.
     if not (_is_connected(sock, address) or _is_connected(sock, address)):
         return False
-    if sock.getsockname()[:2] == address[:2]:
+    if sock.getsockname()[1] == address[1] and sock.getsockname() == sock.getpeername():
         # Nobody listens on a port of this machine from the ephemeral range, and the
         # kernel has picked that very port for us: we are talking to ourselves.
         raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")

@@ -217,17 +217,36 @@ class Pairing:
                 client.counters.visitors += 1
                 client.enter()
                 on_answer = functools.partial(self._on_answer, link, visitor)
-                client.dials.begin(self._target, on_answer)
+                try:
+                    client.dials.begin(self._target, on_answer)
+                except Exception as exc:  # noqa: BLE001 - it must not end the session
+                    self._end_serving(link, exc)
                 return
             client.free_slot()
         client.spawn(self._serve(kind, name, visitor), "serving a visitor")
 
     def _on_answer(self, link: Link, visitor: str, answer: socket.socket | DialError) -> None:
-        if isinstance(answer, DialError):
-            self._miss(link, answer)
-            self._client.leave()
-        elif not self._join(Kind.TCP, link, visitor, answer):
-            self._client.leave()
+        try:
+            if isinstance(answer, DialError):
+                self._miss(link, answer)
+            elif self._join(Kind.TCP, link, visitor, answer):
+                return
+        except Exception as exc:  # noqa: BLE001 - it must not end the session
+            if isinstance(answer, socket.socket):
+                net.reset(answer)
+            self._end_serving(link, exc)
+            return
+        self._end_serving(link)
+
+    def _end_serving(self, link: Link, fault: Exception | None = None) -> None:
+        """Give back what a launch has taken and no relay has got."""
+        if fault is not None:
+            net.reset(link.sock)
+            self._client.log.error(
+                "a fault of ours in serving a visitor; please report it", error=fault
+            )
+        self._client.free_slot()
+        self._client.leave()
 
     async def _serve(self, kind: Kind, name: int | str, visitor: str) -> None:
         """Claim the link, dial the target, and hand both to the engine."""
@@ -263,23 +282,26 @@ class Pairing:
         except BaseException:
             net.reset(link.sock)
             raise
+        is_joined = False
         try:
             if kind is Kind.TCP:
                 sock = await net.dial(target.host, target.port, self._settings.dial_timeout)
             else:
                 sock, address = await client.dial_udp()
+            is_joined = self._join(kind, link, visitor, sock, address)
         except DialError as exc:
             self._miss(link, exc)
-            return False
         except BaseException:
             net.reset(link.sock)
             raise
-        return self._join(kind, link, visitor, sock, address)
+        finally:
+            if not is_joined:
+                client.free_slot()
+        return is_joined
 
     def _miss(self, link: Link, exc: DialError) -> None:
         """Take it that the target cannot be reached: there is no relay."""
         net.reset(link.sock)
-        self._client.free_slot()
         if exc.errno != errno.ECANCELED:  # we are stopping, and that is said elsewhere
             failure = _FAILURES.get(exc.errno or 0, Failure.UNREACHABLE)
             self._give_up(link.name, failure, str(exc))
@@ -303,7 +325,6 @@ class Pairing:
         except EngineError as exc:
             net.reset(link.sock)
             net.reset(sock)
-            client.free_slot()
             self._give_up(link.name, Failure.LIMIT, str(exc))
             return False
         client.hold(relay)

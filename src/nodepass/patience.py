@@ -57,7 +57,11 @@ class Patience(Generic[T]):
         for thing in late:
             # Those before it may have had it removed.
             if self._ends.pop(thing, None) is not None:
-                self._on_late(thing)
+                try:
+                    self._on_late(thing)
+                except Exception as exc:  # noqa: BLE001 - the others' time is over, too
+                    told = {"message": f"a fault of ours behind {self._on_late}"}
+                    self._loop.call_exception_handler({**told, "exception": exc})
         if self._timer is not None:  # or somebody has closed us
             self._timer = None
             self._arm()

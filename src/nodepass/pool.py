@@ -101,7 +101,11 @@ class Shelf:
         """Keep a link; its name must not be here already."""
         self._idle[link.name] = link
         link.since = self._loop.time()
-        self._watch.hangup(link.sock, functools.partial(self._check, link))
+        try:
+            self._watch.hangup(link.sock, functools.partial(self._check, link))
+        except OSError:  # there is no room in the kernel; it would die unnoticed
+            del self._idle[link.name]
+            self._bury(link)
 
     def take(self) -> Link | None:
         """Hand over the newest live link: the one least likely to have died unnoticed."""

@@ -8,6 +8,7 @@ link each gets. Never dials. What a connection is, `entrance` finds out; which l
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import functools
 import socket
@@ -294,7 +295,8 @@ class Server(Tunnel):
                 assert waiting is not None
                 waiting.cancel()
 
-        self._waiting.hangup(sock, leave)
+        with contextlib.suppress(OSError):  # no room in the kernel: then it waits unwatched
+            self._waiting.hangup(sock, leave)
         try:
             member, link = await self.pool.take(self.settings.dial_timeout)
         except (PoolTimeout, PoolClosed) as exc:

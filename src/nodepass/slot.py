@@ -110,7 +110,9 @@ class Queue:
         try:
             await place
         except asyncio.CancelledError:
-            if place.done() and not place.cancelled():
+            if place.cancelled():
+                self._waiting.remove(place)
+            else:
                 self.give()  # it came in the turn in which we gave up
             raise
 

@@ -31,8 +31,8 @@ class Watch:
     One epoll set stands behind one reader of the loop, so to watch a connection costs one
     system call, and neither a handle nor a task. Each connection is watched for one thing at a
     time; to watch it for another replaces that. Callbacks may come without need, and more than
-    once. Without epoll (not Linux) the loop itself watches, and early bytes end a watch for
-    hang-ups.
+    once. Where the kernel has no room for one more, to watch raises OSError. Without epoll (not
+    Linux) the loop itself watches, and early bytes end a watch for hang-ups.
     """
 
     def __init__(self) -> None:
@@ -84,20 +84,23 @@ class Watch:
         self._callbacks.clear()
 
     def _watch(self, fd: int, events: int, on_ready: OnReady) -> None:
-        is_known = fd in self._callbacks
-        self._callbacks[fd] = on_ready
         if self._epoll is None:
             self._enter_loop(fd, events, on_ready)
-        elif is_known:
+        elif fd in self._callbacks:
             self._epoll.modify(fd, events)
         else:
             self._epoll.register(fd, events)
+        self._callbacks[fd] = on_ready
 
     def _drain(self, epoll: select.epoll) -> None:
         for fd, _ in epoll.poll(0, BATCH):
             on_ready = self._callbacks.get(fd)
             if on_ready is not None:
-                on_ready()
+                try:
+                    on_ready()
+                except Exception as exc:  # noqa: BLE001 - the others are not told twice
+                    told = {"message": f"a fault of ours behind {on_ready}", "exception": exc}
+                    self._loop.call_exception_handler(told)
 
     # ------------------------------------------------------------------ without epoll
 

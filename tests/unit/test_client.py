@@ -392,6 +392,35 @@ async def test_failure_of_the_target_has_a_name(
 
 
 @both
+@pytest.mark.parametrize("where", ["dial", "join"])
+async def test_fault_in_one_launch_ends_that_one_only(
+    where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with paired("log=error") as (server, desk, links):
+
+        def fail(*_: object, **__: object) -> bool:
+            raise RuntimeError("on purpose")
+
+        if where == "dial":
+            monkeypatch.setattr(net, "connect_now", fail)
+        else:
+            monkeypatch.setattr(desk.client.relays, "join", fail)
+        await server.say("tcp://1?from=10.0.0.1:1")
+        assert await is_reset(links[1])
+        monkeypatch.undo()
+        await until(lambda: not desk.figures.visitors_open, 5, "the end of its serving")
+        await server.say("tcp://2?from=10.0.0.1:1")
+        target = await desk.at_target()
+        if where == "join":
+            assert await is_reset(target)
+            target = await desk.at_target()
+        await links[2].write(b"others")
+        assert await target.read_exactly(6) == b"others"
+        assert desk.client._slots._free == desk.client._limit - 1
+    assert "a fault of ours in serving a visitor" in caplog.text
+
+
+@both
 async def test_engine_that_refuses_is_answered() -> None:
     relays = Relays(Settings(threads=1))
     async with paired(relays=relays) as (server, desk, links):

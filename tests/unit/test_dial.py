@@ -139,7 +139,18 @@ async def test_no_socket_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (await here.failure()).errno == errno.EMFILE
 
 
-async def test_never_talks_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_room_to_watch_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    with full() as listening, post() as here:
+        monkeypatch.setattr(here.watch, "writable", fail)
+        here.begin(listening.getsockname())
+        assert (await here.failure()).errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+async def test_never_talks_to_itself(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
     port = free_port()
 
     def open_there(family: int) -> socket.socket:
@@ -151,7 +162,7 @@ async def test_never_talks_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(net, "open_stream", open_there)
     with post() as here:
-        here.begin(("127.0.0.1", port))
+        here.begin((host, port))
         assert (await here.failure()).errno == errno.ECONNREFUSED
 
 

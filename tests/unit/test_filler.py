@@ -170,6 +170,25 @@ async def test_a_dial_that_fails_at_once_ends_the_round() -> None:
 
 
 @both
+async def test_a_fault_of_ours_backs_off_like_any_failure(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("on purpose")
+
+    with caplog.at_level(logging.ERROR, "nodepass"):
+        async with Yard(pause=0.05, level="error") as yard:
+            begin = yard.filler._begin
+            monkeypatch.setattr(yard.filler, "_begin", fail)
+            yard.open_gate()
+            yard.want(4)
+            assert yard.filler.dialling == 0
+            monkeypatch.setattr(yard.filler, "_begin", begin)
+            await until(lambda: len(yard.shelf) == 4, 5, "links once it works again")
+    assert "a fault of ours in dialling a link" in caplog.text
+
+
+@both
 async def test_failures_are_told_once_they_are_no_accident(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -64,6 +64,28 @@ async def test_may_be_changed_by_whom_it_calls() -> None:
 
 
 @both
+async def test_goes_on_although_one_raises() -> None:
+    told: list[object] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: told.append(context["exception"]))
+    late: list[str] = []
+
+    def on_late(thing: str) -> None:
+        late.append(thing)
+        if thing == "a":
+            raise RuntimeError("on purpose")
+
+    patience = Patience[str](0.02, on_late)
+    patience.add("a")
+    patience.add("b")
+    await until(lambda: len(late) == 2, 5, "both")
+    patience.add("c")
+    await until(lambda: len(late) == 3, 5, "the timer runs anew")
+    patience.close()
+    assert "on purpose" in str(told)
+
+
+@both
 async def test_close_forgets_all() -> None:
     late: list[str] = []
     patience = Patience[str](0.01, late.append)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
-from nodepass.slot import TCP_SHARE, Slots
+from nodepass.slot import TCP_SHARE, Queue, Slots
 
 
 class Queues:
@@ -106,3 +108,57 @@ def test_nobody_gets_in_while_more_are_served_than_may_be() -> None:
     queues.tcp = 1
     queues.slots.give()
     assert queues.order == []
+
+
+# --- Queue -------------------------------------------------------------------------------------
+
+
+async def test_queue_is_first_come_first_served() -> None:
+    queue = Queue(1)
+    served: list[str] = []
+
+    async def take(name: str) -> None:
+        await queue.take()
+        served.append(name)
+
+    assert queue.take_nowait()
+    assert queue.is_full
+    assert not queue.take_nowait()
+    waiting = [asyncio.ensure_future(take(name)) for name in "abc"]
+    await asyncio.sleep(0)
+    for count in range(1, 4):
+        queue.give()
+        assert not queue.take_nowait(), "it is given to who waits"
+        await asyncio.sleep(0)
+        assert served == list("abc")[:count]
+    await asyncio.gather(*waiting)
+    queue.give()
+    assert queue.take_nowait()
+
+
+async def test_queue_forgets_who_gives_up() -> None:
+    queue = Queue(1)
+    assert queue.take_nowait()
+    waiting = [asyncio.ensure_future(queue.take()) for _ in range(100)]
+    await asyncio.sleep(0)
+    for one in waiting[:-1]:
+        one.cancel()
+    await asyncio.wait(waiting[:-1])
+    assert len(queue._waiting) == 1
+    queue.give()
+    await waiting[-1]
+    assert queue.is_full
+
+
+async def test_queue_passes_on_a_place_that_came_too_late() -> None:
+    queue = Queue(1)
+    assert queue.take_nowait()
+    one, other = (asyncio.ensure_future(queue.take()) for _ in range(2))
+    await asyncio.sleep(0)
+    queue.give()
+    one.cancel()  # in the very turn
+    await other
+    assert one.cancelled()
+    assert queue.is_full
+    queue.give()
+    assert not queue.is_full

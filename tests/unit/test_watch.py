@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import functools
 import select
 import socket
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 from tests.engine.rig import tcp_pair
@@ -164,6 +167,46 @@ async def test_watch_close_forgets_all(watch_kind: str) -> None:
         await asyncio.sleep(0.02)
         watch.remove(near)
         assert not heard
+
+
+@both
+async def test_watch_tells_the_others_although_one_raises(
+    watch_kind: str,
+) -> None:
+    """Edges are told once: whoever is passed over would never hear of them."""
+    told: list[object] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: told.append(context["exception"]))
+    with contextlib.ExitStack() as stack, watching() as watch:
+        heard: list[int] = []
+
+        def hear(number: int) -> None:
+            heard.append(number)
+            if number == 0:
+                raise RuntimeError("on purpose")
+
+        for number in range(20):
+            near, far = stack.enter_context(ends())
+            watch.hangup(near, functools.partial(hear, number))
+            far.close()
+        await until(lambda: set(heard) == set(range(20)), 5, "all of them")
+    assert "on purpose" in str(told)
+
+
+async def test_watch_without_room_for_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ends() as (near, far), watching() as watch:
+        whole, watch._epoll = watch._epoll, mock.Mock()
+        watch._epoll.register.side_effect = OSError(errno.ENOSPC, "no room")
+        with pytest.raises(OSError, match="no room"):
+            watch.readable(near, lambda: None)
+        watch._epoll = whole
+        assert len(watch) == 0
+        watch.remove(near)
+        heard: list[str] = []
+        watch.hangup(near, lambda: heard.append("near"))
+        far.close()
+        await until(lambda: heard, 5, "the hang-up")
+        watch.remove(near)
 
 
 # --- what has arrived, and answers -------------------------------------------------------------
