@@ -61,7 +61,7 @@ class Dials:
         """
         family, address = candidate
         try:
-            sock = net.open_stream(family)
+            sock = net.open_stream(family, address[0])
         except OSError as exc:
             on_end(_error(candidate, exc.errno))
             return

@@ -45,19 +45,25 @@ _CONNECTING: Final = frozenset({errno.EINPROGRESS, errno.EALREADY, errno.EWOULDB
 _NONBLOCK: Final = getattr(socket, "SOCK_NONBLOCK", 0)
 _STREAM: Final = socket.SOCK_STREAM | _NONBLOCK
 """Non-blocking from the start where the kernel can do that, which saves a system call."""
-_TUNING: Final = (
-    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    *(
-        (socket.IPPROTO_TCP, getattr(socket, name), value)
-        for name, value in (
-            ("TCP_KEEPIDLE", KEEPALIVE_IDLE),
-            ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL),
-            ("TCP_KEEPCNT", KEEPALIVE_PROBES),
-        )
-        if hasattr(socket, name)
-    ),
-)
+
+
+def _tuning() -> list[tuple[int, int, int]]:
+    options = [
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    ]
+    for name, value in (
+        ("TCP_KEEPIDLE", KEEPALIVE_IDLE),
+        ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL),
+        ("TCP_KEEPCNT", KEEPALIVE_PROBES),
+    ):
+        if hasattr(socket, name):
+            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
+    return options
+
+
+_TUNING: Final = _tuning()
+"""What every TCP leg of ours has: level, option, value."""
 _TCP_INFO: Final = getattr(socket, "TCP_INFO", None) if sys.platform == "linux" else None
 _TCP_ESTABLISHED: Final = 1
 """Of Linux' struct tcp_info: neither side has ended."""
@@ -274,7 +280,7 @@ def _close_late(task: asyncio.Task[socket.socket]) -> None:
 
 async def _connect(candidate: Candidate) -> socket.socket:
     family, address = candidate
-    sock = open_stream(family)
+    sock = open_stream(family, address[0])
     try:
         await connect(sock, address)
     except BaseException:
@@ -283,13 +289,20 @@ async def _connect(candidate: Candidate) -> socket.socket:
     return sock
 
 
-def open_stream(family: int) -> socket.socket:
-    """Make a tuned non-blocking socket for a dial."""
+def open_stream(family: int, host: str = "") -> socket.socket:
+    """Make a tuned non-blocking socket to dial a host with.
+
+    This machine itself cannot vanish without a word, so its own addresses need no keepalive: four
+    system calls less where most targets are.
+    """
     sock = socket.socket(family, _STREAM)
     try:
         if not _NONBLOCK:
             sock.setblocking(False)
-        tune(sock)
+        if host == "::1" or host.startswith("127."):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        else:
+            tune(sock)
     except BaseException:
         sock.close()
         raise

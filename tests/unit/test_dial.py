@@ -84,7 +84,21 @@ async def test_connects_within_the_call_where_it_can(host: str) -> None:
         assert end.getpeername()[:2] == name
         assert not end.getblocking()
         assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-        assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+@pytest.mark.parametrize(
+    ("host", "is_far"),
+    [("127.0.0.1", False), ("127.9.9.9", False), ("::1", False), ("192.0.2.1", True), ("", True)],
+)
+def test_keepalive_where_a_peer_may_vanish(host: str, is_far: bool) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with net.open_stream(family, host) as sock:
+        assert not sock.getblocking()
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)) is is_far
+        if is_far:
+            idle = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+            assert idle == net.KEEPALIVE_IDLE
 
 
 @both
@@ -130,7 +144,7 @@ async def test_given_up() -> None:
 
 
 async def test_no_socket_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: int) -> socket.socket:
+    def fail(*_: object) -> socket.socket:
         raise OSError(errno.EMFILE, "too many open files")
 
     monkeypatch.setattr(net, "open_stream", fail)
@@ -153,7 +167,7 @@ async def test_no_room_to_watch_one_more(monkeypatch: pytest.MonkeyPatch) -> Non
 async def test_never_talks_to_itself(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
     port = free_port()
 
-    def open_there(family: int) -> socket.socket:
+    def open_there(family: int, _: str) -> socket.socket:
         # What the kernel does once in a while: it picks the wanted port as our own.
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setblocking(False)

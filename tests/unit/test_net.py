@@ -167,7 +167,9 @@ def test_tune_sets_what_every_leg_has() -> None:
 
 
 def test_tune_where_keepalive_has_no_knobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(socket, "TCP_KEEPIDLE", raising=False)
+    for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"):
+        monkeypatch.delattr(socket, name, raising=False)
+    monkeypatch.setattr(net, "_TUNING", net._tuning())
     with ends() as (near, _):
         net.tune(near)
         assert near.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
@@ -382,7 +384,7 @@ async def test_what_is_accepted_is_tuned() -> None:
             for sock in (dialled, hearer.socks[0]):
                 assert not sock.getblocking()
                 assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-                assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert hearer.socks[0].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         listener.close()
 
 
