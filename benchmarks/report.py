@@ -14,7 +14,7 @@ from typing import Final
 from benchmarks import aim
 from benchmarks.load import Load
 from benchmarks.machine import DISTURBED
-from benchmarks.result import Figures, Outcome, summary
+from benchmarks.result import RIVALS, Figures, Outcome, median, ratio, summary
 
 NONE: Final = "–"
 
@@ -68,6 +68,8 @@ COLUMNS: Final[tuple[tuple[str, str, Callable[[float], str]], ...]] = (
     ("drops", "drops", count),
 )
 """Title, figure and how to show it, for those figures that every load may have."""
+OURS: Final = {"haproxy": "nodepass", "haproxy-tls": "nodepass-tls"}
+"""Which row of ours is compared with a rival's in the overview."""
 HIDDEN: Final = {"mean": ("mean_of_haproxy",), "p50": ("mean", "mean_of_haproxy")}
 """What needs no column of its own when this is the headline."""
 SHOWN_AT_ZERO: Final = ("loss", "idle_cpu")
@@ -98,7 +100,8 @@ def brief(load: Load, figures: Figures) -> str:
 
 def markdown(outcome: Outcome) -> str:
     """All that was found: a table for each load, the aims, and what was not measured."""
-    parts = [_table(outcome, load) for load in outcome.loads()]
+    parts = [_overview(outcome)] if len(outcome.loads()) > 1 else []
+    parts += [_table(outcome, load) for load in outcome.loads()]
     reached = aim.reached(outcome)
     if reached:
         parts.append(_aims(reached))
@@ -109,6 +112,29 @@ def markdown(outcome: Outcome) -> str:
         middle, most = statistics.median(strangers), max(strangers)
         parts.append(f"Disturbed: others used {middle:.1f} cores (median), {most:.1f} at most.")
     return "\n\n".join(parts)
+
+
+def _overview(outcome: Outcome) -> str:
+    """The first figure of each contender under each load, and ours as parts of the rivals'."""
+    names = list(dict.fromkeys(result.contender for result in outcome.results))
+    titles = ["load"]
+    for name in names:
+        titles.append(name)
+        if name in RIVALS.values():
+            titles.append(f"{OURS[name]} of it")
+    rows = []
+    for load in outcome.loads():
+        row = [f"{load.name}, {load.unit}"]
+        for name in names:
+            result = outcome.find(load, name)
+            value = None if result is None else median(result, load.headline)
+            row.append(NONE if value is None else number(value * load.scale))
+            if name in RIVALS.values():
+                ours = outcome.find(load, OURS[name])
+                part = None if ours is None else ratio(ours, result, load.headline)
+                row.append(NONE if part is None else number(part))
+        rows.append(row)
+    return "\n".join(["### Overview", "", *_lines(titles, rows)])
 
 
 def _table(outcome: Outcome, load: Load) -> str:

@@ -565,7 +565,8 @@ def test_tables_hold_what_there_is() -> None:
         {"haproxy under http-16": "it ended"},
     )
     lines = report.markdown(outcome).splitlines()
-    assert lines[0] == "### http-16: HTTP requests, 16 connections kept alive"
+    assert lines[0] == "### Overview"
+    lines = lines[lines.index("### http-16: HTTP requests, 16 connections kept alive") :]
     assert lines[2] == (
         "| contender | requests/s (least – most) | of direct | CPU µs/request "
         "| latency, mean | p99 | memory |"
@@ -579,6 +580,26 @@ def test_tables_hold_what_there_is() -> None:
     assert "Failed: haproxy under http-16: it ended" in lines
     assert "Disturbed: others used 0.0 cores (median), 0.5 at most." in lines
     assert "### Aims" not in lines  # there is no haproxy to divide by
+
+
+def test_overview_has_a_row_for_each_load() -> None:
+    outcome = Outcome(
+        [
+            result(HTTP, "direct", (100000.0, 0.0)),
+            result(HTTP, "nodepass", (30000.0, 54.0), (33000.0, 54.0)),
+            result(HTTP, "haproxy", (20000.0, 60.0), (30000.0, 60.0)),
+            result(BULK, "nodepass", (1.5, 0.5)),
+        ]
+    )
+    lines = report.markdown(outcome).splitlines()
+    assert lines[:6] == [
+        "### Overview",
+        "",
+        "| load | direct | nodepass | haproxy | nodepass of it |",
+        "| --- | --: | --: | --: | --: |",
+        "| http-16, requests/s | 100000 | 31500 | 25000 | 1.30 |",
+        "| bulk-up-1, GB/s | – | 1.50 | – | – |",
+    ]
 
 
 def test_a_headline_stands_in_its_own_unit() -> None:
