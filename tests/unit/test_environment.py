@@ -216,7 +216,7 @@ def test_variables_that_are_not_settings(name: str) -> None:
 
 def test_defaults_as_the_help_shows_them() -> None:
     shown = {v.name: v.default for v in VARIABLES}
-    assert shown["NODEPASS_THREADS"] == "cores"
+    assert shown["NODEPASS_THREADS"] == "half the cores"
     assert shown["RELOAD_INTERVAL"] == "1h"
     assert shown["UDP_IDLE_TIMEOUT"] == "120s"
     assert shown["NODEPASS_SPLICE"] == "1"
