@@ -208,6 +208,17 @@ def _widen(sock: socket.socket) -> None:
 Handler = Callable[[UdpTarget, bytes, Address], None]
 
 
+class Notes:
+    """An echo that keeps what it has heard."""
+
+    def __init__(self) -> None:
+        self.words: list[bytes] = []
+
+    def __call__(self, target: UdpTarget, data: bytes, address: Address) -> None:
+        self.words.append(data)
+        echo(target, data, address)
+
+
 def echo(target: UdpTarget, data: bytes, address: Address) -> None:
     """Send everything back."""
     target.send(data, address)
