@@ -7,7 +7,7 @@ before their link. The dial itself is the caller's function. Called by `pairing`
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Final
 
 from . import net
@@ -25,7 +25,6 @@ QUIET_FAILURES: Final = 3
 YOUNG: Final = 1.0
 """Seconds that a link must live idle to count as made: several round trips of any path."""
 
-Spawn = Callable[[Coroutine[object, object, None], str], None]
 Begin = Callable[[Callable[[Link | Exception], None]], None]
 
 

@@ -15,7 +15,7 @@ import functools
 import secrets
 import socket
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -24,7 +24,6 @@ from .caller import Caller
 from .control import Control
 from .environment import Settings
 from .errors import AuthError, TlsError, TunnelError
-from .filler import Spawn
 from .log import Log
 from .message import (
     KEY_SIZE,
@@ -45,6 +44,8 @@ from .relay import Relay, UdpRelay
 from .session import Event, Lost, Role, Session
 from .stats import Counters
 from .watch import Watch
+
+Spawn = Callable[[Coroutine[object, object, None], str], None]
 
 MAX_CLIENTS: Final = 1024
 """Sessions at once: bounds what somebody can make us keep where no password is asked."""

@@ -82,7 +82,7 @@ ALLOWED: dict[str, set[str]] = {
     # lifecycles
     "tunnel": {"config", "drop", "errors", "log", "net", "proof", "relay", "stats"},
     "roster": {
-        "caller", "control", "environment", "errors", "filler", "log", "message", "net",
+        "caller", "control", "environment", "errors", "log", "message", "net",
         "penalty", "pool", "proof", "record", "relay", "session", "stats", "watch", "wire",
     },
     "dataport": {
