@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+from tests.system.rig.timing import free_port
 
 PATIENCE = 20.0
 """Seconds for any step on a busy machine; nothing here needs one."""
@@ -21,16 +22,8 @@ PATIENCE = 20.0
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends Unix signals")
 
 
-def free_ports(count: int) -> list[int]:
-    holders = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports: list[int] = [holder.getsockname()[1] for holder in holders]
-    for holder in holders:
-        holder.close()
-    return ports
-
-
 def server_url(*ports: int) -> str:
-    tunnel, target = ports or free_ports(2)
+    tunnel, target = ports or (free_port(), free_port())
     return f"server://127.0.0.1:{tunnel}/127.0.0.1:{target}"
 
 
@@ -93,7 +86,7 @@ def test_a_hangup_is_no_end() -> None:
 
 
 def test_a_client_without_a_server_waits_for_it_and_for_a_signal() -> None:
-    port, target = free_ports(2)
+    port, target = free_port(), free_port()
     with nodepass(f"client://127.0.0.1:{port}/127.0.0.1:{target}") as process:
         read_until(process.stderr, "WARN")
         process.send_signal(signal.SIGTERM)
@@ -106,7 +99,7 @@ def test_a_client_without_a_server_waits_for_it_and_for_a_signal() -> None:
 def test_a_taken_address_is_one_line(place: int) -> None:
     with socket.create_server(("127.0.0.1", 0)) as holder:
         taken = holder.getsockname()[1]
-        ports = free_ports(2)
+        ports = [free_port(), free_port()]
         ports[place] = taken
         with nodepass(server_url(*ports)) as process:
             code, said = finish(process)
@@ -119,7 +112,7 @@ def test_a_taken_address_is_one_line(place: int) -> None:
 def test_one_that_cannot_start_stops_the_others() -> None:
     with socket.create_server(("127.0.0.1", 0)) as holder:
         taken = holder.getsockname()[1]
-        first, second, third = free_ports(3)
+        first, second, third = free_port(), free_port(), free_port()
         with nodepass(server_url(first, second), server_url(taken, third)) as process:
             code, said = finish(process)
         assert code == 1, said
@@ -192,7 +185,7 @@ def test_f23_a_password_shows_nowhere(place: str, tmp_path: Path) -> None:
     part = "hunter2%2DZq@" if place == "url" else ""
     values = {"NODEPASS_PASSWORD": SECRET, "NODEPASS_PASSWORD_FILE": str(path)}
     environ = {place: values[place]} if part == "" else {}
-    tunnel, port = free_ports(2)
+    tunnel, port = free_port(), free_port()
     with socket.create_server(("127.0.0.1", 0)) as target:
         target.settimeout(PATIENCE)
         inner = target.getsockname()[1]
@@ -260,7 +253,7 @@ def test_the_lines_of_keygen_make_a_tunnel() -> None:
     printed = subprocess.run(
         command, capture_output=True, text=True, timeout=PATIENCE, check=True
     ).stdout
-    tunnel, port = free_ports(2)
+    tunnel, port = free_port(), free_port()
     with socket.create_server(("127.0.0.1", 0)) as target:
         target.settimeout(PATIENCE)
         # Its ports may be in use here; `exec` lets our signals reach the program itself.

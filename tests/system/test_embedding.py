@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.system.rig.arena import Arena
-from tests.system.rig.datagram import UdpArena, free_both
+from tests.system.rig.datagram import UdpArena
 from tests.system.rig.stream import connect, exchange
 from tests.system.rig.target import body_of, digest_of, echo, serve_body
 from tests.system.rig.timing import free_port, until, within
@@ -53,7 +53,7 @@ async def test_udp_pair_in_one_loop(
     monkeypatch.setenv("NODEPASS_ENGINE", engine)
     monkeypatch.setenv("SHUTDOWN_TIMEOUT", "20ms")
     async with UdpArena(tmp_path) as arena, within(20):
-        target, tunnel, port = arena.udp_target(), free_port(), free_both()
+        target, tunnel, port = arena.udp_target(), free_port(), free_port()
         async with (
             Server(f"server://127.0.0.1:{tunnel}/127.0.0.1:{port}?log=none&tcp=0") as server,
             Client(f"client://127.0.0.1:{tunnel}/127.0.0.1:{target.port}?log=none") as client,

@@ -256,7 +256,7 @@ async def test_f24_no_link_in_time_ends_the_wait(tmp_path: Path) -> None:
             assert 0.25 < time.monotonic() - start < limit(3)
 
 
-async def test_visitors_that_leave_free_both_sides(tmp_path: Path, engine: str, tls: str) -> None:
+async def test_visitors_that_leave_free_port_sides(tmp_path: Path, engine: str, tls: str) -> None:
     async with Arena(tmp_path, engine) as arena, within(20):
         target = arena.target(sink)
         tunnel = await arena.tunnel(target, server=tls)

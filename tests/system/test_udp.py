@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from tests.system.rig.datagram import Address, UdpArena, UdpTarget, echo, free_both
+from tests.system.rig.datagram import Address, UdpArena, UdpTarget, echo
 from tests.system.rig.stream import exchange
 from tests.system.rig.target import body_of
 from tests.system.rig.target import echo as tcp_echo
@@ -116,7 +116,7 @@ async def test_f25_engines_understand_each_other(tmp_path: Path, engines: str, t
     """Links that come in pieces of 7 bytes: a frame is rarely whole."""
     near, far = engines.split()
     async with UdpArena(tmp_path) as arena, within(20):
-        tunnel_port, port = free_port(), free_both()
+        tunnel_port, port = free_port(), free_port()
         await arena.server(port, tunnel_port, tls, NODEPASS_ENGINE=near)
         proxy = arena.proxy(tunnel_port, piece=7)
         await arena.client(proxy.port, arena.udp_target().port, NODEPASS_ENGINE=far)
@@ -210,7 +210,7 @@ async def test_visitors_do_not_hear_each_other(tmp_path: Path) -> None:
 @few
 async def test_tcp_and_udp_on_one_port(tmp_path: Path, engine: str, tls: str) -> None:
     async with UdpArena(tmp_path, engine) as arena, within(20):
-        target = arena.target(tcp_echo, port=free_both())
+        target = arena.target(tcp_echo, port=free_port())
         arena.udp_target(port=target.port)
         tunnel = await arena.tunnel(target, server=tls)
         visitor = arena.visitor(tunnel.port)
@@ -225,7 +225,7 @@ async def test_tcp_and_udp_on_one_port(tmp_path: Path, engine: str, tls: str) ->
 async def test_ipv6_from_end_to_end(tmp_path: Path) -> None:
     async with UdpArena(tmp_path) as arena, within(20):
         target = arena.udp_target(host="::1")
-        tunnel_port, port = free_port("::1"), free_both("::1")
+        tunnel_port, port = free_port("::1"), free_port("::1")
         await arena.nodepass(f"server://[::1]:{tunnel_port}/[::1]:{port}").start()
         await arena.nodepass(f"client://[::1]:{tunnel_port}/[::1]:{target.port}").start()
         visitor = arena.visitor(port, "::1")
@@ -238,7 +238,7 @@ async def test_empty_host_answers_from_the_address_that_was_asked(
     """Visitors on connected sockets hear nothing from any other."""
     async with UdpArena(tmp_path, engine) as arena, within(20):
         target = arena.udp_target()
-        tunnel_port, port = free_port(), free_both("::1" if has_ipv6() else "127.0.0.1")
+        tunnel_port, port = free_port(), free_port("::1" if has_ipv6() else "127.0.0.1")
         server = arena.nodepass(f"server://:{tunnel_port}/:{port}")
         client = arena.nodepass(f"client://localhost:{tunnel_port}/localhost:{target.port}")
         await server.start()
@@ -262,7 +262,7 @@ async def test_target_may_be_a_name(tmp_path: Path) -> None:
     """IPv4 comes first, where a name stands for both."""
     async with UdpArena(tmp_path) as arena, within(20):
         target = arena.udp_target()
-        await arena.server(port := free_both(), tunnel_port := free_port())
+        await arena.server(port := free_port(), tunnel_port := free_port())
         client = arena.nodepass(f"client://127.0.0.1:{tunnel_port}/localhost:{target.port}")
         await client.start()
         assert await arena.visitor(port).ask(b"hello") == b"hello"
@@ -281,7 +281,7 @@ async def test_several_urls_in_one_process(tmp_path: Path) -> None:
                 clients.append(f"client://127.0.0.1:{tunnel}/127.0.0.1:{far.port}")
             return servers, clients
 
-        names, near = (b"first", b"second"), [free_both() for _ in range(4)]
+        names, near = (b"first", b"second"), [free_port() for _ in range(4)]
         servers, clients = urls(names, near[:2])
         for part in (servers, clients):
             await arena.nodepass(*part).start()

@@ -12,15 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from tests.system.rig.datagram import (
-    Address,
-    Notes,
-    UdpArena,
-    UdpTarget,
-    Visitor,
-    free_both,
-    listen_only,
-)
+from tests.system.rig.datagram import Address, Notes, UdpArena, UdpTarget, Visitor, listen_only
 from tests.system.rig.stream import connect, exchange
 from tests.system.rig.target import echo as tcp_echo
 from tests.system.rig.timing import free_port, limit, until, within
@@ -107,7 +99,7 @@ async def test_semaphore_many_lookups_in_two_places(tmp_path: Path) -> None:
 async def test_semaphore_tcp_and_udp_share_the_places(tmp_path: Path) -> None:
     env = TWO | {"UDP_IDLE_TIMEOUT": "1s"}
     async with UdpArena(tmp_path, **env) as arena, within(30):
-        target = arena.target(tcp_echo, port=free_both())
+        target = arena.target(tcp_echo, port=free_port())
         far = arena.udp_target(port=target.port)
         tunnel = await arena.tunnel(target)
         late = arena.visitor(tunnel.port)
@@ -149,7 +141,7 @@ async def test_semaphore_who_waits_too_long_is_turned_away(tmp_path: Path) -> No
 
 async def test_server_without_udp_does_not_listen(tmp_path: Path) -> None:
     async with UdpArena(tmp_path) as arena, within(20):
-        target = arena.target(tcp_echo, port=free_both())
+        target = arena.target(tcp_echo, port=free_port())
         far = arena.udp_target(port=target.port)
         tunnel = await arena.tunnel(target, server="?udp=0")
         visitor = arena.visitor(tunnel.port)
@@ -176,7 +168,7 @@ async def test_server_without_tcp_leaves_the_port_to_others(tmp_path: Path) -> N
 async def test_client_without_one_of_them_says_so(tmp_path: Path, off: str) -> None:
     """A UDP visitor hears nothing, a TCP visitor is reset; the other kind is served."""
     async with UdpArena(tmp_path) as arena, within(20):
-        target = arena.target(tcp_echo, port=free_both())
+        target = arena.target(tcp_echo, port=free_port())
         far = arena.udp_target(port=target.port)
         tunnel = await arena.tunnel(target, client=f"?{off}=0")
         visitor = arena.visitor(tunnel.port)

@@ -19,7 +19,6 @@ from tests.system.rig.datagram import (
     Visitor,
     at_rest,
     back_to,
-    free_both,
 )
 from tests.system.rig.peer import NativeClient
 from tests.system.rig.stream import Stream
@@ -177,7 +176,7 @@ async def test_f09_visitor_without_a_link_holds_up_nobody(
 ) -> None:
     """What he says waits for his link, the newest 64 KiB of it; others have theirs."""
     async with UdpArena(tmp_path, engine) as arena, within(20):
-        await arena.server(port := free_both(), tunnel_port := free_port(), tls)
+        await arena.server(port := free_port(), tunnel_port := free_port(), tls)
         async with NativeClient(tunnel_port) as client:
             links = {1: await client.link(1)}
             quick, stuck = arena.visitor(port), arena.visitor(port)
@@ -202,7 +201,7 @@ async def test_f09_link_that_is_not_read_holds_up_nobody(
 ) -> None:
     """It takes what fits into it; the rest is dropped, told, and not kept in memory."""
     async with UdpArena(tmp_path, engine) as arena, within(30):
-        server = await arena.server(port := free_both(), tunnel_port := free_port(), tls)
+        server = await arena.server(port := free_port(), tunnel_port := free_port(), tls)
         async with NativeClient(tunnel_port) as client:
             links = {1: await client.link(1)}
             flood, quick = arena.visitor(port), arena.visitor(port)

@@ -9,7 +9,7 @@ from typing import Final
 
 import pytest
 from tests.system.rig.authority import self_signed
-from tests.system.rig.datagram import UdpArena, Visitor, free_both
+from tests.system.rig.datagram import UdpArena, Visitor
 from tests.system.rig.peer import NativeClient, NativeServer
 from tests.system.rig.stream import Stream
 from tests.system.rig.target import body_of
@@ -42,7 +42,7 @@ async def test_server_frames_as_the_protocol_says(tmp_path: Path, engine: str, t
     """The example of docs/protocol.md, byte for byte; answers in crumbs, and all in one."""
     words = [b"hi", b"", b"0123456789"]
     async with UdpArena(tmp_path, engine) as arena, within(20):
-        await arena.server(port := free_both(), tunnel_port := free_port(), tls)
+        await arena.server(port := free_port(), tunnel_port := free_port(), tls)
         async with NativeClient(tunnel_port) as client:
             link = await client.link(1)
             visitor = arena.visitor(port)
@@ -62,7 +62,7 @@ async def test_f10_server_delivers_what_came_before_the_launch(
     tmp_path: Path, engine: str, tls: str
 ) -> None:
     async with UdpArena(tmp_path, engine) as arena, within(20):
-        await arena.server(port := free_both(), tunnel_port := free_port(), tls)
+        await arena.server(port := free_port(), tunnel_port := free_port(), tls)
         async with NativeClient(tunnel_port) as client:
             link = await client.link(1, more=frame(b"early") + frame(b"")[:1])
             visitor = arena.visitor(port)
@@ -77,7 +77,7 @@ async def test_f10_server_delivers_what_came_before_the_launch(
 async def test_server_drops_what_no_datagram_can_hold(tmp_path: Path, engine: str) -> None:
     """A frame may be longer than IPv4 carries: it is counted, and the next one is in step."""
     async with UdpArena(tmp_path, engine, REPORT_INTERVAL="1s") as arena, within(20):
-        server = await arena.server(port := free_both(), tunnel_port := free_port())
+        server = await arena.server(port := free_port(), tunnel_port := free_port())
         async with NativeClient(tunnel_port) as client:
             link = await client.link(1)
             visitor = arena.visitor(port)
@@ -97,7 +97,7 @@ async def test_server_link_that_ends_within_a_frame(
 ) -> None:
     """Half a datagram is none. The visitor has a new link a second later, and not at once."""
     async with UdpArena(tmp_path, engine) as arena, within(20):
-        await arena.server(port := free_both(), tunnel_port := free_port())
+        await arena.server(port := free_port(), tunnel_port := free_port())
         async with NativeClient(tunnel_port) as client:
             link, spare = await client.link(1), await client.link(2)
             visitor = arena.visitor(port)
@@ -199,7 +199,7 @@ async def test_limits_of_the_two_sides_may_differ(tmp_path: Path) -> None:
     """Each looks at what it receives from outside: the client's limit is about answers."""
     async with UdpArena(tmp_path, REPORT_INTERVAL="100ms") as arena, within(20):
         target = arena.udp_target()
-        port, tunnel_port = free_both(), free_port()
+        port, tunnel_port = free_port(), free_port()
         await arena.server(port, tunnel_port, UDP_DATA_BUF_SIZE="20000")
         client = await arena.client(tunnel_port, target.port, UDP_DATA_BUF_SIZE="1000")
         visitor = arena.visitor(port)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.system.rig.datagram import Notes, UdpArena, Visitor, free_both
+from tests.system.rig.datagram import Notes, UdpArena, Visitor
 from tests.system.rig.stream import connect, exchange
 from tests.system.rig.target import echo as tcp_echo
 from tests.system.rig.timing import free_port, limit, within
@@ -46,9 +46,9 @@ async def test_f12_link_cut_in_the_middle_is_replaced(
 ) -> None:
     """The visitor just goes on; another one, and a TCP visitor, do not even notice."""
     async with UdpArena(tmp_path, engine) as arena, within(30):
-        target = arena.target(tcp_echo, port=free_both())
+        target = arena.target(tcp_echo, port=free_port())
         far = arena.udp_target(port=target.port)
-        await arena.server(port := free_both(), tunnel_port := free_port(), tls)
+        await arena.server(port := free_port(), tunnel_port := free_port(), tls)
         proxy = arena.proxy(tunnel_port)
         client = await arena.client(proxy.port, target.port)
         hurt, well = arena.visitor(port), arena.visitor(port)
@@ -69,7 +69,7 @@ async def test_f12_link_cut_in_the_middle_is_replaced(
 async def test_f12_everything_cut_at_once_comes_back(tmp_path: Path) -> None:
     async with UdpArena(tmp_path) as arena, within(30):
         far = arena.udp_target()
-        await arena.server(port := free_both(), tunnel_port := free_port())
+        await arena.server(port := free_port(), tunnel_port := free_port())
         proxy = arena.proxy(tunnel_port)
         await arena.client(proxy.port, far.port)
         visitors = [arena.visitor(port) for _ in range(20)]
@@ -84,7 +84,7 @@ async def test_f12_everything_cut_at_once_comes_back(tmp_path: Path) -> None:
 async def test_f18_udp_sessions_outlive_control(tmp_path: Path) -> None:
     async with UdpArena(tmp_path) as arena, within(30):
         far = arena.udp_target()
-        server = await arena.server(port := free_both(), tunnel_port := free_port())
+        server = await arena.server(port := free_port(), tunnel_port := free_port())
         proxy = arena.proxy(tunnel_port)
         client = await arena.client(proxy.port, far.port)
         visitor = arena.visitor(port)
@@ -135,7 +135,7 @@ async def test_first_datagrams_wait_for_a_client(tmp_path: Path, engine: str) ->
     """For DIAL_TIMEOUT, in order, several of several visitors."""
     async with UdpArena(tmp_path, engine, DIAL_TIMEOUT="20s") as arena, within(30):
         far = arena.udp_target()
-        await arena.server(port := free_both(), tunnel_port := free_port())
+        await arena.server(port := free_port(), tunnel_port := free_port())
         visitors = [arena.visitor(port) for _ in range(3)]
         words = [b"early", b"", b"bird"]
         for word in words:
@@ -151,7 +151,7 @@ async def test_nobody_waits_longer_than_the_dial_timeout(tmp_path: Path) -> None
     env = {"DIAL_TIMEOUT": "300ms", "REPORT_INTERVAL": "100ms"}
     async with UdpArena(tmp_path, **env) as arena, within(30):
         far = arena.udp_target(notes := Notes())
-        server = await arena.server(port := free_both(), tunnel_port := free_port())
+        server = await arena.server(port := free_port(), tunnel_port := free_port())
         visitor = arena.visitor(port)
         visitor.send(b"too early")
         await server.logged('a visitor was turned away  why="no client is connected"')
@@ -168,7 +168,7 @@ async def test_f24_dead_target_is_told_once_and_harms_nobody(tmp_path: Path) -> 
     """Then it starts, and is found by those who still ask."""
     env = {"REPORT_INTERVAL": "200ms"}
     async with UdpArena(tmp_path, **env) as arena, within(40):
-        target = arena.target(tcp_echo, port=free_both())  # TCP is alive on that port
+        target = arena.target(tcp_echo, port=free_port())  # TCP is alive on that port
         tunnel = await arena.tunnel(target)
         asking = arena.visitor(tunnel.port)
         async with await connect(tunnel.port) as stream:
@@ -207,7 +207,7 @@ async def test_f24_target_that_restarts_is_found_by_the_same_session(
 async def test_f24_target_that_cannot_be_had_costs_little(tmp_path: Path) -> None:
     """500 datagrams in 2.5 seconds: a launch now and then, no link and no line for each."""
     async with UdpArena(tmp_path) as arena, within(30):
-        server = await arena.server(port := free_both(), tunnel_port := free_port(), "?log=debug")
+        server = await arena.server(port := free_port(), tunnel_port := free_port(), "?log=debug")
         client = arena.nodepass(
             f"client://127.0.0.1:{tunnel_port}/no-such-host.invalid:53?log=debug"
         )

@@ -14,8 +14,8 @@ from typing import Final
 
 import pytest
 from tests.system.rig.authority import self_signed
-from tests.system.rig.datagram import STEADY, UdpArena, at_rest, back_to, free_both
-from tests.system.rig.timing import within
+from tests.system.rig.datagram import STEADY, UdpArena, at_rest, back_to
+from tests.system.rig.timing import free_port, within
 
 MANY: Final = 200
 """Addresses of one name: 16 bytes of answer for each."""
@@ -93,7 +93,7 @@ async def output(name: str, *words: str) -> str:
 @asynccontextmanager
 async def dnsmasq(folder: Path) -> AsyncIterator[int]:
     """Serve a few names, and one with a great many addresses; yield the port."""
-    port = free_both()
+    port = free_port()
     lines = [f"host-record=host{n}.test,192.0.2.{n}" for n in range(1, 51)]
     lines += [f"host-record=many.test,198.51.100.{n}" for n in range(1, MANY + 1)]
     config = folder / "dnsmasq.conf"
@@ -166,7 +166,7 @@ async def test_f07_lookups_leave_no_descriptor_behind(tmp_path: Path) -> None:
 async def test_iperf3_loses_next_to_nothing(tmp_path: Path, direction: str, tls: str) -> None:
     """Its control goes over TCP on the same port: one tunnel carries both."""
     async with UdpArena(tmp_path) as arena, within(30):
-        far = free_both()
+        far = free_port()
         async with running("iperf3", "-s", "-1", "-p", str(far), "--forceflush") as server:
             await server.prints("Server listening")
             tunnel = await arena.tunnel(far, server=tls)
@@ -187,7 +187,7 @@ async def test_iperf3_loses_next_to_nothing(tmp_path: Path, direction: str, tls:
 async def test_dtls_handshake_and_lines(tmp_path: Path, tls: str) -> None:
     """Flights of several datagrams, in time and in order; then lines in both directions."""
     files = self_signed(tmp_path, "127.0.0.1")
-    far = free_both()
+    far = free_port()
     listening = f"s_server -dtls -accept 127.0.0.1:{far} -cert {files.crt} -key {files.key}"
     async with (
         UdpArena(tmp_path) as arena,

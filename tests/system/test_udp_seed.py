@@ -15,7 +15,7 @@ from typing import Final
 
 import pytest
 from tests.system.rig.authority import Issued, self_signed
-from tests.system.rig.datagram import Address, UdpArena, UdpTarget, free_both, listen_only
+from tests.system.rig.datagram import Address, UdpArena, UdpTarget, listen_only
 from tests.system.rig.peer import SeedClient, SeedServer
 from tests.system.rig.process import Nodepass
 from tests.system.rig.secure import TlsStream, Truncated
@@ -97,7 +97,7 @@ async def test_server_talks_as_recorded(tmp_path: Path, engine: str, tls: int) -
     rows = recording("seed-server")
     said, answer = only(rows, "data1", "s>c"), only(rows, "data1", "c>s")
     async with UdpArena(tmp_path, engine, UDP_READ_TIMEOUT="400ms") as arena, within(20):
-        await arena.server(port := free_both(), tunnel_port := free_port(), f"?tls={tls}")
+        await arena.server(port := free_port(), tunnel_port := free_port(), f"?tls={tls}")
         async with SeedClient(tunnel_port) as client:
             for _ in range(2):
                 await client.dial()
@@ -120,7 +120,7 @@ async def test_server_takes_a_link_for_each_datagram(
 ) -> None:
     """Two at once use two links, of one visitor or of two; each has its answer."""
     async with UdpArena(tmp_path, engine) as arena, within(20):
-        await arena.server(port := free_both(), tunnel_port := free_port(), f"?tls={tls}")
+        await arena.server(port := free_port(), tunnel_port := free_port(), f"?tls={tls}")
         async with SeedClient(tunnel_port) as client:
             for _ in range(4):
                 await client.dial()
@@ -144,7 +144,7 @@ async def test_server_takes_a_link_for_each_datagram(
 async def test_server_joins_the_pieces_of_an_answer(tmp_path: Path, size: int) -> None:
     """A stream knows no boundaries: all up to the end is one datagram."""
     async with UdpArena(tmp_path) as arena, within(20):
-        await arena.server(port := free_both(), tunnel_port := free_port())
+        await arena.server(port := free_port(), tunnel_port := free_port())
         async with SeedClient(tunnel_port) as client:
             await client.dial()
             visitor = arena.visitor(port)
@@ -164,7 +164,7 @@ async def test_server_lets_go_of_a_link_without_an_answer(
 ) -> None:
     """After UDP_READ_TIMEOUT, politely; a client that closes without one is no fault either."""
     async with UdpArena(tmp_path, engine, UDP_READ_TIMEOUT="500ms") as arena, within(20):
-        server = await arena.server(port := free_both(), tunnel_port := free_port(), f"?tls={tls}")
+        server = await arena.server(port := free_port(), tunnel_port := free_port(), f"?tls={tls}")
         async with SeedClient(tunnel_port) as client:
             for _ in range(3):
                 await client.dial()
@@ -196,7 +196,7 @@ async def test_f07_server_keeps_no_descriptor_of_200_datagrams(
 ) -> None:
     """Where the Go program leaks one for each."""
     async with UdpArena(tmp_path, engine) as arena, within(30):
-        server = await arena.server(port := free_both(), tunnel_port := free_port(), f"?tls={tls}")
+        server = await arena.server(port := free_port(), tunnel_port := free_port(), f"?tls={tls}")
         async with SeedClient(tunnel_port) as client:
             await client.dial()
             visitor = arena.visitor(port)
@@ -327,7 +327,7 @@ async def test_client_tells_of_a_dead_target(tmp_path: Path) -> None:
         SeedServer() as server,
         within(20),
     ):
-        client = await _start(arena, server, free_both())
+        client = await _start(arena, server, free_port())
         for _ in range(2):
             link = await server.launch(await server.take(), LAUNCH)
             await link.write(b"anybody?")

@@ -14,10 +14,10 @@ import pytest
 from OpenSSL.SSL import Connection
 from tests.engine.udp_words import frame, frames
 from tests.system.rig.authority import Authority
-from tests.system.rig.datagram import Handler, UdpTarget, echo, free_both, listen_only
+from tests.system.rig.datagram import Handler, UdpTarget, echo, listen_only
 from tests.system.rig.peer import NativeServer
 from tests.system.rig.stream import Stream
-from tests.system.rig.timing import limit, until, within
+from tests.system.rig.timing import free_port, limit, until, within
 from tests.unit.client_desk import (
     Desk,
     is_reset,
@@ -245,7 +245,7 @@ async def test_target_that_refuses_ends_the_session_and_is_avoided(
 ) -> None:
     """After two seconds of nothing else, so that a service may be restarted."""
     teach(monkeypatch, service=["127.0.0.2", "127.0.0.1"])
-    port = free_both()
+    port = free_port()
     with caplog.at_level(logging.DEBUG, "nodepass"):
         async with paired(
             "log=debug", target=f"service:{port}", report_interval=0.2, engine=kind
@@ -290,7 +290,7 @@ def refuse(relay: UdpRelay) -> None:
 @both
 async def test_only_the_last_refusal_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     teach(monkeypatch, service=["127.0.0.1", "127.0.0.2"])
-    port = free_both()
+    port = free_port()
     relays = Keeping()
     async with paired(target=f"service:{port}", relays=relays, idle=4) as (server, desk, links):
         one, two = target(desk), target(desk, host="127.0.0.2")
@@ -310,7 +310,7 @@ async def test_late_refusal_of_one_address_does_not_speak_against_another(
 ) -> None:
     """Two sessions at the bad address: when the second ends, the good one is in use already."""
     teach(monkeypatch, service=["127.0.0.1", "127.0.0.2"])
-    port = free_both()
+    port = free_port()
     relays = Keeping()
     try:
         async with paired(target=f"service:{port}", relays=relays, idle=4) as kit:

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 from tests.engine.rig import tcp_pair
-from tests.system.rig.datagram import free_both
-from tests.system.rig.timing import has_ipv6
+from tests.system.rig.timing import free_port, has_ipv6
 
 from nodepass import datagram
 from nodepass.errors import DialError, ListenError
@@ -107,7 +106,7 @@ def hears(sock: socket.socket, host: str, port: int) -> bool:
 
 @both
 async def test_listen_binds_a_bare_socket_that_nobody_waits_for() -> None:
-    port = free_both()
+    port = free_port()
     with closing(*await datagram.listen("127.0.0.1", port)) as (sock,):
         assert (sock.family, sock.type) == (socket.AF_INET, socket.SOCK_DGRAM)
         assert sock.getsockname() == ("127.0.0.1", port)
@@ -150,7 +149,7 @@ async def test_listen_on_a_name_binds_each_address_to_one_port(
     with closing(*await datagram.listen("twice", 0)) as socks:
         assert [sock.family for sock in socks] == [socket.AF_INET, socket.AF_INET6]
         assert len({sock.getsockname()[1] for sock in socks}) == 1, "one port for all"
-    port = free_both()
+    port = free_port()
     with closing(*await datagram.listen("twice", port)) as socks:
         assert [sock.getsockname()[1] for sock in socks] == [port, port]
 

@@ -10,10 +10,10 @@ import time
 
 import pytest
 from tests.engine.udp_words import frame, frames, udp_socket
-from tests.system.rig.datagram import Visitor, free_both
+from tests.system.rig.datagram import Visitor
 from tests.system.rig.peer import NativeClient, SeedClient
 from tests.system.rig.stream import Stream
-from tests.system.rig.timing import has_ipv6, until, within
+from tests.system.rig.timing import free_port, has_ipv6, until, within
 from tests.unit.engines import both, engines, native
 from tests.unit.server_desk import Desk, is_reset, serving
 
@@ -122,8 +122,8 @@ async def test_datagrams_behind_a_links_line_reach_the_visitor_first() -> None:
 @both
 @needs_ipv6
 async def test_every_address_is_served_by_its_own_socket() -> None:
-    port = free_both()
-    url = f"server://127.0.0.1:{free_both()}/:{port}?log=none"
+    port = free_port()
+    url = f"server://127.0.0.1:{free_port()}/:{port}?log=none"
     settings = Settings(threads=1, shutdown_timeout=0.01)
     async with Server(Config.parse(url, {}, settings)) as server, within(20):
         assert server.target_address == ("::", port)
@@ -599,8 +599,8 @@ async def test_gates_of_a_start_that_fails_later_are_closed(
 
     monkeypatch.setattr(relays, "serve", serve_one)
     monkeypatch.setattr(datagram, "listen", listen)
-    port = free_both()
-    server = Server(f"server://127.0.0.1:{free_both()}/127.0.0.1:{port}?log=none", relays=relays)
+    port = free_port()
+    server = Server(f"server://127.0.0.1:{free_port()}/127.0.0.1:{port}?log=none", relays=relays)
     with pytest.raises(EngineError):
         await server.start()
     assert opened[0].result.done()

@@ -14,11 +14,11 @@ from types import ModuleType
 import pytest
 from OpenSSL.SSL import Connection
 from tests.engine.udp_words import frame, udp_socket
-from tests.system.rig.datagram import Visitor, free_both
+from tests.system.rig.datagram import Visitor
 from tests.system.rig.peer import NativeClient, mac
 from tests.system.rig.secure import TlsStream
 from tests.system.rig.stream import Stream
-from tests.system.rig.timing import limit, until, within
+from tests.system.rig.timing import free_port, limit, until, within
 from tests.unit.engines import both, engines
 from tests.unit.server_desk import Desk, is_reset, launched, serving
 from tests.unit.street import outside
@@ -61,14 +61,14 @@ async def served(desk: Desk, client: NativeClient, number: int) -> tuple[Visitor
 
 
 def url(query: str, own: int = 0, target: int = 0) -> str:
-    ends = f"127.0.0.1:{own or free_both()}/127.0.0.1:{target or free_both()}"
+    ends = f"127.0.0.1:{own or free_port()}/127.0.0.1:{target or free_port()}"
     return f"server://{ends}?{query}"
 
 
 @contextlib.contextmanager
 def taken(kind: socket.SocketKind) -> Iterator[int]:
     """Hold a port of one protocol."""
-    port = free_both()
+    port = free_port()
     with socket.socket(socket.AF_INET, kind) as sock:
         sock.bind(("127.0.0.1", port))
         if kind is socket.SOCK_STREAM:
@@ -124,7 +124,7 @@ async def test_each_protocol_can_be_left_out(
 @pytest.mark.parametrize("query", ["log=none", "log=none&tcp=0"])
 async def test_start_fails_where_the_port_is_taken_for_udp_alone(query: str) -> None:
     with taken(socket.SOCK_DGRAM) as port:
-        own = free_both()
+        own = free_port()
         server = Server(url(query, own, port))
         with pytest.raises(ListenError, match="udp=0 goes without UDP") as caught:
             await server.start()
@@ -141,7 +141,7 @@ async def test_start_fails_where_the_port_is_taken_for_udp_alone(query: str) -> 
 @pytest.mark.parametrize("which", ["tunnel", "target"])
 async def test_start_that_fails_before_gates_exist(which: str) -> None:
     with taken(socket.SOCK_STREAM) as port:
-        other = free_both()
+        other = free_port()
         ports = (port, other) if which == "tunnel" else (other, port)
         server = Server(url("log=none", *ports))
         with pytest.raises(ListenError, match="in use"):
@@ -155,7 +155,7 @@ async def test_start_that_fails_before_gates_exist(which: str) -> None:
 
 @both
 async def test_start_that_fails_with_gates_that_have_not_begun() -> None:
-    own, target = free_both(), free_both()
+    own, target = free_port(), free_port()
     with taken(socket.SOCK_STREAM) as data:
         server = Server(url(f"log=none&data={data}", own, target))
         with pytest.raises(ListenError, match="in use"):
@@ -167,7 +167,7 @@ async def test_start_that_fails_with_gates_that_have_not_begun() -> None:
 async def test_start_on_an_engine_that_has_been_closed() -> None:
     relays = Relays(Settings(threads=1))
     await relays.close()
-    own, target = free_both(), free_both()
+    own, target = free_port(), free_port()
     server = Server(url("log=none", own, target), relays=relays)
     with pytest.raises(EngineClosed):
         await server.start()

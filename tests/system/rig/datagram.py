@@ -45,15 +45,6 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-def free_both(host: str = "127.0.0.1") -> int:
-    """Find a port that is free for TCP and for UDP."""
-    while True:
-        port = free_port(host)
-        with socket.socket(_family(host), socket.SOCK_DGRAM) as probe, suppress(OSError):
-            probe.bind((host, port))
-            return port
-
-
 class _Endpoint:
     """A UDP socket that the loop reads."""
 
@@ -167,7 +158,7 @@ class UdpTarget(_Endpoint):
         sock = socket.socket(_family(host), socket.SOCK_DGRAM)
         try:
             _widen(sock)
-            sock.bind((host, port or free_both(host)))
+            sock.bind((host, port or free_port(host)))
         except BaseException:
             sock.close()
             raise

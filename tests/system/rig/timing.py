@@ -22,7 +22,17 @@ HIGHEST_PORT: Final = 31999
 """Ports below Linux' ephemeral range (32768): thousands of outgoing connections of these tests
 could otherwise land on a port that a restarted server needs back."""
 
+
+def _own_ports() -> range:
+    """Give the share of the ports that is this process' own: the suite runs in several."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    share = (HIGHEST_PORT + 1 - LOWEST_PORT) // workers
+    return range(LOWEST_PORT + worker * share, LOWEST_PORT + (worker + 1) * share)
+
+
 _random = random.SystemRandom()
+_own: Final = _own_ports()
 _given: set[int] = set()
 
 
@@ -67,21 +77,25 @@ async def settled(look: Callable[[], object], seconds: float, what: str, looks: 
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """Find a port that nobody listens on and that no earlier call has named."""
+    """Find a port, free for TCP and for UDP, that no earlier call has named.
+
+    No option eases the looks: where a connection of an earlier test still lingers, whoever
+    binds without SO_REUSEADDR would fail.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for _ in range(1000):
-        port = _random.randint(LOWEST_PORT, HIGHEST_PORT)
+        port = _random.choice(_own)
         if port in _given:
             continue
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with socket.socket(family) as stream, socket.socket(family, socket.SOCK_DGRAM) as datagram:
             try:
-                probe.bind((host, port))
+                stream.bind((host, port))
+                datagram.bind((host, port))
             except OSError:
                 continue
         _given.add(port)
         return port
-    raise AssertionError("no free port between 20000 and 31999")
+    raise AssertionError(f"no free port between {_own.start} and {_own.stop - 1}")
 
 
 def has_ipv6() -> bool:
