@@ -1161,7 +1161,12 @@ def test_an_interrupt_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = Hello(interrupted=True)
-    assert dry_run(tmp_path, monkeypatch, load, "--contender", "haproxy") == 130
+    # A shell that puts us in the background has us ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert dry_run(tmp_path, monkeypatch, load, "--contender", "haproxy") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_no_answer_from_the_target(
