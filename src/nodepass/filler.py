@@ -67,6 +67,8 @@ class Filler:
     def fill(self) -> None:
         """Begin as many dials as links are missing; harmless to call at any time."""
         missing = self.wanted - len(self._shelf) - self.dialling
+        if missing <= 0:
+            return
         for _ in range(min(missing, MAX_DIALS - self.dialling)):
             if self._is_closed or self._retry is not None:
                 return

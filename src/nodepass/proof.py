@@ -89,14 +89,13 @@ class LinkKey:
 
     def __init__(self, key: bytes, session: str) -> None:
         self.session = session
-        self._session = length_prefixed(session.encode())
+        self._session = session.encode()
         self._mac = hmac.new(key, length_prefixed(b"nodepass/2 link"), digestmod="sha256")
 
     def proof(self, greeting_line: bytes, binding: bytes, number: int) -> bytes:
         """Prove that a link belongs to the session; bound to its own connection's greeting."""
         mac = self._mac.copy()
-        head, tail = length_prefixed(greeting_line, binding), length_prefixed(b"%d" % number)
-        mac.update(head + self._session + tail)
+        mac.update(length_prefixed(greeting_line, binding, self._session, b"%d" % number))
         return mac.digest()
 
 

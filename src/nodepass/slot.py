@@ -44,6 +44,8 @@ class Slots:
         self._resume_tcp = resume_tcp
         self._admit_udp = admit_udp
         self._is_udp_turn = False
+        self._was_full = False
+        """Whether anybody may have been kept waiting, and may wait still."""
         self.taken = 0
         """Visitors with a slot."""
         self.udp = 0
@@ -67,19 +69,20 @@ class Slots:
         self.taken += 1
         self.udp += is_udp
         if not self.has_udp_room:
+            self._was_full = True
             self._on_full()
 
     def give(self, *, is_udp: bool = False) -> None:
         """Take a slot back; those who wait get it, TCP and UDP by turns."""
         self.taken -= 1
         self.udp -= is_udp
-        if not self.has_room:
+        if not self._was_full or not self.has_room:
             return
         self._is_udp_turn = not self._is_udp_turn
         if self._is_udp_turn and self.has_udp_room and self._admit_udp():
             return
-        if not self._resume_tcp() and self.has_udp_room:
-            self._admit_udp()
+        if not self._resume_tcp() and self.has_udp_room and not self._admit_udp():
+            self._was_full = False
 
 
 class Queue:

@@ -55,9 +55,10 @@ MAX_LINE: Final = 1024
 _KINDS: Final = {str(kind): kind for kind in Kind}
 _HEX: Final = frozenset("0123456789abcdef")
 
-# What our own side writes, read at a glance: two of these lines come with each short visitor.
+# What our own side writes, read at a glance: three of these lines come with each short visitor.
 # Whatever looks different, and be it right, is taken apart field by field.
 _GREETING: Final = re.compile(rb"//(\d{1,5})\?v=%d&n=([0-9a-f]{32})&a=([01])#([012])" % VERSION)
+_LAUNCH: Final = re.compile(rb"(tcp|udp)://(\d{1,15})\?from=([!-%'-~]*)")
 _CLAIM: Final = re.compile(rb"link://([0-9a-f]{16})\?i=(\d{1,15})&p=([0-9a-f]{64})")
 
 
@@ -314,6 +315,9 @@ def parse_signal(line: bytes, dialect: Dialect) -> Signal:
     """
     if dialect is Dialect.SEED:
         return _parse_seed_signal(line)
+    ours = _LAUNCH.fullmatch(line)
+    if ours is not None:
+        return Launch(_KINDS[ours[1].decode()], int(ours[2]), ours[3].decode())
     try:
         text = line.decode("ascii")
     except UnicodeDecodeError:
