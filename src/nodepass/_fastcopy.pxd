@@ -18,6 +18,7 @@ cdef enum:                      # reasons of a completion; mirrored as REASON_* 
     R_RESET = 1
     R_ABORTED = 2
     R_IDLE = 3
+    R_UNMET = 4                 # its second side could not be connected
 
 cdef enum:                      # low bits of an order in a worker's inbox
     ORDER_ADMIT = 0
@@ -36,7 +37,7 @@ cdef enum:                      # what an item of an outbox is about; above its 
     EVENT_SHIFT = 32
 
 cdef enum:                      # what a flow is
-    KIND_RELAY = 0              # two streams
+    KIND_RELAY = 0              # two streams; the second may have to be dialled first
     KIND_HANDSHAKE = 1          # one leg, lent by [c]: never closed here
     # UDP; all from here on have a Udp beside them. udp.pxi, gate.pxi
     KIND_GATE = 2               # leg 0: a bound socket
@@ -48,6 +49,8 @@ cdef enum:                      # what a flow is
 #
 #   FREE --relay()--> QUEUED --inbox--> OPEN --end--> DEAD --grave--> DONE --poll()--> FREE
 #        [c]                 [w]             [w]           [w]             [c]
+#
+# A flow that dials is OPEN, too.
 cdef enum FlowState:
     FLOW_FREE = 0
     FLOW_QUEUED = 1
@@ -128,16 +131,18 @@ cdef struct Flow:
     uint8_t is_breaking         # a leg is dead; its last words are being delivered
     uint8_t kind                # KIND_*
     uint8_t is_shaken           # its handshake is done
+    uint8_t is_dialling         # leg 1 has no answer yet, see dial.pxi
     uint8_t reason
     uint8_t side
     int32_t code
     uint64_t detail             # OpenSSL's packed error code behind EBADMSG
-    uint32_t idle_ms            # 0: no limit
+    uint32_t idle_ms            # 0: no limit; of a dial: until it must have its answer
     uint32_t bucket             # of the wheel, while idle_ms > 0
     uint64_t active_ms          # last byte in either direction
     Link links[LINK_KINDS]
     Leg legs[2]                 # a, b
     Way ways[2]                 # a -> b, b -> a
+    sockaddr_in6 goal           # where leg 1 is dialled, IPv4 or IPv6
 
 cdef struct List:
     uint32_t first
@@ -298,7 +303,6 @@ cdef struct Worker:
     uint32_t round_turns        # turns between two looks at events and orders
     uint8_t is_started          # [c]
     uint8_t is_joined           # [c]
-    uint8_t has_deferred        # [c]: orders lie there for which nobody has rung yet
     char pad0[CACHE_LINE]
     uint32_t wake_rung          # atomic, both
     uint32_t stop               # atomic, [c]

@@ -6,6 +6,8 @@ from typing import Final, NamedTuple, final
 
 from OpenSSL.SSL import Connection
 
+from .resolver import SocketAddress
+
 ABI: Final[int]
 REASON_FINISHED: Final[int]
 """Both directions saw EOF and every byte was handed to the other side's kernel. Of a handshake:
@@ -16,6 +18,8 @@ REASON_ABORTED: Final[int]
 """abort() or close()."""
 REASON_IDLE: Final[int]
 """No byte moved for the idle limit; both sides were reset."""
+REASON_UNMET: Final[int]
+"""Side b of dial() could not be connected, `code` says why; side a was reset."""
 
 class Completion(NamedTuple):
     """How a flow ended."""
@@ -184,7 +188,6 @@ class Engine:
         head_a: bytes = b"",
         head_b: bytes = b"",
         idle: float = 0.0,
-        defer: bool = False,
     ) -> int:
         """Join two connected non-blocking stream sockets.
 
@@ -197,8 +200,6 @@ class Engine:
             head_a: plaintext already read from a; it reaches b before anything else.
             head_b: plaintext already read from b; it reaches a before anything else.
             idle: seconds without a byte in either direction that end the flow; 0 = never.
-            defer: let the flow begin with the next ring(), so that several which are made in a
-                row wake their thread once.
 
         Returns:
             A token, > 0. Both descriptors and Connections are the engine's from now on.
@@ -212,11 +213,38 @@ class Engine:
         After: one Completion with this token comes out of poll().
         """
 
-    def ring(self) -> None:
-        """Let the flows begin that relay() has deferred.
+    def dial(
+        self,
+        fd: int,
+        target: int,
+        address: SocketAddress,
+        *,
+        tls: Connection | None = None,
+        head: bytes = b"",
+        timeout: float = 0.0,
+    ) -> int:
+        """Connect a socket, and join a connected one with it.
+
+        Args:
+            fd: descriptor of side a, a connected non-blocking stream socket.
+            target: descriptor of side b, a non-blocking stream socket that is not connected.
+            address: where b is to be connected: host and port, for IPv6 also flow label and
+                scope. The host is an address.
+            tls: of a, see relay().
+            head: plaintext already read from a; it reaches b before anything else.
+            timeout: seconds that the connect may take; 0 = as long as the kernel tries.
+
+        Returns:
+            A token, > 0. Both descriptors and the Connection are the engine's from now on.
 
         Raises:
+            EngineError: refused; see relay().
             EngineClosed: after close(), or in a forked child.
+            ValueError: the address is none, or the time is out of range.
+
+        After: one Completion with this token comes out of poll(). Where no connection came about
+            it has REASON_UNMET, side 2 and the errno, ETIMEDOUT when the time was over; side a is
+            reset. Once b is connected all is as with relay().
         """
 
     def handshake(self, fd: int, tls: Connection) -> int:

@@ -27,6 +27,7 @@ from libc.errno cimport (
     EBADMSG,
     ECONNREFUSED,
     ECONNRESET,
+    EINPROGRESS,
     EINTR,
     EINVAL,
     EIO,
@@ -39,7 +40,9 @@ from libc.errno cimport (
     ENOTCONN,
     ENOTSOCK,
     EPERM,
+    EPIPE,
     EPROTOTYPE,
+    ETIMEDOUT,
     errno,
 )
 from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t, uint8_t
@@ -58,6 +61,7 @@ include "fastcopy/mail.pxi"
 include "fastcopy/pipe.pxi"
 include "fastcopy/loop.pxi"
 include "fastcopy/flow.pxi"
+include "fastcopy/dial.pxi"
 include "fastcopy/tcp.pxi"
 include "fastcopy/tls.pxi"
 include "fastcopy/handshake.pxi"
@@ -68,11 +72,12 @@ include "fastcopy/out.pxi"
 include "fastcopy/raw.pxi"
 include "fastcopy/order.pxi"
 
-ABI = 4
+ABI = 5
 REASON_FINISHED = R_FINISHED
 REASON_RESET = R_RESET
 REASON_ABORTED = R_ABORTED
 REASON_IDLE = R_IDLE
+REASON_UNMET = R_UNMET
 
 Completion = collections.namedtuple(
     "Completion", ("token", "up", "down", "reason", "side", "code", "detail"), module=__name__
@@ -225,6 +230,24 @@ cdef inline uint32_t _milliseconds(double seconds):
     return <uint32_t>(seconds * 1000 + 0.999)
 
 
+# host and port of IPv4; for IPv6 also flow label and scope, where they are known
+cdef int _take_address(object address, sockaddr_in6* goal) except -1:
+    cdef bytes host = address[0].encode("ascii", "replace")
+    cdef const char* text = host
+    cdef uint16_t port = address[1]
+    memset(goal, 0, sizeof(sockaddr_in6))
+    if inet_pton(AF_INET, text, &(<sockaddr_in*>goal).sin_addr) == 1:
+        (<sockaddr_in*>goal).sin_family = AF_INET
+        (<sockaddr_in*>goal).sin_port = htons(port)
+    elif inet_pton(AF_INET6, text, &goal.sin6_addr) == 1:
+        goal.sin6_family = AF_INET6
+        goal.sin6_port = htons(port)
+        goal.sin6_scope_id = address[3] if len(address) > 3 else 0
+    else:
+        raise ValueError(f"address: {address[0]!r} is no address")
+    return 0
+
+
 cdef int _check_datagram(int size) except -1:
     if not 1 <= size <= MAX_DATAGRAM:
         raise ValueError(f"datagram: {size} is not within 1..{MAX_DATAGRAM}")
@@ -370,7 +393,7 @@ cdef class Engine:
         return self.core.notify
 
     def relay(
-        self, fd_a, fd_b, *, tls_a=None, tls_b=None, head_a=b"", head_b=b"", idle=0.0, defer=False
+        self, fd_a, fd_b, *, tls_a=None, tls_b=None, head_a=b"", head_b=b"", idle=0.0
     ):
         """Join two connected non-blocking stream sockets.
 
@@ -383,8 +406,6 @@ cdef class Engine:
             head_a: plaintext already read from a; it reaches b before anything else.
             head_b: plaintext already read from b; it reaches a before anything else.
             idle: seconds without a byte in either direction that end the flow; 0 = never.
-            defer: let the flow begin with the next ring(), so that several which are made in a
-                row wake their thread once.
 
         Returns:
             A token, > 0. Both descriptors and Connections are the engine's from now on.
@@ -397,66 +418,86 @@ cdef class Engine:
 
         After: one Completion with this token comes out of poll().
         """
-        cdef int a = fd_a
-        cdef int b = fd_b
         cdef double seconds = idle
-        cdef bint is_deferred = defer
-        cdef bytes first_up = head_a
-        cdef bytes first_down = head_b
-        cdef const char* up = first_up
-        cdef const char* down = first_down
+        self.check("relay")
+        _check_idle(seconds)
+        return self.pair(
+            "relay", NULL, fd_a, fd_b, tls_a, tls_b, head_a, head_b, _milliseconds(seconds)
+        )
+
+    def dial(self, fd, target, address, *, tls=None, head=b"", timeout=0.0):
+        """Connect a socket, and join a connected one with it.
+
+        Args:
+            fd: descriptor of side a, a connected non-blocking stream socket.
+            target: descriptor of side b, a non-blocking stream socket that is not connected.
+            address: where b is to be connected: host and port, for IPv6 also flow label and
+                scope. The host is an address.
+            tls: of a, see relay().
+            head: plaintext already read from a; it reaches b before anything else.
+            timeout: seconds that the connect may take; 0 = as long as the kernel tries.
+
+        Returns:
+            A token, > 0. Both descriptors and the Connection are the engine's from now on.
+
+        Raises:
+            EngineError: refused; see relay().
+            EngineClosed: after close(), or in a forked child.
+            ValueError: the address is none, or the time is out of range.
+
+        After: one Completion with this token comes out of poll(). Where no connection came about
+            it has REASON_UNMET, side 2 and the errno, ETIMEDOUT when the time was over; side a is
+            reset. Once b is connected all is as with relay().
+        """
+        cdef double seconds = timeout
+        cdef sockaddr_in6 goal
+        self.check("dial")
+        _check_idle(seconds)
+        _take_address(address, &goal)
+        return self.pair("dial", &goal, fd, target, tls, None, head, b"", _milliseconds(seconds))
+
+    # Make and submit a flow between two streams; the second is dialled if there is a goal.
+    cdef object pair(
+        self, str operation, sockaddr_in6* goal, int a, int b, object tls_a, object tls_b,
+        bytes head_a, bytes head_b, uint32_t limit_ms
+    ):
+        cdef const char* up = head_a
+        cdef const char* down = head_b
         cdef int rc
         cdef uint32_t slot
         cdef Flow* flow
         cdef Worker* w
         cdef Handles handles[2]
         cdef tuple connections = tuple([tls for tls in (tls_a, tls_b) if tls is not None])
-        self.check("relay")
         if tls_a is not None:
-            _take_handles("relay", tls_a, &handles[0])
+            _take_handles(operation, tls_a, &handles[0])
         if tls_b is not None:
-            _take_handles("relay", tls_b, &handles[1])
-        _check_idle(seconds)
+            _take_handles(operation, tls_b, &handles[1])
         rc = sys_check_socket(a, SOCK_STREAM)
         if rc == 0:
             rc = sys_check_socket(b, SOCK_STREAM)
         if rc == 0 and (a == b or (tls_a is not None and tls_a is tls_b)):
             rc = -EINVAL
-        if rc < 0:
-            raise EngineError("relay", -rc)
-        slot = slot_take(self.core, 0)
-        if slot == NONE_SLOT:
-            self.core.refused += 1
-            raise EngineError("relay", _errno.ENOBUFS)
+        slot = self.take_slot(operation, rc)
         flow = &self.core.flows[slot]
         w = worker_choose(self.core)
-        flow_prepare(flow, a, b, w.index, _milliseconds(seconds))
+        flow_prepare(flow, a, b, w.index, limit_ms)
+        if goal != NULL:
+            flow.is_dialling = 1
+            flow.goal = goal[0]
         if tls_a is not None:
             flow_secure(flow, 0, &handles[0])
         if tls_b is not None:
             flow_secure(flow, 1, &handles[1])
-        rc = flow_park_head(flow, 0, up, len(first_up))
+        rc = flow_park_head(flow, 0, up, len(head_a))
         if rc == 0:
-            rc = flow_park_head(flow, 1, down, len(first_down))
+            rc = flow_park_head(flow, 1, down, len(head_b))
         if rc < 0:
             flow_undo(flow)
             slot_give(self.core, slot)
-            raise EngineError("relay", -rc)
+            raise EngineError(operation, -rc)
         self.core.total += 1
-        return self.submit(w, flow, slot, connections, is_deferred)
-
-    def ring(self):
-        """Let the flows begin that relay() has deferred.
-
-        Raises:
-            EngineClosed: after close(), or in a forked child.
-        """
-        cdef uint32_t i
-        self.check("ring")
-        for i in range(self.core.threads):
-            if self.core.workers[i].has_deferred:
-                self.core.workers[i].has_deferred = 0
-                worker_call(&self.core.workers[i])
+        return self.submit(w, flow, slot, connections)
 
     def handshake(self, fd, tls):
         """Drive a TLS handshake on a connected non-blocking stream socket.
@@ -503,12 +544,10 @@ cdef class Engine:
         flow_secure(flow, 0, &handles)
         flow.kind = KIND_HANDSHAKE
         self.core.handshakes += 1
-        return self.submit(w, flow, slot, (tls,), 0)
+        return self.submit(w, flow, slot, (tls,))
 
     # Hand a flow over, and keep what its worker uses alive.
-    cdef object submit(
-        self, Worker* w, Flow* flow, uint32_t slot, tuple connections, bint is_deferred
-    ):
+    cdef object submit(self, Worker* w, Flow* flow, uint32_t slot, tuple connections):
         cdef object token = token_of(flow, slot)
         if connections:
             self.connections[token] = connections
@@ -517,11 +556,7 @@ cdef class Engine:
                 Py_INCREF(self.connections)
                 self.pinned = <PyObject*>self.connections
         w.load += 1
-        order_lay(w, flow, slot, ORDER_ADMIT)
-        if is_deferred:
-            w.has_deferred = 1
-        else:
-            worker_call(w)
+        order_put(w, flow, slot, ORDER_ADMIT)
         return token
 
     def udp_serve(self, fd, *, datagram=8192, waiting=512, gso=False):
@@ -574,7 +609,7 @@ cdef class Engine:
         udp.own.gso = bool(gso) and udp_has_gso(descriptor)
         udp.own.waiting = waiting
         self.core.gates += 1
-        token = self.submit(&self.core.workers[flow.worker], flow, slot, (), 0)
+        token = self.submit(&self.core.workers[flow.worker], flow, slot, ())
         self.gates[slot] = True
         self.lend()
         return token
@@ -717,7 +752,7 @@ cdef class Engine:
         else:
             udp_set_up(target)
             udp.gso = gso and udp_has_gso(target)
-        return self.submit(w, flow, slot, () if tls is None else (tls,), 0)
+        return self.submit(w, flow, slot, () if tls is None else (tls,))
 
     # A free slot, or the error that there is none, or that a descriptor will not do.
     cdef uint32_t take_slot(self, str operation, int rc) except? 0xFFFFFFFF:

@@ -114,6 +114,8 @@ cdef extern from "<sys/socket.h>" nogil:
     size_t CMSG_SPACE(size_t size)
     size_t CMSG_LEN(size_t size)
     int getsockname(int fd, sockaddr* name, socklen_t* size)
+    int getpeername(int fd, sockaddr* name, socklen_t* size)
+    int connect(int fd, const sockaddr* name, socklen_t size)
     int recvmmsg(int fd, mmsghdr* messages, unsigned int count, int flags, void* timeout)
     int sendmmsg(int fd, mmsghdr* messages, unsigned int count, int flags)
 
@@ -142,6 +144,10 @@ cdef extern from "<netinet/in.h>" nogil:
     int IP_PKTINFO
     int IPV6_PKTINFO
     int IPV6_RECVPKTINFO
+
+cdef extern from "<arpa/inet.h>" nogil:
+    uint16_t htons(uint16_t port)
+    int inet_pton(int family, const char* text, void* into)
 
 # Younger than the oldest C library that wheels are built for; numbers of include/uapi/linux.
 cdef extern from *:

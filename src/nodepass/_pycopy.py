@@ -25,12 +25,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from . import _pytls
-from ._pydesk import STREAM, Watched, check_head, check_idle, check_range, make_leg
+from ._pydesk import (
+    STREAM,
+    Watched,
+    check_address,
+    check_head,
+    check_idle,
+    check_range,
+    make_leg,
+)
 from ._pyflow import (
     REASON_ABORTED,
     REASON_FINISHED,
     REASON_IDLE,
     REASON_RESET,
+    REASON_UNMET,
     Ending,
     Flow,
     arm_reset,
@@ -38,20 +47,22 @@ from ._pyflow import (
 from ._pygate import Newcomer
 from ._pyport import UdpCounts
 from ._pyserve import UdpHalf
-from ._pytls import Handshake, TlsFault, TlsLeg, is_usable
+from ._pytls import Handshake, Leg, TlsFault, TlsLeg, is_usable
 from ._pyudp import UdpCompletion
 from .errors import EngineError
 
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection
 
+    from .resolver import SocketAddress
+
 __all__ = [
-    "ABI", "REASON_ABORTED", "REASON_FINISHED", "REASON_IDLE", "REASON_RESET", "Completion",
-    "Engine", "EngineStatistics", "Newcomer", "UdpCompletion", "UdpCounts", "alpn_selector",
-    "tls_trouble",
+    "ABI", "REASON_ABORTED", "REASON_FINISHED", "REASON_IDLE", "REASON_RESET", "REASON_UNMET",
+    "Completion", "Engine", "EngineStatistics", "Newcomer", "UdpCompletion", "UdpCounts",
+    "alpn_selector", "tls_trouble",
 ]  # fmt: skip
 
-ABI: Final = 4
+ABI: Final = 5
 
 MAX_THREADS: Final = 256  # the native engine's limit, checked alike
 
@@ -158,7 +169,6 @@ class Engine(UdpHalf[Completion]):
         head_a: bytes = b"",
         head_b: bytes = b"",
         idle: float = 0.0,
-        defer: bool = False,  # noqa: ARG002 - there is no thread to wake
     ) -> int:
         """Join two connected non-blocking stream sockets; own both on success."""
         self._check("relay")
@@ -171,8 +181,7 @@ class Engine(UdpHalf[Completion]):
         legs = make_leg(sockets[0], tls_a), make_leg(sockets[1], tls_b)
         flow = Flow(self, token, legs, idle)
         try:
-            for way, head in zip(flow.ways, (head_a, head_b), strict=True):
-                way.start(head)
+            flow.start((head_a, head_b))
         except (OSError, NotImplementedError) as exc:
             flow.is_over = True
             raise self._refuse("relay", sockets, exc) from exc
@@ -183,9 +192,37 @@ class Engine(UdpHalf[Completion]):
         self._keep_watch()
         return token
 
-    def ring(self) -> None:
-        """Let deferred flows begin, which they do by themselves here."""
-        self._check("ring")
+    def dial(
+        self,
+        fd: int,
+        target: int,
+        address: SocketAddress,
+        *,
+        tls: Connection | None = None,
+        head: bytes = b"",
+        timeout: float = 0.0,
+    ) -> int:
+        """Connect a stream socket, and join a connected one with it; own both on success."""
+        self._check("dial")
+        self._require_tls("dial", tls)
+        check_idle(timeout)
+        check_head(head)
+        check_address(address)
+        sockets = self._adopt("dial", (fd, STREAM), (target, STREAM))
+        token = self._require_token("dial", sockets)
+        flow = Flow(self, token, (make_leg(sockets[0], tls), Leg(sockets[1])), 0.0)
+        self._flows[token] = flow
+        for sock in sockets:
+            arm_reset(sock, True)
+        try:
+            flow.dial(address, timeout, head)
+        except (OSError, NotImplementedError) as exc:
+            flow.is_over = True
+            del self._flows[token]
+            raise self._refuse("dial", sockets, exc) from exc
+        self._counts["flows"] += 1
+        self._keep_watch()
+        return token
 
     def handshake(self, fd: int, tls: Connection) -> int:
         """Do a TLS handshake on a borrowed non-blocking stream socket."""

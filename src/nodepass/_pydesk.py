@@ -7,6 +7,7 @@ UDP. Nobody else comes here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
@@ -18,6 +19,8 @@ from .errors import EngineClosed, EngineError
 
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection
+
+    from .resolver import SocketAddress
 
 BUFFER_BYTES: Final = 524288  # one recv; the native size, and the bound per direction
 WATCH_SECONDS: Final = 0.1  # step of the idle limit, as the native engine's wheel
@@ -192,6 +195,15 @@ def check_head(head: bytes) -> None:
     """Raise TypeError if something is not the start of a stream."""
     if not isinstance(head, bytes):
         raise TypeError(f"heads are bytes, not {type(head).__name__}")
+
+
+def check_address(address: SocketAddress) -> None:
+    """Raise ValueError if a host is a name."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError):
+            socket.inet_pton(family, address[0])
+            return
+    raise ValueError(f"address: {address[0]!r} is no address")
 
 
 def make_leg(sock: socket.socket, tls: Connection | None) -> Leg:

@@ -15,14 +15,23 @@ import struct
 import sys
 import time
 from collections.abc import Callable
-from typing import Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from ._pytls import Leg, TlsFault
+
+if TYPE_CHECKING:
+    from .resolver import SocketAddress
 
 REASON_FINISHED: Final = 0
 REASON_RESET: Final = 1
 REASON_ABORTED: Final = 2
 REASON_IDLE: Final = 3
+REASON_UNMET: Final = 4
+
+UNDER_WAY: Final = frozenset({0, errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EINTR})
+"""What connect(2) says while nothing is wrong."""
+BROKEN_LATER: Final = frozenset({errno.ECONNRESET, errno.EPIPE})
+"""Errors that only a socket that has been connected can have."""
 
 LINGER_SHAPE: Final = "hh" if sys.platform == "win32" else "ii"
 
@@ -162,10 +171,21 @@ def arm_reset(sock: socket.socket, is_armed: bool) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
 
+def is_mirror(sock: socket.socket) -> bool:
+    """Tell whether the kernel has connected a socket with itself."""
+    try:
+        return bool(sock.getsockname() == sock.getpeername())
+    except OSError:
+        return False
+
+
 class Flow:
     """Two sides and the two directions between them."""
 
-    __slots__ = ("born", "engine", "idle", "is_over", "legs", "token", "ways")
+    __slots__ = (
+        "born", "engine", "head", "idle", "is_dialling", "is_over", "legs", "token", "until",
+        "ways",
+    )  # fmt: skip
 
     def __init__(self, engine: Host, token: int, legs: tuple[Leg, Leg], idle: float) -> None:
         self.engine = engine
@@ -177,9 +197,61 @@ class Flow:
         self.idle = idle
         self.born = time.monotonic()
         self.is_over = False
+        self.is_dialling = False
+        """Whether the second side has no answer yet; nothing is read from the first meanwhile."""
+        self.until = 0.0
+        """When it must have one, on the monotonic clock; 0 = there is no limit."""
+        self.head = b""
+        """What the second side is owed when it is connected."""
+
+    def start(self, heads: tuple[bytes, bytes]) -> None:
+        """Begin with both directions; each has bytes that come first."""
+        for way, head in zip(self.ways, heads, strict=True):
+            way.start(head)
+
+    def dial(self, address: SocketAddress, timeout: float, head: bytes) -> None:
+        """Connect the second side first."""
+        self.is_dialling = True
+        self.until = time.monotonic() + timeout if timeout else 0.0
+        self.head = head
+        sock = self.legs[1].sock
+        code = sock.connect_ex(address)
+        if code in UNDER_WAY:
+            self.engine.loop.add_writer(sock, self.meet)
+        else:
+            self.bury(REASON_UNMET, 2, code)
+
+    def meet(self) -> None:
+        """Take the answer of the second side."""
+        leg = self.legs[1]
+        self.engine.loop.remove_writer(leg.sock)
+        self.is_dialling = False
+        code = leg.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if not code and is_mirror(leg.sock):
+            code = errno.ECONNREFUSED
+        if code in BROKEN_LATER:
+            self.reset(leg, OSError(code, ""))
+        elif code:
+            self.bury(REASON_UNMET, 2, code)
+        else:
+            try:
+                self.start((self.head, b""))
+            except OSError as exc:
+                self.reset(leg, exc)
+
+    def watch_dial(self) -> None:
+        """Give up a dial whose time is over, or for which nobody is left."""
+        code = self.legs[0].sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self.reset(self.legs[0], OSError(code, ""))
+        elif self.until and time.monotonic() >= self.until:
+            self.bury(REASON_UNMET, 2, errno.ETIMEDOUT)
 
     def watch_step(self) -> None:
         """Look for what no event tells: the idle limit, and errors of unread sockets."""
+        if self.is_dialling:
+            self.watch_dial()
+            return
         for leg, way in zip(self.legs, self.ways, strict=True):
             code = leg.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if leg.can_outlive_reset and way.answer.is_shut:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from . import net
@@ -26,6 +27,7 @@ class Caller:
         "heard",
         "host",
         "is_released",
+        "on_ready",
         "port",
         "records",
         "said",
@@ -41,14 +43,18 @@ class Caller:
         sock: socket.socket,
         host: str,
         port: int,
+        source: str,
         handshake: ServerHandshake,
         since: float,
     ) -> None:
         self.sock = sock
         self.host = host
-        self.source = net.source_of(host)
+        self.source = source
+        """Of its host, as `net.source_of` says."""
         self.port = port
         self.handshake = handshake
+        self.on_ready: Callable[[], None] | None = None
+        """What it is watched with."""
         self.since = since
         """Seconds of the loop's clock at which it was greeted."""
         self.wait: asyncio.TimerHandle | None = None

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Final
 
 from . import datagram, net, wire
 from .config import Config, Mode
-from .dial import Dials
 from .errors import AuthError, NodePassError, PoolTimeout, TlsError, TunnelError
 from .handshake import ClientHandshake
 from .message import NONCE_SIZE, Dialect, Greeting
@@ -63,8 +62,6 @@ class Client(Tunnel):
             await asyncio.to_thread(self._load_tls)
         self.watch = Watch()
         self.resources.callback(self.watch.close)
-        self.dials = Dials(self.watch, self.settings.dial_timeout)
-        self.resources.callback(self.dials.close)
         self.resources.callback(self._close_pairing)
         shares = self.share_descriptors()
         self._limit, self.most_idle = shares.visitors, shares.idle
@@ -137,8 +134,9 @@ class Client(Tunnel):
 
     def enter(self) -> None:
         """Count a visitor from its launch to the end of its relay."""
+        if not self._serving:
+            self._is_idle.clear()
         self._serving += 1
-        self._is_idle.clear()
 
     def leave(self) -> None:
         """Stop counting a visitor."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import secrets
 import socket
 from collections.abc import Callable
@@ -65,7 +66,7 @@ class Entrance:
         is_known: tells whether a client is connected from a source (`net.source_of`).
         counters: `strangers` grows by each connection that is turned away.
         relays: do the TLS handshakes.
-        watch: tells when callers say something.
+        watch: tells when callers say something; the one that links are watched with later.
         key: the stretched password, None where there is none.
         tls: the server's certificate, None = plain.
         penalties: how long a source has to wait for its hello to be looked at.
@@ -116,7 +117,7 @@ class Entrance:
                 self._evict(source)
             elif self._is_full(source):
                 self.make_room()
-        nonce = secrets.token_bytes(NONCE_SIZE)
+        nonce = os.urandom(NONCE_SIZE)
         mode = 0 if self._tls is None else self._tls.mode
         greeting = Greeting(self.data_port, mode, nonce, self._key is not None, VERSION)
         handshake = ServerHandshake(greeting, self._key)
@@ -126,12 +127,13 @@ class Entrance:
         except OSError:
             self._turn_away(sock, host, "it left before the greeting")
             return
-        caller = Caller(sock, host, port, handshake, self._loop.time())
+        caller = Caller(sock, host, port, source, handshake, self._loop.time())
         self._callers[sock.fileno()] = caller
         self._per_source[source] = self._per_source.get(source, 0) + 1
         self._patience.add(caller)
+        caller.on_ready = functools.partial(self._read, caller)
         try:
-            self._watch.readable(sock, functools.partial(self._read, caller))
+            self._watch.readable(sock, caller.on_ready)
         except OSError as exc:
             self._leave(caller, f"it cannot be watched: {exc.strerror}")
 
@@ -268,7 +270,8 @@ class Entrance:
         caller.handshake.binding = caller.records.binding()
         self._hear(caller, b"")  # the first line may have come along with the handshake
         if self._callers.get(caller.sock.fileno()) is caller and caller.wait is None:
-            self._watch.readable(caller.sock, functools.partial(self._read, caller))
+            assert caller.on_ready is not None
+            self._watch.readable(caller.sock, caller.on_ready)
 
     def _hear(self, caller: Caller, data: bytes) -> None:
         try:
@@ -302,8 +305,14 @@ class Entrance:
             self._open(caller, opening)
 
     def _open(self, caller: Caller, opening: Hello | LinkClaim) -> None:
-        self._release(caller)
-        self._on_opening(caller, opening)
+        self._forget(caller)
+        fd = caller.sock.fileno()
+        try:
+            self._on_opening(caller, opening)
+        finally:
+            # Not before: a link that goes to a shelf is watched there, too.
+            if caller.on_ready is not None:
+                self._watch.release(fd, caller.on_ready)
 
     def _expire(self, caller: Caller) -> None:
         if caller.shake is not None:
@@ -349,8 +358,11 @@ class Entrance:
         self._log.repeated("warn", key, "turned away", host=host, why=why)
 
     def _release(self, caller: Caller) -> None:
-        caller.is_released = True
         self._watch.remove(caller.sock)
+        self._forget(caller)
+
+    def _forget(self, caller: Caller) -> None:
+        caller.is_released = True
         self._patience.remove(caller)
         del self._callers[caller.sock.fileno()]
         if caller.wait is not None:

@@ -10,6 +10,7 @@ visitors. Called by `pairing`.
 
 from __future__ import annotations
 
+import errno
 import functools
 import socket
 from collections.abc import Callable
@@ -32,14 +33,16 @@ OnEnd = Callable[[Link | Exception], None]
 
 
 class _Dial:
-    """One connection that waits for its greeting, or for the end of its TLS handshake."""
+    """One connection that is being made, or waits for its greeting."""
 
-    __slots__ = ("handshake", "on_end", "said", "sock")
+    __slots__ = ("handshake", "on_end", "on_ready", "said", "sock")
 
     def __init__(self, sock: socket.socket, handshake: ClientHandshake, on_end: OnEnd) -> None:
         self.sock = sock
         self.handshake = handshake
         self.on_end = on_end
+        self.on_ready: Callable[[], None] | None = None
+        """What it is watched with."""
         self.said = b""
 
 
@@ -64,7 +67,10 @@ class LinkDials:
         self._key = LinkKey(key, session)
         self._tls = tls
         self._number = 0
-        self._waiting = Patience[_Dial](client.settings.handshake_timeout, self._on_late)
+        settings = client.settings
+        self._dialling = Patience[_Dial](settings.dial_timeout, self._on_unanswered)
+        self._waiting = Patience[_Dial](settings.handshake_timeout, self._on_silence)
+        """Those that got no greeting in the time that a connect may take, and are connected."""
         self._open: set[_Dial] = set()
         """Those that wait for a greeting."""
         self._is_closed = False
@@ -76,8 +82,22 @@ class LinkDials:
             on_end: called once, maybe before this returns, with the link, or with the
                 NodePassError or OSError that was in its way; maybe not at all after `close`.
         """
-        on_answer = functools.partial(self._on_answer, on_end)
-        self._client.dials.begin(self._address, on_answer)
+        family, address = self._address
+        try:
+            sock = net.open_stream(family, address[0])
+        except OSError as exc:
+            on_end(self._error(exc))
+            return
+        dial = _Dial(sock, self._client.new_handshake(), on_end)
+        dial.on_ready = functools.partial(self._read, dial)
+        self._open.add(dial)
+        self._dialling.add(dial)
+        try:
+            net.begin_connect(sock, address)
+            # There is no need to hear that it is connected: the server speaks first.
+            self._client.watch.readable(sock, dial.on_ready)
+        except OSError as exc:
+            self._fail(dial, self._error(exc))
 
     def close(self) -> None:
         """Drop what is on its way; idempotent. A TLS handshake ends by itself."""
@@ -85,21 +105,8 @@ class LinkDials:
         for dial in list(self._open):
             self._release(dial)
             dial.sock.close()
+        self._dialling.close()
         self._waiting.close()
-
-    def _on_answer(self, on_end: OnEnd, answer: socket.socket | DialError) -> None:
-        if isinstance(answer, DialError):
-            on_end(answer)
-        elif self._is_closed:
-            answer.close()
-        else:
-            dial = _Dial(answer, self._client.new_handshake(), on_end)
-            self._open.add(dial)
-            self._waiting.add(dial)
-            try:
-                self._client.watch.readable(answer, functools.partial(self._read, dial))
-            except OSError as exc:
-                self._fail(dial, exc)
 
     def _read(self, dial: _Dial) -> None:
         greeting = None
@@ -114,14 +121,24 @@ class LinkDials:
                 raise PeerWireError("the server has changed its dialect or its TLS mode")
         except (BlockingIOError, InterruptedError):
             return
-        except (NodePassError, OSError) as exc:
+        except NodePassError as exc:
             self._fail(dial, exc)
             return
-        self._release(dial)
+        except OSError as exc:
+            self._fail(dial, self._error(exc))
+            return
         if self._tls:
+            self._release(dial)
             self._client.spawn(self._secure(dial), "making a link")
-        else:
+            return
+        self._forget(dial)
+        fd = dial.sock.fileno()
+        try:
             self._claim(dial)
+        finally:
+            # Not before: on its shelf it is watched, too.
+            if dial.on_ready is not None:
+                self._client.watch.release(fd, dial.on_ready)
 
     def _claim(self, dial: _Dial) -> None:
         self._number += 1
@@ -155,12 +172,22 @@ class LinkDials:
         self._client.counters.links += 1
         dial.on_end(Link(sock, number, tls=records.connection))
 
-    def _on_late(self, dial: _Dial) -> None:
+    def _on_unanswered(self, dial: _Dial) -> None:
+        if net.is_connected(dial.sock):
+            self._waiting.add(dial)
+        else:
+            self._fail(dial, self._error(TimeoutError(errno.ETIMEDOUT, "")))
+
+    def _on_silence(self, dial: _Dial) -> None:
         seconds = self._client.settings.handshake_timeout
         looks = wire.identify(dial.said)
         self._fail(
             dial, TunnelError(f"no greeting within {seconds:g} s: the other side is {looks}")
         )
+
+    def _error(self, exc: OSError) -> DialError:
+        host, port = self._address[1][:2]
+        return DialError(net.join_address(host, port), exc.errno or errno.EIO, 1)
 
     def _fail(self, dial: _Dial, exc: Exception) -> None:
         self._release(dial)
@@ -168,6 +195,10 @@ class LinkDials:
         dial.on_end(exc)
 
     def _release(self, dial: _Dial) -> None:
-        self._open.discard(dial)
-        self._waiting.remove(dial)
         self._client.watch.remove(dial.sock)
+        self._forget(dial)
+
+    def _forget(self, dial: _Dial) -> None:
+        self._open.discard(dial)
+        self._dialling.remove(dial)
+        self._waiting.remove(dial)

@@ -341,10 +341,37 @@ def connect_now(sock: socket.socket, address: SocketAddress) -> bool:
     # Asked twice, since by then this machine's own listeners have answered.
     if not (_is_connected(sock, address) or _is_connected(sock, address)):
         return False
-    if sock.getsockname()[1] == address[1] and sock.getsockname() == sock.getpeername():
-        # Nobody listens on a port of this machine from the ephemeral range, and the
-        # kernel has picked that very port for us: we are talking to ourselves.
+    _refuse_mirror(sock, address)
+    return True
+
+
+def begin_connect(sock: socket.socket, address: SocketAddress) -> None:
+    """Begin to connect a non-blocking socket; what comes of it, reading tells.
+
+    Raises:
+        OSError: the kernel has its answer already, and it is no.
+    """
+    _is_connected(sock, address)
+    _refuse_mirror(sock, address)
+
+
+def _refuse_mirror(sock: socket.socket, address: SocketAddress) -> None:
+    # Nobody listens on a port of this machine from the ephemeral range, and the kernel has picked
+    # that very port for us: we would be talking to ourselves.
+    if sock.getsockname()[1] == address[1] and _is_mirror(sock):
         raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
+
+
+def _is_mirror(sock: socket.socket) -> bool:
+    return is_connected(sock) and bool(sock.getsockname() == sock.getpeername())
+
+
+def is_connected(sock: socket.socket) -> bool:
+    """Tell whether a connect has come to a good end."""
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
     return True
 
 

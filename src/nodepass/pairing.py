@@ -34,7 +34,7 @@ from .message import (
 from .pool import Demand, Link, Shelf
 from .record import Records
 from .relay import Relay, RelayResult, UdpRelay, UdpResult
-from .resolver import SocketAddress
+from .resolver import Candidate, SocketAddress
 from .session import SILENT_PERIODS, Event, Lost, Role, Session
 
 if TYPE_CHECKING:
@@ -216,37 +216,50 @@ class Pairing:
             if link is not None:
                 client.counters.visitors += 1
                 client.enter()
-                on_answer = functools.partial(self._on_answer, link, visitor)
                 try:
-                    client.dials.begin(self._target, on_answer)
+                    is_joined = self._connect(link, visitor, self._target)
                 except Exception as exc:  # noqa: BLE001 - it must not end the session
-                    self._end_serving(link, exc)
+                    net.reset(link.sock)
+                    client.log.error(
+                        "a fault of ours in serving a visitor; please report it", error=exc
+                    )
+                    is_joined = False
+                if not is_joined:
+                    client.free_slot()
+                    client.leave()
                 return
             client.free_slot()
         client.spawn(self._serve(kind, name, visitor), "serving a visitor")
 
-    def _on_answer(self, link: Link, visitor: str, answer: socket.socket | DialError) -> None:
+    def _connect(self, link: Link, visitor: str, target: Candidate) -> bool:
+        """Have the engine dial the target; return whether it took both."""
+        client = self._client
+        family, address = target
         try:
-            if isinstance(answer, DialError):
-                self._miss(link, answer)
-            elif self._join(Kind.TCP, link, visitor, answer):
-                return
-        except Exception as exc:  # noqa: BLE001 - it must not end the session
-            if isinstance(answer, socket.socket):
-                net.reset(answer)
-            self._end_serving(link, exc)
-            return
-        self._end_serving(link)
-
-    def _end_serving(self, link: Link, fault: Exception | None = None) -> None:
-        """Give back what a launch has taken and no relay has got."""
-        if fault is not None:
+            sock = net.open_stream(family, address[0])
+        except OSError as exc:
             net.reset(link.sock)
-            self._client.log.error(
-                "a fault of ours in serving a visitor; please report it", error=fault
+            self._miss(link.name, self._dial_error(exc.errno))
+            return False
+        try:
+            relay = client.relays.connect(
+                link.sock,
+                sock,
+                address,
+                tls=link.tls,
+                head=link.head,
+                timeout=self._settings.dial_timeout,
             )
-        self._client.free_slot()
-        self._client.leave()
+        except EngineError as exc:
+            net.reset(sock)
+            net.reset(link.sock)
+            self._give_up(link.name, Failure.LIMIT, str(exc))
+            return False
+        except BaseException:
+            net.reset(sock)
+            raise
+        self._hold(relay, link.name, visitor)
+        return True
 
     async def _serve(self, kind: Kind, name: int | str, visitor: str) -> None:
         """Claim the link, dial the target, and hand both to the engine."""
@@ -290,7 +303,8 @@ class Pairing:
                 sock, address = await client.dial_udp()
             is_joined = self._join(kind, link, visitor, sock, address)
         except DialError as exc:
-            self._miss(link, exc)
+            net.reset(link.sock)
+            self._miss(link.name, exc)
         except BaseException:
             net.reset(link.sock)
             raise
@@ -299,12 +313,13 @@ class Pairing:
                 client.free_slot()
         return is_joined
 
-    def _miss(self, link: Link, exc: DialError) -> None:
+    def _miss(self, name: int | str, exc: DialError) -> None:
         """Take it that the target cannot be reached: there is no relay."""
-        net.reset(link.sock)
-        if exc.errno != errno.ECANCELED:  # we are stopping, and that is said elsewhere
-            failure = _FAILURES.get(exc.errno or 0, Failure.UNREACHABLE)
-            self._give_up(link.name, failure, str(exc))
+        self._give_up(name, _FAILURES.get(exc.errno or 0, Failure.UNREACHABLE), str(exc))
+
+    def _dial_error(self, code: int | None) -> DialError:
+        target = self._client.config.target
+        return DialError(net.join_address(target.host, target.port), code or errno.EIO, 1)
 
     def _join(
         self,
@@ -327,13 +342,23 @@ class Pairing:
             net.reset(sock)
             self._give_up(link.name, Failure.LIMIT, str(exc))
             return False
+        self._hold(relay, link.name, visitor, address)
+        return True
+
+    def _hold(
+        self,
+        relay: Relay | UdpRelay,
+        name: int | str,
+        visitor: str,
+        address: SocketAddress | None = None,
+    ) -> None:
+        client = self._client
         client.hold(relay)
         if client.is_stopping:
             client.hurry()  # its launch was on its way when the others were hurried
         relay.result.add_done_callback(
-            functools.partial(self._part, relay, link.name, visitor, address)
+            functools.partial(self._part, relay, name, visitor, address)
         )
-        return True
 
     def _join_udp(self, link: Link, sock: socket.socket) -> UdpRelay:
         settings = self._settings
@@ -398,6 +423,10 @@ class Pairing:
             self._client.forget(relay)
             return
         outcome = result.result()
+        if isinstance(outcome, RelayResult) and not outcome.is_met:
+            self._client.forget(relay)
+            self._miss(name, self._dial_error(outcome.code))
+            return
         if address is not None and outcome.code == errno.ECONNREFUSED:
             self._client.avoid_udp(address)
         self._client.release(relay, outcome)

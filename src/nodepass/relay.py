@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from .environment import Settings
-from .errors import EngineClosed
 from .log import Log
 from .work import (
     Engine,
@@ -34,7 +33,8 @@ from .work import (
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection
 
-    from ._fastcopy import Completion, EngineStatistics, Newcomer, UdpCompletion
+    from ._fastcopy import EngineStatistics, Newcomer
+    from .resolver import SocketAddress
 
 __all__ = [
     "Engine", "Gate", "Handshake", "HandshakeResult", "Reason", "Relay", "RelayResult", "Relays",
@@ -57,7 +57,6 @@ class _Crew:
         self.engine = engine
         self._newcomer = newcomer
         self.open: dict[int, Relay | Handshake | UdpRelay | Gate] = {}
-        self._is_ringing = False
         self._loop.add_reader(engine.fileno(), self.drain)
 
     def drain(self, *, is_last: bool = False) -> None:
@@ -67,26 +66,13 @@ class _Crew:
                 newcomers.append(report)
                 continue
             work = self.open.pop(report[0], None)
-            if isinstance(work, Relay | Handshake):
-                work.finish(cast("Completion", report))
-            elif work is not None:
-                work.finish(cast("UdpCompletion", report))
+            if work is not None:
+                work.finish(report)  # type: ignore[arg-type]  # the token is of its kind
         # Behind the ends: each of them may have made room.
         for newcomer in newcomers:
             gate = self.open.get(newcomer.gate)
             if isinstance(gate, Gate) and not is_last:
                 gate.meet(newcomer)
-
-    def ring_soon(self) -> None:
-        """Let the relays that are made in this turn of the loop begin together."""
-        if not self._is_ringing:
-            self._is_ringing = True
-            self._loop.call_soon(self._ring)
-
-    def _ring(self) -> None:
-        self._is_ringing = False
-        with contextlib.suppress(EngineClosed):
-            self.engine.ring()
 
     def leave_loop(self) -> None:
         self._loop.remove_reader(self.engine.fileno())
@@ -157,11 +143,44 @@ class Relays:
             tls_b=tls_b,
             head_a=head_a,
             head_b=head_b,
-            defer=True,
         )
+        return self._begin(crew, token, a, b)
+
+    def connect(
+        self,
+        link: socket.socket,
+        sock: socket.socket,
+        address: SocketAddress,
+        *,
+        tls: Connection | None = None,
+        head: bytes = b"",
+        timeout: float,
+    ) -> Relay:
+        """Connect a socket and join a link with it; both belong to the engine from here on.
+
+        Args:
+            link: connected, non-blocking, known to no task, transport or watch.
+            sock: not connected, otherwise the same.
+            address: where it is to be connected, no name.
+            tls: TLS of the link, its handshake done.
+            head: plaintext already read from the link.
+            timeout: seconds that the connect may take.
+
+        Returns:
+            The relay. Its result is UNMET where no connection came about.
+
+        Raises:
+            EngineError: the engine is full or closed; both sockets are still the caller's.
+        """
+        crew = self._crew if tls is None else self._tls()
+        token = crew.engine.dial(
+            link.fileno(), sock.fileno(), address, tls=tls, head=head, timeout=timeout
+        )
+        return self._begin(crew, token, link, sock)
+
+    def _begin(self, crew: _Crew, token: int, a: socket.socket, b: socket.socket) -> Relay:
         a.detach()
         b.detach()
-        crew.ring_soon()
         relay = Relay(crew.engine, token, self._loop.create_future())
         crew.open[token] = relay
         return relay

@@ -214,7 +214,8 @@ class Roster:
         """Tell whether a client has brought as many links as we keep; may drop another's."""
         if len(client.shelf) >= net.IDLE_ROOM * self._most_idle:
             return True
-        if len(self._watch) < self._stock:
+        # Callers are watched along with the links; only where that is too many we count.
+        if len(self._watch) < self._stock or self._count_idle() < self._stock:
             return False
         # Full: who has most gives way, so that one client cannot starve the others.
         fattest = max(self._pool, key=lambda member: len(member.shelf))
@@ -222,6 +223,9 @@ class Roster:
             return True
         fattest.shelf.retire(1)
         return False
+
+    def _count_idle(self) -> int:
+        return sum(len(member.shelf) for member in self._pool)
 
     def refuse_link(self, sock: socket.socket, client: Client) -> None:
         """Reset a link that there is no room for."""

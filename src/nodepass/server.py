@@ -87,7 +87,7 @@ class Server(Tunnel):
             self._clients.has_source,
             self.counters,
             self.relays,
-            self._waiting,
+            idle,
             key,
             self._tls,
             penalties,

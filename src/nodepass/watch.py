@@ -1,4 +1,4 @@
-"""Connections that are not joined yet: when they can be read or written, when they hang up.
+"""Connections that are not joined yet: when they can be read, when they hang up.
 
 Owns: which sockets are watched and for what, never the sockets themselves. Takes no byte from
 them: what arrives early stays in the kernel for whoever the connection is joined with. Called by
@@ -8,6 +8,7 @@ them: what arrives early stays in the kernel for whoever the connection is joine
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import select
 import socket
 from collections.abc import Callable
@@ -19,8 +20,6 @@ HANGUP: Final = 0x2000 | 1 << 31
 """EPOLLRDHUP | EPOLLET. Edges only: a link that has been hung up on may stay for a while."""
 READABLE: Final = 0x1 | HANGUP
 """EPOLLIN besides."""
-WRITABLE: Final = 0x4 | HANGUP
-"""EPOLLOUT besides."""
 BATCH: Final = 256
 """Events taken at once; what is left makes the loop call again."""
 
@@ -49,10 +48,6 @@ class Watch:
         """Tell when something has arrived; whoever hears it reads until there is no more."""
         self._watch(sock.fileno(), READABLE, on_ready)
 
-    def writable(self, sock: socket.socket, on_ready: OnReady) -> None:
-        """Tell when a connect has its answer."""
-        self._watch(sock.fileno(), WRITABLE, on_ready)
-
     def hangup(self, sock: socket.socket, on_ready: OnReady) -> None:
         """Tell when the peer has closed or reset the connection."""
         self._watch(sock.fileno(), HANGUP, on_ready)
@@ -73,6 +68,25 @@ class Watch:
         else:
             self._leave_loop(fd)
 
+    def release(self, fd: int, on_ready: OnReady) -> None:
+        """Forget a connection, unless somebody has it watched for himself by now.
+
+        What is passed on to another owner may be watched all the while; this is for the old
+        owner to say when the new one has had his say. It may have been closed meanwhile.
+
+        Args:
+            fd: its number when it was passed on.
+            on_ready: what the old owner had it watched with.
+        """
+        if self._callbacks.get(fd) is not on_ready:
+            return
+        del self._callbacks[fd]
+        if self._epoll is None:
+            self._leave_loop(fd)
+            return
+        with contextlib.suppress(OSError):  # the kernel forgets what is closed
+            self._epoll.unregister(fd)
+
     def close(self) -> None:
         """Forget all; idempotent."""
         if self._epoll is not None and not self._epoll.closed:
@@ -87,7 +101,11 @@ class Watch:
         if self._epoll is None:
             self._enter_loop(fd, events, on_ready)
         elif fd in self._callbacks:
-            self._epoll.modify(fd, events)
+            try:
+                self._epoll.modify(fd, events)  # tells at once of what has come before
+            except FileNotFoundError:
+                # Closed, and its number given again, before its owner has released it.
+                self._epoll.register(fd, events)
         else:
             self._epoll.register(fd, events)
         self._callbacks[fd] = on_ready
@@ -106,16 +124,13 @@ class Watch:
 
     def _enter_loop(self, fd: int, events: int, on_ready: OnReady) -> None:
         self._leave_loop(fd)
-        if events == WRITABLE:
-            self._loop.add_writer(fd, on_ready)
-        elif events == READABLE:
+        if events == READABLE:
             self._loop.add_reader(fd, on_ready)
         else:
             self._loop.add_reader(fd, self._hung_up, fd)
 
     def _leave_loop(self, fd: int) -> None:
         self._loop.remove_reader(fd)
-        self._loop.remove_writer(fd)
 
     def _hung_up(self, fd: int) -> None:
         self._loop.remove_reader(fd)

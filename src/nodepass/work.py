@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from OpenSSL.SSL import Connection
 
     from ._fastcopy import Completion, EngineStatistics, Newcomer, UdpCompletion, UdpCounts
+    from .resolver import SocketAddress
 
 R = TypeVar("R")
 
@@ -40,6 +41,8 @@ class Reason(IntEnum):
     RESET = 1
     ABORTED = 2
     IDLE = 3
+    UNMET = 4
+    """Its second side could not be connected: there has been no relay."""
 
 
 _REASONS: Final = tuple(Reason)
@@ -57,7 +60,12 @@ class RelayResult(NamedTuple):
     side: int
     """Which side caused it: 1 = a, 2 = b, 0 = neither."""
     code: int
-    """errno behind a reset, 0 otherwise."""
+    """errno behind a reset or a failed dial, 0 otherwise."""
+
+    @property
+    def is_met(self) -> bool:
+        """Whether there has been a relay at all."""
+        return self.reason is not Reason.UNMET
 
     @property
     def is_clean(self) -> bool:
@@ -147,9 +155,17 @@ class Engine(Protocol):
         head_a: bytes = b"",
         head_b: bytes = b"",
         idle: float = 0.0,
-        defer: bool = False,
     ) -> int: ...
-    def ring(self) -> None: ...
+    def dial(
+        self,
+        fd: int,
+        target: int,
+        address: SocketAddress,
+        *,
+        tls: Connection | None = None,
+        head: bytes = b"",
+        timeout: float = 0.0,
+    ) -> int: ...
     def handshake(self, fd: int, tls: Connection) -> int: ...
     def udp_serve(
         self, fd: int, *, datagram: int = 8192, waiting: int = 512, gso: bool = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import resource
 import socket
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from types import ModuleType, TracebackType
 from typing import NamedTuple, Self
 
 from nodepass._pycopy import Completion
+from nodepass.resolver import SocketAddress
 
 PATIENCE = 20.0
 """Seconds that anything may take before the test is called hung; sanitizers are slow."""
@@ -78,6 +80,64 @@ class Joined(NamedTuple):
     visitor: socket.socket
     target: socket.socket
     token: int
+
+
+class Begun(NamedTuple):
+    """One flow whose target is yet to be connected, seen from outside."""
+
+    visitor: socket.socket
+    token: int
+
+
+def family_of(address: SocketAddress) -> socket.AddressFamily:
+    """Return what an address is of."""
+    return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+
+
+def stream_for(address: SocketAddress) -> socket.socket:
+    """Return a non-blocking stream socket that can be connected there."""
+    sock = socket.socket(family_of(address))
+    sock.setblocking(False)
+    return sock
+
+
+class FullListener:
+    """A listener whose backlog is full, so that it leaves the first SYN of others unanswered.
+
+    The kernel repeats it after a second, and meets what the listener is by then.
+    """
+
+    def __init__(self) -> None:
+        self.sock = socket.socket()
+        self.sock.bind(("127.0.0.1", 0))
+        self.sock.listen(0)
+        self.sock.setblocking(False)
+        self.early = [stream_for(self.name) for _ in range(4)]
+        """What fills the backlog."""
+        for sock in self.early:
+            sock.connect_ex(self.name)
+
+    @property
+    def name(self) -> tuple[str, int]:
+        host, port = self.sock.getsockname()
+        return host, port
+
+    def relent(self) -> None:
+        """Let everybody in."""
+        self.sock.listen(100)
+
+    async def accept(self, rig: Rig) -> socket.socket:
+        """Take the first connection that others have made."""
+        strangers = {sock.getsockname() for sock in self.early}
+        while True:
+            sock = await rig.accept(self.sock)
+            if sock.getpeername() not in strangers:
+                return sock
+
+    def close(self) -> None:
+        """Close everything: whoever still waits will be refused."""
+        for sock in (self.sock, *self.early):
+            sock.close()
 
 
 @dataclass(frozen=True)
@@ -166,6 +226,63 @@ class Rig:
         b.detach()
         return token
 
+    def listen(self, host: str = "127.0.0.1", *, rcvbuf: int = 0) -> socket.socket:
+        """Return a listener at a free port, closed with the rig; buffer in bytes."""
+        listener = socket.socket(family_of((host, 0)))
+        self.socks.append(listener)
+        if rcvbuf:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)
+        listener.bind((host, 0))
+        listener.listen(1024)
+        listener.setblocking(False)
+        return listener
+
+    def listen_to_nobody(self) -> FullListener:
+        """Return a listener with a full backlog, closed with the rig."""
+        full = FullListener()
+        self.socks += [full.sock, *full.early]
+        return full
+
+    async def accept(self, listener: socket.socket) -> socket.socket:
+        """Take a connection, closed with the rig."""
+        async with asyncio.timeout(PATIENCE):
+            sock, _ = await self.loop.sock_accept(listener)
+        self.socks.append(sock)
+        return sock
+
+    def where_nobody_listens(self, host: str = "127.0.0.1") -> SocketAddress:
+        """Return an address that refuses, held so that nobody comes to listen there."""
+        holder = socket.socket(family_of((host, 0)))
+        self.socks.append(holder)
+        holder.bind((host, 0))
+        address: SocketAddress = holder.getsockname()
+        return address
+
+    def connect(self, address: SocketAddress, **options: object) -> Begun:
+        """Make one connection, and have the engine dial the other one."""
+        visitor, a = self.ends()
+        return Begun(visitor, self.hand_over_to(a, address, **options))
+
+    def hand_over_to(
+        self,
+        a: socket.socket,
+        address: SocketAddress,
+        b: socket.socket | None = None,
+        /,
+        **options: object,
+    ) -> int:
+        """Give a socket to the engine, and another one, new if not given, that it is to dial."""
+        target = b or stream_for(address)
+        try:
+            token = int(self.engine.dial(a.fileno(), target.fileno(), address, **options))
+        except BaseException:
+            if b is None:
+                target.close()
+            raise
+        a.detach()
+        target.detach()
+        return token
+
     def _collect(self) -> None:
         for ended in self.engine.poll():
             assert ended.token not in self._ended, "a flow was reported twice"
@@ -222,6 +339,24 @@ class Rig:
                 return
         raise AssertionError(f"never came true: {what}")
 
+    async def chat(self, visitor: socket.socket, target: socket.socket) -> None:
+        """Say something through a flow, and hear an answer."""
+        await self.send(visitor, b"ping")
+        assert await self.receive(target, 4) == b"ping"
+        await self.send(target, b"pong")
+        assert await self.receive(visitor, 4) == b"pong"
+
+    async def heard_before_reset(self, sock: socket.socket) -> bytes:
+        """Receive up to the reset; a clean end is a failure."""
+        heard = b""
+        try:
+            async with asyncio.timeout(PATIENCE):
+                while part := await self.loop.sock_recv(sock, CHUNK):
+                    heard += part
+        except ConnectionResetError:
+            return heard
+        raise AssertionError(f"a clean end, behind {heard[:40]!r}")
+
     async def is_reset(self, sock: socket.socket) -> bool:
         """Tell whether the connection was reset, reading away whatever comes before."""
         try:
@@ -229,6 +364,25 @@ class Rig:
         except (ConnectionResetError, BrokenPipeError):
             return True
         return False
+
+
+def is_called(listener: socket.socket) -> bool:
+    """Tell whether anybody waits to be accepted; who does is turned away."""
+    try:
+        sock, _ = listener.accept()
+    except BlockingIOError:
+        return False
+    sock.close()
+    return True
+
+
+def is_open(fd: int) -> bool:
+    """Tell whether a number is that of an open descriptor."""
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

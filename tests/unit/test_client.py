@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import re
 import socket
+from typing import TYPE_CHECKING
 
 import pytest
 from OpenSSL.SSL import Connection
+from tests.engine.rig import FullListener
 from tests.system.rig.peer import Listener, NativeServer, SeedServer
 from tests.system.rig.timing import until, within
 from tests.unit.client_desk import (
@@ -26,7 +29,11 @@ from tests.unit.client_desk import (
 
 from nodepass import net
 from nodepass.environment import Settings
-from nodepass.relay import Relay, Relays
+from nodepass.relay import Reason, Relay, Relays
+from nodepass.resolver import SocketAddress
+
+if TYPE_CHECKING:
+    from nodepass._fastcopy import Completion
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -370,29 +377,76 @@ async def test_refused_target_is_answered_and_the_link_reset() -> None:
 
 @both
 @pytest.mark.parametrize(
-    ("target", "code", "why"),
+    ("code", "why"),
     [
-        ("127.0.0.1:1", 110, "timeout"),
-        ("127.0.0.1:1", 24, "limit"),
-        ("127.0.0.1:1", 113, "unreachable"),
+        (errno.ETIMEDOUT, "timeout"),
+        (errno.EMFILE, "limit"),
+        (errno.EHOSTUNREACH, "unreachable"),
+        (0, "unreachable"),
     ],
 )
 async def test_failure_of_the_target_has_a_name(
-    target: str, code: int, why: str, monkeypatch: pytest.MonkeyPatch
+    code: int, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with paired(target=target) as (server, _, links):
+    finish = Relay.finish
 
-        def fail(sock: socket.socket, address: object) -> bool:
-            raise OSError(code, "as it happens")
+    def fail(relay: Relay, completion: Completion) -> None:
+        assert (completion.reason, completion.side) == (Reason.UNMET, 2)
+        finish(relay, completion._replace(code=code))
 
-        monkeypatch.setattr(net, "connect_now", fail)
+    async with paired() as (server, desk, links):
+        desk.target.close()
+        monkeypatch.setattr(Relay, "finish", fail)
         await server.say("tcp://1?from=10.0.0.1:1")
         assert await signal(server) == f"fail://1?why={why}"
         assert await is_reset(links[1])
+        figures = desk.figures
+        assert (figures.launches_failed, figures.visitors_refused) == (1, 1)
+        assert (figures.visitors_open, figures.relays_open, figures.relays_reset) == (0, 0, 0)
+        assert desk.client._slots._free == desk.client._limit
 
 
 @both
-@pytest.mark.parametrize("where", ["dial", "join"])
+async def test_target_that_does_not_answer_in_time() -> None:
+    full = FullListener()
+    target = net.join_address(*full.name)
+    async with paired(target=target, dial_timeout=0.1) as (server, desk, links):
+        await server.say("tcp://1?from=10.0.0.1:1")
+        assert await signal(server) == "fail://1?why=timeout"
+        assert await is_reset(links[1])
+        assert desk.client._slots._free == desk.client._limit
+    full.close()
+
+
+@both
+async def test_no_socket_to_dial_the_target_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> socket.socket:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    async with paired() as (server, desk, links):
+        monkeypatch.setattr(net, "open_stream", fail)
+        await server.say("tcp://1?from=10.0.0.1:1")
+        assert await signal(server) == "fail://1?why=limit"
+        assert await is_reset(links[1])
+        assert desk.figures.visitors_open == 0
+        assert desk.client._slots._free == desk.client._limit
+
+
+@both
+async def test_visitor_who_leaves_while_the_target_is_dialled() -> None:
+    full = FullListener()
+    async with paired(target=net.join_address(*full.name)) as (server, desk, links):
+        await server.say("tcp://1?from=10.0.0.1:1")
+        await until(lambda: desk.figures.visitors_open == 1, 5, "the launch")
+        links[1].reset()
+        await until(lambda: not desk.figures.visitors_open, 5, "the end of its serving")
+        assert desk.client._slots._free == desk.client._limit
+        assert desk.figures.launches_failed == 0, "nobody is left to be told"
+    full.close()
+
+
+@both
+@pytest.mark.parametrize("where", ["open_stream", "connect"])
 async def test_fault_in_one_launch_ends_that_one_only(
     where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -401,19 +455,13 @@ async def test_fault_in_one_launch_ends_that_one_only(
         def fail(*_: object, **__: object) -> bool:
             raise RuntimeError("on purpose")
 
-        if where == "dial":
-            monkeypatch.setattr(net, "connect_now", fail)
-        else:
-            monkeypatch.setattr(desk.client.relays, "join", fail)
+        monkeypatch.setattr(desk.client.relays if where == "connect" else net, where, fail)
         await server.say("tcp://1?from=10.0.0.1:1")
         assert await is_reset(links[1])
         monkeypatch.undo()
         await until(lambda: not desk.figures.visitors_open, 5, "the end of its serving")
         await server.say("tcp://2?from=10.0.0.1:1")
         target = await desk.at_target()
-        if where == "join":
-            assert await is_reset(target)
-            target = await desk.at_target()
         await links[2].write(b"others")
         assert await target.read_exactly(6) == b"others"
         assert desk.client._slots._free == desk.client._limit - 1
@@ -428,7 +476,24 @@ async def test_engine_that_refuses_is_answered() -> None:
         await server.say("tcp://1?from=10.0.0.1:1")
         assert await signal(server) == "fail://1?why=limit"
         assert await is_reset(links[1])
-        assert await is_reset(await desk.at_target())
+        assert desk.figures.visitors_open == 0
+        assert desk.client._slots._free == desk.client._limit
+
+
+@both
+async def test_engine_that_refuses_a_target_with_a_name_is_answered() -> None:
+    relays = Relays(Settings(threads=1))
+    target = Listener()
+    name = f"localhost:{target.port}"
+    async with paired(relays=relays, target=name) as (server, desk, links):
+        await relays.close()
+        await server.say("tcp://1?from=10.0.0.1:1")
+        assert await signal(server) == "fail://1?why=limit"
+        assert await is_reset(links[1])
+        async with await accept(target) as stream:
+            assert await is_reset(stream)
+        assert desk.client._slots._free == desk.client._limit
+    target.close()
 
 
 @both
@@ -436,17 +501,17 @@ async def test_relay_without_a_result_is_no_longer_counted() -> None:
     class Keeping(Relays):
         made: list[Relay]
 
-        def join(
+        def connect(
             self,
-            a: socket.socket,
-            b: socket.socket,
+            link: socket.socket,
+            sock: socket.socket,
+            address: SocketAddress,
             *,
-            tls_a: Connection | None = None,
-            tls_b: Connection | None = None,
-            head_a: bytes = b"",
-            head_b: bytes = b"",
+            tls: Connection | None = None,
+            head: bytes = b"",
+            timeout: float,
         ) -> Relay:
-            relay = super().join(a, b, tls_a=tls_a, tls_b=tls_b, head_a=head_a, head_b=head_b)
+            relay = super().connect(link, sock, address, tls=tls, head=head, timeout=timeout)
             self.made = [relay]
             return relay
 
@@ -540,6 +605,21 @@ async def test_stop_cuts_what_does_not_end(caplog: pytest.LogCaptureFixture) -> 
             assert await is_reset(target)
     assert "SHUTDOWN_TIMEOUT is over" in caplog.text
     assert "relays_cut=1" in caplog.text
+
+
+@both
+async def test_stop_while_a_target_is_dialled() -> None:
+    full = FullListener()
+    target = net.join_address(*full.name)
+    async with paired(target=target, shutdown_timeout=0.05) as (server, desk, links):
+        await server.say("tcp://1?from=10.0.0.1:1")
+        await until(lambda: desk.figures.visitors_open == 1, 5, "the launch")
+        async with within(5):
+            await desk.client.stop()
+        assert await is_reset(links[1])
+        figures = desk.figures
+        assert (figures.visitors_open, figures.relays_open, figures.launches_failed) == (0, 0, 0)
+    full.close()
 
 
 @both

@@ -61,7 +61,6 @@ ALLOWED: dict[str, set[str]] = {
     "patience": set(),
     "net": {"errors", "resolver"},
     "listener": {"errors", "net", "resolver"},
-    "dial": {"errors", "net", "patience", "resolver", "watch"},
     "certificate": {"errors"},
     "verdict": {"_openssl", "certificate"},
     "tls": {"_openssl", "certificate", "errors", "log", "password", "record", "verdict"},
@@ -102,7 +101,7 @@ ALLOWED: dict[str, set[str]] = {
         "tunnel", "watch", "wire",
     },
     "client": {
-        "config", "datagram", "dial", "environment", "errors", "handshake", "log", "message",
+        "config", "datagram", "environment", "errors", "handshake", "log", "message",
         "net", "pairing", "record", "relay", "resolver", "session", "slot", "stats", "tls",
         "tunnel", "watch", "wire",
     },
@@ -124,8 +123,11 @@ ALLOWED: dict[str, set[str]] = {
 
 # Only for annotations, so allowed to point upward.
 TYPES_ONLY: dict[str, set[str]] = {
-    "work": {"_fastcopy"},
-    "relay": {"_fastcopy"},
+    "_pyflow": {"resolver"},
+    "_pydesk": {"resolver"},
+    "_pycopy": {"resolver"},
+    "work": {"_fastcopy", "resolver"},
+    "relay": {"_fastcopy", "resolver"},
     "gate": {"_fastcopy", "server"},
     "linkdial": {"client"},
     "pairing": {"client"},

@@ -836,3 +836,38 @@ async def test_dial_cancelled_with_a_connection_in_hand(
         await asyncio.wait({dialling})
         if not dialling.cancelled():
             dialling.result().close()
+
+
+@pytest.mark.parametrize(
+    ("host", "is_far"),
+    [("127.0.0.1", False), ("127.9.9.9", False), ("::1", False), ("192.0.2.1", True), ("", True)],
+)
+def test_keepalive_where_a_peer_may_vanish(host: str, is_far: bool) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with net.open_stream(family, host) as sock:
+        assert not sock.getblocking()
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)) is is_far
+        if is_far:
+            idle = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+            assert idle == net.KEEPALIVE_IDLE
+
+
+@pytest.mark.parametrize(
+    ("host", "wanted"),
+    [
+        ("192.0.2.1", (socket.AF_INET, ("192.0.2.1", 9))),
+        ("2001:db8::1", (socket.AF_INET6, ("2001:db8::1", 9))),
+        ("localhost", None),
+        ("fe80::1%no-such-zone", None),
+        ("192.0.2.1%lo", None),
+        ("", None),
+    ],
+)
+def test_literal(host: str, wanted: object) -> None:
+    assert net.literal(host, 9) == wanted
+
+
+def test_literal_with_a_zone() -> None:
+    zone = socket.if_nametoindex("lo")
+    assert net.literal("fe80::1%lo", 9) == (socket.AF_INET6, ("fe80::1", 9, 0, zone))

@@ -142,6 +142,63 @@ async def test_join_of_what_has_ended_already(kind: str) -> None:
         assert result.reason in (Reason.FINISHED, Reason.RESET)
 
 
+@both
+@engines
+async def test_connect_dials_and_joins(kind: str) -> None:
+    async with House(kind) as house:
+        visitor, a, _, _ = house.legs()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            b = net.open_stream(socket.AF_INET)
+            name = listener.getsockname()
+            relay = house.relays.connect(a, b, name, head=b"early ", timeout=5.0)
+            assert (a.fileno(), b.fileno(), len(house.relays)) == (-1, -1, 1)
+            visitor.send(b"question")
+            visitor.shutdown(socket.SHUT_WR)
+            await until(lambda: relay.live() == (14, 0), 5, "the live count")
+            target, _ = listener.accept()
+        with target:
+            assert target.recv(1000, socket.MSG_WAITALL) == b"early question"
+            target.send(b"answer")
+        assert await read(visitor) == b"answer"
+        async with within(5):
+            result = await relay.result
+        assert result == RelayResult(14, 6, Reason.FINISHED, 0, 0)
+        assert result.is_met
+
+
+@both
+@engines
+async def test_connect_in_vain_is_a_result(kind: str) -> None:
+    async with House(kind) as house:
+        visitor, a, _, _ = house.legs()
+        with socket.socket() as nobody:
+            nobody.bind(("127.0.0.1", 0))
+            b = net.open_stream(socket.AF_INET)
+            relay = house.relays.connect(a, b, nobody.getsockname(), head=b"early", timeout=5.0)
+            async with within(5):
+                result = await relay.result
+        assert result == RelayResult(0, 0, Reason.UNMET, 2, errno.ECONNREFUSED)
+        assert (result.is_met, result.is_clean, result.describe()) == (False, False, "unmet")
+        assert relay.live() == (0, 0)
+        assert len(house.relays) == 0
+        with pytest.raises(ConnectionResetError):
+            await read(visitor)
+
+
+@both
+@engines
+async def test_connect_moves_ownership_on_success_only(kind: str) -> None:
+    async with House(kind) as house:
+        _, a, b, _ = house.legs()
+        b.close()
+        with pytest.raises(EngineError):
+            house.relays.connect(a, b, ("127.0.0.1", 9), timeout=5.0)
+        with net.open_stream(socket.AF_INET) as b, pytest.raises(ValueError, match="localhost"):
+            house.relays.connect(a, b, ("localhost", 9), timeout=5.0)
+        assert a.fileno() >= 0, "still ours"
+        assert len(house.relays) == 0
+
+
 def test_describe_names_a_code_that_has_no_name() -> None:
     assert RelayResult(0, 0, Reason.RESET, 1, 9999).describe() == "9999"
     assert RelayResult(0, 0, Reason.RESET, 1, errno.EPIPE).describe() == "epipe"

@@ -64,7 +64,7 @@ def test_public_names(module: ModuleType) -> None:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     }
     assert constants == {
-        "ABI", "REASON_FINISHED", "REASON_RESET", "REASON_ABORTED", "REASON_IDLE"
+        "ABI", "REASON_FINISHED", "REASON_RESET", "REASON_ABORTED", "REASON_IDLE", "REASON_UNMET"
     }  # fmt: skip
     for name in constants | CLASSES.keys() | FUNCTIONS.keys():
         assert hasattr(module, name), name

@@ -209,6 +209,33 @@ async def test_watch_without_room_for_one_more(monkeypatch: pytest.MonkeyPatch) 
         watch.remove(near)
 
 
+@both
+async def test_watch_meets_a_number_again_before_it_is_released(watch_kind: str) -> None:
+    with watching() as watch:
+        heard: list[str] = []
+
+        def old() -> None:
+            heard.append("old")
+
+        near, far = tcp_pair()
+        number = near.fileno()
+        watch.readable(near, old)
+        near.close()
+        far.close()
+        near, far = tcp_pair()
+        if near.fileno() != number:
+            near, far = far, near
+        assert near.fileno() == number, "the kernel gives the lowest free number"
+        with near, far:
+            watch.readable(near, lambda: heard.append("new"))
+            watch.release(number, old)
+            assert len(watch) == 1
+            far.close()
+            await until(lambda: heard, 5, "the hang-up")
+            assert set(heard) == {"new"}
+            watch.remove(near)
+
+
 # --- what has arrived, and answers -------------------------------------------------------------
 
 
@@ -247,7 +274,7 @@ async def test_watch_tells_of_what_had_arrived_before(watch_kind: str) -> None:
 
 @both
 @pytest.mark.parametrize("is_refused", [False, True])
-async def test_watch_tells_of_an_answer(watch_kind: str, is_refused: bool) -> None:
+async def test_watch_tells_how_a_connect_ends(watch_kind: str, is_refused: bool) -> None:
     """The first SYN finds the backlog full; the second comes a second later."""
     with contextlib.ExitStack() as stack:
         full = stack.enter_context(socket.socket())
@@ -258,29 +285,84 @@ async def test_watch_tells_of_an_answer(watch_kind: str, is_refused: bool) -> No
             stack.enter_context(net.open_stream(socket.AF_INET)).connect_ex(name)
         sock = stack.enter_context(net.open_stream(socket.AF_INET))
         watch = stack.enter_context(watching())
-        assert not net.connect_now(sock, name)
+        net.begin_connect(sock, name)
         heard: list[str] = []
-        watch.writable(sock, lambda: heard.append("answer"))
+        watch.readable(sock, lambda: heard.append("answer"))
         await asyncio.sleep(0.02)
         assert not heard
         if is_refused:
             full.close()
+            await until(lambda: heard, 5, "the answer")
+            with pytest.raises(ConnectionRefusedError):
+                sock.recv(1)
         else:
             full.listen(100)
-        await until(lambda: heard, 5, "the answer")
-        if is_refused:
-            with pytest.raises(ConnectionRefusedError):
-                net.connect_now(sock, name)
-        else:
-            assert net.connect_now(sock, name)
+            full.setblocking(False)
+
+            def greet() -> bool:
+                with contextlib.suppress(BlockingIOError):
+                    stack.enter_context(full.accept()[0]).send(b"hello")
+                return bool(heard)
+
+            await until(greet, 5, "the first bytes of the one that waited")
+            assert sock.recv(10) == b"hello"
         watch.remove(sock)
+
+
+@both
+@pytest.mark.parametrize("said", [b"", b"word"])
+async def test_watch_tells_the_heir_of_an_end_that_came_first(
+    watch_kind: str, said: bytes
+) -> None:
+    """Whoever reads the last bytes passes the connection on: its end has been told already."""
+    with ends() as (near, far), watching() as watch:
+        heard: list[str] = []
+
+        def read() -> None:
+            heard.append("read")
+            assert near.recv(10) == said
+            watch.hangup(near, lambda: heard.append("hangup"))
+
+        watch.readable(near, read)
+        far.send(said)
+        far.close()
+        await until(lambda: "hangup" in heard, 5, "the hang-up")
+        assert heard[0] == "read"
+        watch.remove(near)
+
+
+@both
+@pytest.mark.parametrize("is_kept", [False, True])
+@pytest.mark.parametrize("is_closed", [False, True])
+async def test_watch_is_released_unless_it_has_an_heir(
+    watch_kind: str, is_kept: bool, is_closed: bool
+) -> None:
+    with ends() as (near, far), watching() as watch:
+        heard: list[str] = []
+
+        def read() -> None:
+            heard.append("old")
+
+        watch.readable(near, read)
+        number = near.fileno()
+        if is_kept:
+            watch.hangup(near, lambda: heard.append("new"))
+        elif is_closed:
+            near.close()
+        watch.release(number, read)
+        watch.release(number, read)
+        assert len(watch) == is_kept
+        far.close()
+        await asyncio.sleep(0.02)
+        assert set(heard) == ({"new"} if is_kept else set())
+        watch.remove(near)
 
 
 @both
 async def test_watch_for_one_thing_replaces_that_for_another(watch_kind: str) -> None:
     with ends() as (near, far), watching() as watch:
         heard: list[str] = []
-        watch.writable(near, lambda: heard.append("writable"))
+        watch.hangup(near, lambda: heard.append("early"))
         watch.readable(near, lambda: heard.append("readable"))
         watch.hangup(near, lambda: heard.append("hangup"))
         assert len(watch) == 1

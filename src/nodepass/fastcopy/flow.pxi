@@ -53,6 +53,12 @@ cdef void flow_admit(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
         # transfer, the kernel resets both sides, and nobody takes a cut stream for whole.
         rc = sys_arm_reset(flow.legs[side].fd, 1)
         NP_BUG(rc == -ENOTSOCK, &w.counters.bugs, b"not a socket after all")
+        if side and flow.is_dialling:
+            # Before it is added: a socket that nobody has dialled yet counts as hung up.
+            rc = sys_connect(flow.legs[side].fd, &flow.goal)
+            if rc < 0:
+                flow_bury(w, flow, slot, R_UNMET, 2, -rc)
+                return
         rc = sys_epoll_add(w.epoll, flow.legs[side].fd, tag | <uint64_t>side)
         if rc < 0:
             flow_bury(w, flow, slot, R_RESET, side + 1, -rc)
@@ -70,6 +76,8 @@ cdef int flow_turn(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
         return udp_turn(w, flow, slot)
     if flow.kind == KIND_HANDSHAKE:
         return hand_turn(w, flow, slot)
+    if flow.is_dialling and not dial_turn(w, flow, slot):
+        return 0
     more = way_pump(w, flow, slot, first)
     if more < 0:
         return 0

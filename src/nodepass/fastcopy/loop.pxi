@@ -193,7 +193,7 @@ cdef void wheel_drop(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     w.wheel_count -= 1
 
 
-# Turn the wheel up to now: end who was idle too long.
+# Turn the wheel up to now: end who was idle too long, or has dialled in vain.
 cdef void worker_run_wheel(Worker* w) noexcept nogil:
     cdef uint64_t now = w.now_ms // TICK_MS
     cdef List* chain
@@ -215,6 +215,8 @@ cdef void worker_run_wheel(Worker* w) noexcept nogil:
             if w.now_ms - flow.active_ms >= flow.idle_ms:
                 if flow.kind >= KIND_GATE:
                     udp_expire(w, flow, slot)
+                elif flow.is_dialling:
+                    flow_bury(w, flow, slot, R_UNMET, 2, ETIMEDOUT)
                 else:
                     flow_bury(w, flow, slot, R_IDLE, 0, 0)
             else:

@@ -149,23 +149,13 @@ cdef inline bint udp_has_gso(int fd) noexcept nogil:
     return sys_get(fd, SOL_UDP, UDP_SEGMENT) >= 0
 
 
-# Lay an order down; the worker finds it when it next hears the bell. After ADMIT the flow is the
-# worker's.
-cdef void order_lay(Worker* w, Flow* flow, uint32_t slot, int kind) noexcept nogil:
+# Hand an order over. After ADMIT the flow is the worker's.
+cdef void order_put(Worker* w, Flow* flow, uint32_t slot, int kind) noexcept nogil:
     cdef uint64_t order = (<uint64_t>load_relaxed32(&flow.generation) << 32) | (
         (slot << ORDER_BITS) | <uint32_t>kind
     )
     NP_BUG(not ring_put(&w.inbox, order), &w.counters.bugs, b"inbox full")
-
-
-cdef void worker_call(Worker* w) noexcept nogil:
     NP_BUG(ring_bell(&w.wake_rung, w.wake) < 0, &w.counters.bugs, b"wake bell failed")
-
-
-# Hand an order over at once.
-cdef void order_put(Worker* w, Flow* flow, uint32_t slot, int kind) noexcept nogil:
-    order_lay(w, flow, slot, kind)
-    worker_call(w)
 
 
 # Tell a worker to leave. Rung without the flag: this must get through whatever it says.

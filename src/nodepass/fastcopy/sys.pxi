@@ -169,6 +169,31 @@ cdef inline int sys_own_name(int fd, sockaddr_in6* name) noexcept nogil:
     return -errno
 
 
+# -> 0: connected, or the answer is still to come; -errno otherwise. EINTR does not take a connect
+# back. Runs on: workers.
+cdef inline int sys_connect(int fd, sockaddr_in6* name) noexcept nogil:
+    cdef socklen_t size = sizeof(sockaddr_in)
+    if name.sin6_family == AF_INET6:
+        size = sizeof(sockaddr_in6)
+    if connect(fd, <sockaddr*>name, size) != -1 or errno == EINPROGRESS or errno == EINTR:
+        return 0
+    return -errno
+
+
+# -> 1 if a connection to an address has itself for its peer. Runs on: workers.
+cdef inline bint sys_is_mirror(int fd, sockaddr_in6* goal) noexcept nogil:
+    cdef sockaddr_in6 peer
+    cdef sockaddr_in6 own
+    cdef socklen_t size = sizeof(peer)
+    memset(&peer, 0, sizeof(peer))
+    # The port stands at the same place in an IPv4 address.
+    if sys_own_name(fd, &own) < 0 or own.sin6_port != goal.sin6_port:
+        return 0
+    if getpeername(fd, <sockaddr*>&peer, &size) == -1:
+        return 0
+    return memcmp(&own, &peer, sizeof(own)) == 0
+
+
 # -> 0 or -errno. Explicit, because a duplicate in a forked child would keep the
 # registration alive past close() (man epoll(7), Q6).
 cdef inline int sys_epoll_delete(int epoll, int fd) noexcept nogil:
