@@ -19,7 +19,7 @@ REASON_ABORTED: Final[int]
 REASON_IDLE: Final[int]
 """No byte moved for the idle limit; both sides were reset."""
 REASON_UNMET: Final[int]
-"""Side b of dial() could not be connected, `code` says why; side a was reset."""
+"""Side b of dial() could not be connected (`side` 2), or a died first (1); a was reset."""
 
 class Completion(NamedTuple):
     """How a flow ended."""
@@ -243,8 +243,8 @@ class Engine:
             ValueError: the address is none, or the time is out of range.
 
         After: one Completion with this token comes out of poll(). Where no connection came about
-            it has REASON_UNMET, side 2 and the errno, ETIMEDOUT when the time was over; side a is
-            reset. Once b is connected all is as with relay().
+            it has REASON_UNMET, side 2 and the errno, ETIMEDOUT when the time was over; or side 1,
+            if a has died meanwhile. Side a is reset. Once b is connected all is as with relay().
         """
 
     def handshake(self, fd: int, tls: Connection) -> int:

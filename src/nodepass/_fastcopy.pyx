@@ -47,7 +47,7 @@ from libc.errno cimport (
 )
 from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcmp, memcpy, memset, strlen
 
 from nodepass._linux cimport *
 from nodepass._openssl cimport *
@@ -220,9 +220,9 @@ cdef int _take_handles(str operation, object connection, Handles* handles) excep
     return 0
 
 
-cdef int _check_idle(double seconds) except -1:
+cdef int _check_seconds(double seconds, str name) except -1:
     if not 0.0 <= seconds <= 4e6:               # milliseconds must fit into 32 bits
-        raise ValueError(f"idle: {seconds} is not within 0..4000000 seconds")
+        raise ValueError(f"{name}: {seconds} is not within 0..4000000 seconds")
     return 0
 
 
@@ -230,21 +230,26 @@ cdef inline uint32_t _milliseconds(double seconds):
     return <uint32_t>(seconds * 1000 + 0.999)
 
 
-# host and port of IPv4; for IPv6 also flow label and scope, where they are known
+# Host and port; for IPv6 also flow label and scope, where they are given.
 cdef int _take_address(object address, sockaddr_in6* goal) except -1:
     cdef bytes host = address[0].encode("ascii", "replace")
     cdef const char* text = host
-    cdef uint16_t port = address[1]
+    cdef long port = address[1]
     memset(goal, 0, sizeof(sockaddr_in6))
-    if inet_pton(AF_INET, text, &(<sockaddr_in*>goal).sin_addr) == 1:
-        (<sockaddr_in*>goal).sin_family = AF_INET
-        (<sockaddr_in*>goal).sin_port = htons(port)
+    if not 0 <= port <= 65535:
+        raise ValueError(f"address: port {port} is not within 0..65535")
+    if strlen(text) != <size_t>len(host):
+        goal.sin6_family = 0
+    elif inet_pton(AF_INET, text, &(<sockaddr_in*>goal).sin_addr) == 1:
+        goal.sin6_family = AF_INET
     elif inet_pton(AF_INET6, text, &goal.sin6_addr) == 1:
         goal.sin6_family = AF_INET6
-        goal.sin6_port = htons(port)
-        goal.sin6_scope_id = address[3] if len(address) > 3 else 0
-    else:
+        if len(address) > 3:
+            goal.sin6_flowinfo = htonl(address[2])
+            goal.sin6_scope_id = address[3]
+    if not goal.sin6_family:
         raise ValueError(f"address: {address[0]!r} is no address")
+    goal.sin6_port = htons(<uint16_t>port)      # at the same place in an IPv4 address
     return 0
 
 
@@ -420,7 +425,7 @@ cdef class Engine:
         """
         cdef double seconds = idle
         self.check("relay")
-        _check_idle(seconds)
+        _check_seconds(seconds, "idle")
         return self.pair(
             "relay", NULL, fd_a, fd_b, tls_a, tls_b, head_a, head_b, _milliseconds(seconds)
         )
@@ -446,13 +451,13 @@ cdef class Engine:
             ValueError: the address is none, or the time is out of range.
 
         After: one Completion with this token comes out of poll(). Where no connection came about
-            it has REASON_UNMET, side 2 and the errno, ETIMEDOUT when the time was over; side a is
-            reset. Once b is connected all is as with relay().
+            it has REASON_UNMET, side 2 and the errno, ETIMEDOUT when the time was over; or side 1,
+            if a has died meanwhile. Side a is reset. Once b is connected all is as with relay().
         """
         cdef double seconds = timeout
         cdef sockaddr_in6 goal
         self.check("dial")
-        _check_idle(seconds)
+        _check_seconds(seconds, "timeout")
         _take_address(address, &goal)
         return self.pair("dial", &goal, fd, target, tls, None, head, b"", _milliseconds(seconds))
 
@@ -667,7 +672,7 @@ cdef class Engine:
         """
         cdef Flow* waiting
         self.check("udp_bind")
-        _check_idle(idle)
+        _check_seconds(idle, "idle")
         waiting = self.find(peer)
         if waiting == NULL or waiting.kind != KIND_PEER:
             raise EngineError("udp_bind", _errno.ENOENT)
@@ -703,7 +708,7 @@ cdef class Engine:
         cdef int rc
         self.check("udp_dial")
         _check_datagram(datagram)
-        _check_idle(idle)
+        _check_seconds(idle, "idle")
         rc = sys_check_socket(target, SOCK_DGRAM)
         if rc < 0:
             raise EngineError("udp_dial", -rc)
@@ -789,7 +794,7 @@ cdef class Engine:
         """
         cdef Flow* flow
         self.check("udp_limit")
-        _check_idle(idle)
+        _check_seconds(idle, "idle")
         flow = self.find(token)
         if flow != NULL and flow.kind > KIND_PEER:
             store_relaxed32(&self.core.udps[flow - self.core.flows].wished_ms, _milliseconds(idle))

@@ -131,6 +131,7 @@ cdef extern from "<netinet/in.h>" nogil:
     cdef struct sockaddr_in6:
         unsigned short sin6_family
         uint16_t sin6_port
+        uint32_t sin6_flowinfo
         in6_addr sin6_addr
         uint32_t sin6_scope_id
     cdef struct in_pktinfo:
@@ -147,6 +148,7 @@ cdef extern from "<netinet/in.h>" nogil:
 
 cdef extern from "<arpa/inet.h>" nogil:
     uint16_t htons(uint16_t port)
+    uint32_t htonl(uint32_t label)
     int inet_pton(int family, const char* text, void* into)
 
 # Younger than the oldest C library that wheels are built for; numbers of include/uapi/linux.

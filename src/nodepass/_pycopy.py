@@ -30,8 +30,8 @@ from ._pydesk import (
     Watched,
     check_address,
     check_head,
-    check_idle,
     check_range,
+    check_seconds,
     make_leg,
 )
 from ._pyflow import (
@@ -173,7 +173,7 @@ class Engine(UdpHalf[Completion]):
         """Join two connected non-blocking stream sockets; own both on success."""
         self._check("relay")
         self._require_tls("relay", tls_a, tls_b)
-        check_idle(idle)
+        check_seconds(idle)
         for head in (head_a, head_b):
             check_head(head)
         sockets = self._adopt("relay", (fd_a, STREAM), (fd_b, STREAM))
@@ -205,7 +205,7 @@ class Engine(UdpHalf[Completion]):
         """Connect a stream socket, and join a connected one with it; own both on success."""
         self._check("dial")
         self._require_tls("dial", tls)
-        check_idle(timeout)
+        check_seconds(timeout, "timeout")
         check_head(head)
         check_address(address)
         sockets = self._adopt("dial", (fd, STREAM), (target, STREAM))
@@ -216,7 +216,7 @@ class Engine(UdpHalf[Completion]):
             arm_reset(sock, True)
         try:
             flow.dial(address, timeout, head)
-        except (OSError, NotImplementedError) as exc:
+        except (OSError, OverflowError, NotImplementedError) as exc:
             flow.is_over = True
             del self._flows[token]
             raise self._refuse("dial", sockets, exc) from exc

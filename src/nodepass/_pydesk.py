@@ -185,10 +185,10 @@ def check_range(name: str, value: int, most: int) -> None:
         raise ValueError(f"{name}: {value} is not within 1..{most}")
 
 
-def check_idle(idle: float) -> None:
-    """Raise ValueError if an idle limit is out of range."""
-    if not 0.0 <= idle <= MAX_IDLE:
-        raise ValueError(f"idle: {idle} is not within 0..4000000 seconds")
+def check_seconds(seconds: float, name: str = "idle") -> None:
+    """Raise ValueError if an idle limit, or another time, is out of range."""
+    if not 0.0 <= seconds <= MAX_IDLE:
+        raise ValueError(f"{name}: {seconds} is not within 0..4000000 seconds")
 
 
 def check_head(head: bytes) -> None:
@@ -198,9 +198,11 @@ def check_head(head: bytes) -> None:
 
 
 def check_address(address: SocketAddress) -> None:
-    """Raise ValueError if a host is a name."""
+    """Raise ValueError if a host is a name, or a port is none."""
+    if not 0 <= address[1] <= 65535:
+        raise ValueError(f"address: port {address[1]} is not within 0..65535")
     for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             socket.inet_pton(family, address[0])
             return
     raise ValueError(f"address: {address[0]!r} is no address")

@@ -215,7 +215,8 @@ class Flow:
         self.until = time.monotonic() + timeout if timeout else 0.0
         self.head = head
         sock = self.legs[1].sock
-        code = sock.connect_ex(address)
+        is_of_family = (":" in address[0]) == (sock.family == socket.AF_INET6)
+        code = sock.connect_ex(address) if is_of_family else errno.EAFNOSUPPORT
         if code in UNDER_WAY:
             self.engine.loop.add_writer(sock, self.meet)
         else:
@@ -243,7 +244,7 @@ class Flow:
         """Give up a dial whose time is over, or for which nobody is left."""
         code = self.legs[0].sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
-            self.reset(self.legs[0], OSError(code, ""))
+            self.bury(REASON_UNMET, 1, code)
         elif self.until and time.monotonic() >= self.until:
             self.bury(REASON_UNMET, 2, errno.ETIMEDOUT)
 

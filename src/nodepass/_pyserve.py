@@ -15,8 +15,8 @@ from ._pydesk import (
     Desk,
     Watched,
     check_head,
-    check_idle,
     check_range,
+    check_seconds,
     make_leg,
 )
 from ._pydial import Dialled, RawDialled
@@ -102,7 +102,7 @@ class UdpHalf(Desk[Other | UdpCompletion | Newcomer]):
         """Carry the datagrams of a waiting peer over a link; own it on success."""
         self._check("udp_bind")
         self._require_tls("udp_bind", tls)
-        check_idle(idle)
+        check_seconds(idle)
         check_head(head)
         source = self._sources.get(peer)
         if source is None:
@@ -132,7 +132,7 @@ class UdpHalf(Desk[Other | UdpCompletion | Newcomer]):
         self._check("udp_dial")
         self._require_tls("udp_dial", tls)
         check_range("datagram", datagram, MAX_DATAGRAM)
-        check_idle(idle)
+        check_seconds(idle)
         check_head(head)
         del gso
         sockets = self._adopt("udp_dial", (fd, STREAM), (target, DATAGRAM))
@@ -169,7 +169,7 @@ class UdpHalf(Desk[Other | UdpCompletion | Newcomer]):
     def udp_limit(self, token: int, idle: float) -> None:
         """Change the idle limit of a UDP relay."""
         self._check("udp_limit")
-        check_idle(idle)
+        check_seconds(idle)
         if token in self._udp_relays:
             self._udp_relays[token].idle = idle
 

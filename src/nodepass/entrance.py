@@ -306,13 +306,16 @@ class Entrance:
 
     def _open(self, caller: Caller, opening: Hello | LinkClaim) -> None:
         self._forget(caller)
+        # It holds the caller as the caller holds it, and would outlive him until the next
+        # collection, with all that his TLS has allocated.
+        on_ready, caller.on_ready = caller.on_ready, None
         fd = caller.sock.fileno()
         try:
             self._on_opening(caller, opening)
         finally:
             # Not before: a link that goes to a shelf is watched there, too.
-            if caller.on_ready is not None:
-                self._watch.release(fd, caller.on_ready)
+            if on_ready is not None:
+                self._watch.release(fd, on_ready)
 
     def _expire(self, caller: Caller) -> None:
         if caller.shake is not None:
@@ -359,6 +362,7 @@ class Entrance:
 
     def _release(self, caller: Caller) -> None:
         self._watch.remove(caller.sock)
+        caller.on_ready = None
         self._forget(caller)
 
     def _forget(self, caller: Caller) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 READ_SIZE: Final = wire.MAX_GREETING
 """Bytes per read of a greeting: what follows it belongs to others."""
+
+_BROKEN_LATER: Final = frozenset({errno.ECONNRESET, errno.EPIPE})
+"""Errors that only a connection can have that has come about."""
 
 OnEnd = Callable[[Link | Exception], None]
 
@@ -73,7 +77,6 @@ class LinkDials:
         """Those that got no greeting in the time that a connect may take, and are connected."""
         self._open: set[_Dial] = set()
         """Those that wait for a greeting."""
-        self._is_closed = False
 
     def begin(self, on_end: OnEnd) -> None:
         """Make a link.
@@ -101,7 +104,6 @@ class LinkDials:
 
     def close(self) -> None:
         """Drop what is on its way; idempotent. A TLS handshake ends by itself."""
-        self._is_closed = True
         for dial in list(self._open):
             self._release(dial)
             dial.sock.close()
@@ -125,20 +127,26 @@ class LinkDials:
             self._fail(dial, exc)
             return
         except OSError as exc:
-            self._fail(dial, self._error(exc))
+            if exc.errno in _BROKEN_LATER:
+                why = os.strerror(exc.errno or 0).lower()
+                text = f"the connection broke during the handshake: {why}"
+                self._fail(dial, TunnelError(text))
+            else:
+                self._fail(dial, self._error(exc))
             return
         if self._tls:
             self._release(dial)
             self._client.spawn(self._secure(dial), "making a link")
             return
         self._forget(dial)
+        on_ready, dial.on_ready = dial.on_ready, None
         fd = dial.sock.fileno()
         try:
             self._claim(dial)
         finally:
             # Not before: on its shelf it is watched, too.
-            if dial.on_ready is not None:
-                self._client.watch.release(fd, dial.on_ready)
+            if on_ready is not None:
+                self._client.watch.release(fd, on_ready)
 
     def _claim(self, dial: _Dial) -> None:
         self._number += 1
@@ -179,7 +187,8 @@ class LinkDials:
             self._fail(dial, self._error(TimeoutError(errno.ETIMEDOUT, "")))
 
     def _on_silence(self, dial: _Dial) -> None:
-        seconds = self._client.settings.handshake_timeout
+        settings = self._client.settings
+        seconds = settings.dial_timeout + settings.handshake_timeout
         looks = wire.identify(dial.said)
         self._fail(
             dial, TunnelError(f"no greeting within {seconds:g} s: the other side is {looks}")
@@ -196,6 +205,7 @@ class LinkDials:
 
     def _release(self, dial: _Dial) -> None:
         self._client.watch.remove(dial.sock)
+        dial.on_ready = None  # which holds the dial, as that holds it
         self._forget(dial)
 
     def _forget(self, dial: _Dial) -> None:

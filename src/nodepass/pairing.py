@@ -40,6 +40,8 @@ from .session import SILENT_PERIODS, Event, Lost, Role, Session
 if TYPE_CHECKING:
     from .client import Client
 
+TARGET: Final = 2
+"""Side of a relay that is the target; the other one is the link."""
 TLS_READ_SIZE: Final = 16384
 """Bytes per read of a TLS link's first bytes: a handshake's end and an id are well below it."""
 
@@ -223,6 +225,7 @@ class Pairing:
                     client.log.error(
                         "a fault of ours in serving a visitor; please report it", error=exc
                     )
+                    self._give_up(name, Failure.UNKNOWN, "a fault of ours")
                     is_joined = False
                 if not is_joined:
                     client.free_slot()
@@ -425,7 +428,8 @@ class Pairing:
         outcome = result.result()
         if isinstance(outcome, RelayResult) and not outcome.is_met:
             self._client.forget(relay)
-            self._miss(name, self._dial_error(outcome.code))
+            if outcome.side == TARGET:  # or the visitor has gone, which the server knows
+                self._miss(name, self._dial_error(outcome.code))
             return
         if address is not None and outcome.code == errno.ECONNREFUSED:
             self._client.avoid_udp(address)

@@ -43,6 +43,8 @@ __all__ = [
 
 CLOSE_GRACE: Final = 5.0
 """Seconds that closing may wait for engine threads: a hundred times what they need."""
+MAX_TIMEOUT: Final = 4e6
+"""Seconds: the engine counts milliseconds in 32 bits."""
 _RELEASE: Final = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
 _GSO_BROKEN: Final = ((7, 0, 0), (7, 1, 5))
 """Kernels, from the first to the one before the second, that spoil headers and checksums of
@@ -164,7 +166,7 @@ class Relays:
             address: where it is to be connected, no name.
             tls: TLS of the link, its handshake done.
             head: plaintext already read from the link.
-            timeout: seconds that the connect may take.
+            timeout: seconds that the connect may take; no kernel tries for MAX_TIMEOUT.
 
         Returns:
             The relay. Its result is UNMET where no connection came about.
@@ -174,7 +176,12 @@ class Relays:
         """
         crew = self._crew if tls is None else self._tls()
         token = crew.engine.dial(
-            link.fileno(), sock.fileno(), address, tls=tls, head=head, timeout=timeout
+            link.fileno(),
+            sock.fileno(),
+            address,
+            tls=tls,
+            head=head,
+            timeout=min(timeout, MAX_TIMEOUT),
         )
         return self._begin(crew, token, link, sock)
 

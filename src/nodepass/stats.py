@@ -81,7 +81,7 @@ class TunnelStatistics:
     visitors_refused: int
     """Visitors reset because no link came in time or the target could not be reached."""
     relays_open: int
-    """Now: joined pairs."""
+    """Now: joined pairs; on a client also links whose target is being dialled."""
     relays_reset: int
     """Relays that ended by an error or a reset instead of two clean ends."""
     launches_failed: int

@@ -105,6 +105,7 @@ class Watch:
                 self._epoll.modify(fd, events)  # tells at once of what has come before
             except FileNotFoundError:
                 # Closed, and its number given again, before its owner has released it.
+                del self._callbacks[fd]
                 self._epoll.register(fd, events)
         else:
             self._epoll.register(fd, events)

@@ -419,6 +419,33 @@ async def test_target_that_does_not_answer_in_time() -> None:
 
 
 @both
+async def test_the_longest_time_to_dial_is_no_fault() -> None:
+    longest = 8760 * 3600.0
+    async with paired(dial_timeout=longest) as (server, desk, _links):
+        await server.say("tcp://1?from=10.0.0.1:1")
+        await until(lambda: desk.figures.relays_open == 1, 5, "the relay")
+        await asyncio.sleep(0.05)
+        assert (desk.figures.relays_open, desk.figures.visitors_refused) == (1, 0)
+
+
+@both
+async def test_visitor_that_has_gone_while_its_target_is_dialled() -> None:
+    """The server knows, and there has been no relay: nobody is told anything."""
+    full = FullListener()
+    async with paired(target=net.join_address(*full.name)) as (server, desk, links):
+        await server.say("tcp://1?from=10.0.0.1:1")
+        await until(lambda: desk.figures.relays_open == 1, 5, "the dial")
+        links[1].reset()
+        await until(lambda: desk.figures.visitors_open == 0, 5, "its end")
+        await server.say("tcp://77?from=10.0.0.1:1")
+        assert await signal(server) == "fail://77?why=unknown", "the first word that is said"
+        figures = desk.figures
+        assert (figures.relays_open, figures.relays_reset, figures.launches_failed) == (0, 0, 1)
+        assert desk.client._slots._free == desk.client._limit
+    full.close()
+
+
+@both
 async def test_no_socket_to_dial_the_target_with(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> socket.socket:
         raise OSError(errno.EMFILE, "too many open files")

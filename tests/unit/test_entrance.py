@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
+import weakref
 
 import pytest
 from tests.system.rig.timing import until, within
@@ -55,6 +57,26 @@ async def test_hands_over_who_has_said_what_it_is(
         await asyncio.sleep(0.01)
         assert caller.sock.recv(10) == b"more", "the entrance reads no further"
         assert street.counters.strangers == 0
+
+
+@pytest.mark.parametrize("line", [HELLO, CLAIM, b"nonsense\n", b""])
+async def test_nothing_of_a_caller_waits_for_the_garbage_collector(line: bytes) -> None:
+    """It would keep what TLS has allocated, which the collector does not see."""
+    gc.collect()
+    gc.disable()
+    try:
+        async with Street() as street:
+            far = street.come()
+            (caller,) = (weakref.ref(one.handshake) for one in street.entrance._callers.values())
+            far.send(line)
+            far.close()
+            await until(lambda: not len(street.entrance), 5, "its end")
+            while street.openings:
+                street.openings.pop()[0].sock.close()
+            await asyncio.sleep(0)
+            assert caller() is None
+    finally:
+        gc.enable()
 
 
 @both

@@ -11,7 +11,11 @@ cdef int dial_turn(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     cdef Leg* leg = &flow.legs[1]
     cdef int code
     if not leg.bits & MAY_WRITE:
-        flow_check_error(w, flow, slot, 0, 0)   # nobody is left to dial for
+        if flow.legs[0].bits & SEEN_ERROR:
+            flow.legs[0].bits &= ~<uint32_t>SEEN_ERROR
+            code = sys_socket_error(flow.legs[0].fd)
+            if code:
+                flow_bury(w, flow, slot, R_UNMET, 1, code)      # nobody is left to dial for
         return 0
     if flow.idle_ms:
         wheel_drop(w, flow, slot)
