@@ -157,6 +157,29 @@ async def test_head_larger_than_every_buffer(engine: Engine, kind: Kind) -> None
         assert (ended.reason, ended.up) == (kind.module.REASON_FINISHED, len(BLOB) + 4)
 
 
+@every_kind
+async def test_a_target_that_does_not_read_is_heard(engine: Engine, kind: Kind) -> None:
+    """One direction is stopped by back-pressure, the other goes on."""
+    async with engine() as rig:
+        listener = rig.listen(rcvbuf=8192)
+        flow = rig.connect(listener.getsockname(), timeout=30.0)
+        target = await rig.accept(listener)
+        stuck = asyncio.create_task(rig.send(flow.visitor, BLOB * 4))
+        await rig.until(lambda: rig.engine.statistics().parked_bytes, "bytes parked")
+        for _ in range(20):
+            await rig.send(target, b"stop")
+            assert await rig.receive(flow.visitor, 4) == b"stop"
+        assert not stuck.done()
+        reset_on_close(target)
+        target.close()
+        ended = await rig.ended(flow.token)
+        assert ended[2:5] == (80, kind.module.REASON_RESET, 2)
+        assert isinstance(
+            (await asyncio.gather(stuck, return_exceptions=True))[0],
+            ConnectionResetError | BrokenPipeError,
+        )
+
+
 async def test_everything_said_and_ended_before_the_call(engine: Engine, kind: Kind) -> None:
     async with engine() as rig:
         listener = rig.listen()

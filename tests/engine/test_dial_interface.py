@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import os
 import socket
+import struct
 from collections.abc import Callable
 
 import pytest
@@ -40,6 +42,26 @@ async def test_balance_while_it_dials(engine: Engine) -> None:
             await rig.ended(flow.token)
         statistics = rig.engine.statistics()
         assert (statistics.flows_open, statistics.flows_total, statistics.fds_open) == (0, 3, 0)
+
+
+@every_kind
+async def test_a_process_that_dies_resets_both(engine: Engine, kind: Kind) -> None:
+    """So the kernel is told beforehand, as soon as the engine has the sockets."""
+    async with engine() as rig:
+        for listener in (rig.listen_to_nobody().sock, rig.listen()):
+            _, a = rig.ends()
+            b = stream_for(listener.getsockname())
+            twins = (a.dup(), b.dup())
+            with owned(*twins):
+                token = rig.hand_over_to(a, listener.getsockname(), b)
+                for sock in twins:
+                    await rig.until(functools.partial(resets_at_close, sock), "the option")
+                rig.engine.abort(token)
+                await rig.ended(token)
+
+
+def resets_at_close(sock: socket.socket) -> bool:
+    return struct.unpack("ii", sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)) == (1, 0)
 
 
 async def test_refused_descriptors_stay_the_callers(engine: Engine) -> None:
@@ -179,6 +201,9 @@ async def test_a_dial_leaves_nothing_behind_in_its_place(engine: Engine, kind: K
             assert (await rig.ended(joined.token)).reason == kind.module.REASON_IDLE
             late = rig.connect(full.name, timeout=0.1)
             assert (await rig.ended(late.token)).code == errno.ETIMEDOUT
+            joined = rig.join(idle=0.1)
+            await rig.chat(joined.visitor, joined.target)
+            assert (await rig.ended(joined.token)).reason == kind.module.REASON_IDLE
             dialled = rig.connect(listener.getsockname(), timeout=limit)
             target = await rig.accept(listener)
             await rig.chat(dialled.visitor, target)
