@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import pytest
 from tests.engine.rig import Kind, Rig, is_called, is_open, owned, reset_on_close, stream_for
+from tests.system.rig.timing import has_ipv6
 
 from nodepass.errors import EngineClosed, EngineError
 
@@ -129,7 +130,8 @@ async def test_bad_timeout(engine: Engine, timeout: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["localhost", "", "127.1", "127.0.0.256", "::1%lo", "[::1]", "::g", "\udcff", "é"]
+    "host",
+    ["localhost", "", "127.1", "127.0.0.256", "::1%lo", "[::1]", "::g", "\udcff", "é", "::1\0"],
 )
 async def test_a_name_is_no_address(engine: Engine, host: str) -> None:
     async with engine() as rig:
@@ -142,6 +144,33 @@ async def test_a_name_is_no_address(engine: Engine, host: str) -> None:
             assert is_open(b.fileno())
         statistics = rig.engine.statistics()
         assert (statistics.flows_total, statistics.flows_open) == (0, 0)
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 1 << 40])
+async def test_no_such_port(engine: Engine, port: int) -> None:
+    async with engine() as rig:
+        _, a = rig.ends()
+        b = stream_for(("127.0.0.1", 0))
+        with owned(a, b):
+            with pytest.raises(ValueError):
+                rig.engine.dial(a.fileno(), b.fileno(), ("127.0.0.1", port))
+            assert is_open(a.fileno())
+            assert is_open(b.fileno())
+        statistics = rig.engine.statistics()
+        assert (statistics.flows_total, statistics.flows_open) == (0, 0)
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
+async def test_socket_of_another_family(engine: Engine, kind: Kind) -> None:
+    async with engine() as rig:
+        four, six = rig.listen(), rig.listen("::1")
+        for own, goal in ((six, four), (four, six)):
+            visitor, a = rig.ends()
+            token = rig.hand_over_to(a, goal.getsockname(), stream_for(own.getsockname()))
+            ended = await rig.ended(token)
+            assert ended[1:5] == (0, 0, kind.module.REASON_UNMET, 2)
+            assert ended.code in {errno.EAFNOSUPPORT, errno.EINVAL}
+            assert await rig.heard_before_reset(visitor) == b""
 
 
 async def test_capacity_is_a_counted_refusal(engine: Engine) -> None:

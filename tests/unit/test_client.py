@@ -460,19 +460,6 @@ async def test_no_socket_to_dial_the_target_with(monkeypatch: pytest.MonkeyPatch
 
 
 @both
-async def test_visitor_who_leaves_while_the_target_is_dialled() -> None:
-    full = FullListener()
-    async with paired(target=net.join_address(*full.name)) as (server, desk, links):
-        await server.say("tcp://1?from=10.0.0.1:1")
-        await until(lambda: desk.figures.visitors_open == 1, 5, "the launch")
-        links[1].reset()
-        await until(lambda: not desk.figures.visitors_open, 5, "the end of its serving")
-        assert desk.client._slots._free == desk.client._limit
-        assert desk.figures.launches_failed == 0, "nobody is left to be told"
-    full.close()
-
-
-@both
 @pytest.mark.parametrize("where", ["open_stream", "connect"])
 async def test_fault_in_one_launch_ends_that_one_only(
     where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
