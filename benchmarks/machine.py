@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import random
 import resource
 import socket
 import subprocess
@@ -19,6 +20,9 @@ from typing import Final
 HERE: Final = Path(__file__).resolve().parent
 ROOT: Final = HERE.parent
 PROC: Final = Path("/proc")
+PORTS: Final = range(12000, 20000)
+"""Below those that Linux gives to outgoing connections, of which a load makes thousands: one of
+them may have the port by the time that a contender wants it."""
 DISTURBED: Final = 0.1
 """Cores that others may use before a run is marked; every one of them is missing to us."""
 SECRETS: Final = ("NODEPASS_PASSWORD", "NODEPASS_PASSWORD_FILE")
@@ -45,10 +49,11 @@ def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         found: list[int] = []
         while len(found) < count:
-            stream = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-            port = stream.getsockname()[1]
+            port = random.choice(PORTS)
+            stream = stack.enter_context(socket.socket())
             datagram = stack.enter_context(socket.socket(type=socket.SOCK_DGRAM))
             with contextlib.suppress(OSError):
+                stream.bind(("127.0.0.1", port))
                 datagram.bind(("127.0.0.1", port))
                 found.append(port)
         return found
