@@ -169,7 +169,8 @@ async def test_a_target_that_does_not_read_is_heard(engine: Engine, kind: Kind) 
         listener = rig.listen(rcvbuf=8192)
         flow = rig.connect(listener.getsockname(), timeout=30.0)
         target = await rig.accept(listener)
-        stuck = asyncio.create_task(rig.send(flow.visitor, BLOB * 4))
+        # More than all buffers on the way may grow to: 15 MB by Linux' defaults.
+        stuck = asyncio.create_task(rig.send(flow.visitor, BLOB * 20))
         await rig.until(lambda: rig.engine.statistics().parked_bytes, "bytes parked")
         for _ in range(20):
             await rig.send(target, b"stop")
