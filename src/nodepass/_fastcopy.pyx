@@ -232,23 +232,28 @@ cdef inline uint32_t _milliseconds(double seconds):
 
 # Host and port; for IPv6 also flow label and scope, where they are given.
 cdef int _take_address(object address, sockaddr_in6* goal) except -1:
-    cdef bytes host = address[0].encode("ascii", "replace")
-    cdef const char* text = host
-    cdef long port = address[1]
-    memset(goal, 0, sizeof(sockaddr_in6))
+    cdef bytes host
+    cdef const char* text
+    name, port, label, scope = (*address, 0, 0) if len(address) == 2 else address
     if not 0 <= port <= 65535:
         raise ValueError(f"address: port {port} is not within 0..65535")
+    if not 0 <= label < 1 << 20:
+        raise ValueError(f"address: flow label {label} is not within 0..1048575")
+    if not 0 <= scope < 1 << 32:
+        raise ValueError(f"address: scope {scope} is not within 0..4294967295")
+    host = name.encode("ascii", "replace")
+    text = host
+    memset(goal, 0, sizeof(sockaddr_in6))
     if strlen(text) != <size_t>len(host):
         goal.sin6_family = 0
     elif inet_pton(AF_INET, text, &(<sockaddr_in*>goal).sin_addr) == 1:
         goal.sin6_family = AF_INET
     elif inet_pton(AF_INET6, text, &goal.sin6_addr) == 1:
         goal.sin6_family = AF_INET6
-        if len(address) > 3:
-            goal.sin6_flowinfo = htonl(address[2])
-            goal.sin6_scope_id = address[3]
+        goal.sin6_flowinfo = htonl(label)
+        goal.sin6_scope_id = scope
     if not goal.sin6_family:
-        raise ValueError(f"address: {address[0]!r} is no address")
+        raise ValueError(f"address: {name!r} is no address")
     goal.sin6_port = htons(<uint16_t>port)      # at the same place in an IPv4 address
     return 0
 

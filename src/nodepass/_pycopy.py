@@ -28,11 +28,11 @@ from . import _pytls
 from ._pydesk import (
     STREAM,
     Watched,
-    check_address,
     check_head,
     check_range,
     check_seconds,
     make_leg,
+    take_address,
 )
 from ._pyflow import (
     REASON_ABORTED,
@@ -207,19 +207,19 @@ class Engine(UdpHalf[Completion]):
         self._require_tls("dial", tls)
         check_seconds(timeout, "timeout")
         check_head(head)
-        check_address(address)
+        goal = take_address(address)
         sockets = self._adopt("dial", (fd, STREAM), (target, STREAM))
         token = self._require_token("dial", sockets)
         flow = Flow(self, token, (make_leg(sockets[0], tls), Leg(sockets[1])), 0.0)
         self._flows[token] = flow
-        for sock in sockets:
-            arm_reset(sock, True)
         try:
-            flow.dial(address, timeout, head)
-        except (OSError, OverflowError, NotImplementedError) as exc:
+            flow.dial(goal, timeout, head)
+        except (OSError, NotImplementedError) as exc:
             flow.is_over = True
             del self._flows[token]
             raise self._refuse("dial", sockets, exc) from exc
+        for sock in sockets:
+            arm_reset(sock, True)
         self._counts["flows"] += 1
         self._keep_watch()
         return token
@@ -316,8 +316,9 @@ class Engine(UdpHalf[Completion]):
             flows_refused=self._refused,
             bytes_up=self._bytes[0] + sum(flow.ways[0].delivered for flow in flows),
             bytes_down=self._bytes[1] + sum(flow.ways[1].delivered for flow in flows),
-            parked_bytes=sum(leg.backlog for leg in legs),
-            buffers_in_use=sum(1 for leg in legs if leg.backlog),
+            parked_bytes=sum(leg.backlog for leg in legs) + sum(len(flow.head) for flow in flows),
+            buffers_in_use=sum(1 for leg in legs if leg.backlog)
+            + sum(1 for flow in flows if flow.head),
             pipes_in_use=0,
             pipes_pooled=0,
             splice_promotions=0,

@@ -197,15 +197,26 @@ def check_head(head: bytes) -> None:
         raise TypeError(f"heads are bytes, not {type(head).__name__}")
 
 
-def check_address(address: SocketAddress) -> None:
-    """Raise ValueError if a host is a name, or a port is none."""
-    if not 0 <= address[1] <= 65535:
-        raise ValueError(f"address: port {address[1]} is not within 0..65535")
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError, ValueError):
-            socket.inet_pton(family, address[0])
-            return
-    raise ValueError(f"address: {address[0]!r} is no address")
+def take_address(address: SocketAddress) -> tuple[int, SocketAddress]:
+    """Return the family of an address, and how its sockets want it.
+
+    Raises:
+        ValueError: the host is a name, or another part is out of range.
+    """
+    host, port, label, scope = (*address, 0, 0) if len(address) == 2 else address
+    if not 0 <= port <= 65535:
+        raise ValueError(f"address: port {port} is not within 0..65535")
+    if not 0 <= label < 1 << 20:
+        raise ValueError(f"address: flow label {label} is not within 0..1048575")
+    if not 0 <= scope < 1 << 32:
+        raise ValueError(f"address: scope {scope} is not within 0..4294967295")
+    with contextlib.suppress(OSError, ValueError):
+        socket.inet_pton(socket.AF_INET, host)
+        return socket.AF_INET, (host, port)
+    with contextlib.suppress(OSError, ValueError):
+        socket.inet_pton(socket.AF_INET6, host)
+        return socket.AF_INET6, (host, port, label, scope)
+    raise ValueError(f"address: {host!r} is no address")
 
 
 def make_leg(sock: socket.socket, tls: Connection | None) -> Leg:

@@ -209,14 +209,14 @@ class Flow:
         for way, head in zip(self.ways, heads, strict=True):
             way.start(head)
 
-    def dial(self, address: SocketAddress, timeout: float, head: bytes) -> None:
-        """Connect the second side first."""
+    def dial(self, goal: tuple[int, SocketAddress], timeout: float, head: bytes) -> None:
+        """Connect the second side first; the goal is a family and an address of it."""
         self.is_dialling = True
         self.until = time.monotonic() + timeout if timeout else 0.0
         self.head = head
         sock = self.legs[1].sock
-        is_of_family = (":" in address[0]) == (sock.family == socket.AF_INET6)
-        code = sock.connect_ex(address) if is_of_family else errno.EAFNOSUPPORT
+        family, address = goal
+        code = sock.connect_ex(address) if sock.family == family else errno.EAFNOSUPPORT
         if code in UNDER_WAY:
             self.engine.loop.add_writer(sock, self.meet)
         else:
@@ -235,8 +235,9 @@ class Flow:
         elif code:
             self.bury(REASON_UNMET, 2, code)
         else:
+            head, self.head = self.head, b""
             try:
-                self.start((self.head, b""))
+                self.start((head, b""))
             except OSError as exc:
                 self.reset(leg, exc)
 

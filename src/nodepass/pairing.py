@@ -345,6 +345,9 @@ class Pairing:
             net.reset(sock)
             self._give_up(link.name, Failure.LIMIT, str(exc))
             return False
+        except BaseException:
+            net.reset(sock)
+            raise
         self._hold(relay, link.name, visitor, address)
         return True
 

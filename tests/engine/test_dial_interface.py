@@ -9,12 +9,14 @@ import os
 import socket
 import struct
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 from tests.engine.rig import Kind, Rig, is_called, is_open, owned, reset_on_close, stream_for
 from tests.system.rig.timing import has_ipv6
 
 from nodepass.errors import EngineClosed, EngineError
+from nodepass.resolver import SocketAddress
 
 Engine = Callable[..., Rig]
 every_kind = pytest.mark.parametrize(
@@ -158,6 +160,65 @@ async def test_no_such_port(engine: Engine, port: int) -> None:
             assert is_open(b.fileno())
         statistics = rig.engine.statistics()
         assert (statistics.flows_total, statistics.flows_open) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        (), ("127.0.0.1",), ("127.0.0.1", 9, 0), ("::1", 9, 0, 0, 0), ("::1", 9, -1, 0),
+        ("::1", 9, 1 << 20, 0), ("::1", 9, 0, -1), ("::1", 9, 0, 1 << 32),
+    ],
+)  # fmt: skip
+async def test_address_of_another_shape(engine: Engine, address: tuple[object, ...]) -> None:
+    """Nothing beyond its end is looked at, and everything stays the caller's as it was."""
+    async with engine() as rig:
+        _, a = rig.ends()
+        b = stream_for(("127.0.0.1", 0))
+        with owned(a, b):
+            with pytest.raises(ValueError):
+                rig.engine.dial(a.fileno(), b.fileno(), address)
+            assert is_open(a.fileno())
+            assert not resets_at_close(a)
+            assert not resets_at_close(b)
+        statistics = rig.engine.statistics()
+        assert (statistics.flows_total, statistics.flows_open) == (0, 0)
+
+
+async def test_address_as_a_list_or_with_more_than_ipv4_has(engine: Engine) -> None:
+    async with engine() as rig:
+        listener = rig.listen()
+        host, port = listener.getsockname()
+        for address in ([host, port], (host, port, 0, 0)):
+            visitor, a = rig.ends()
+            goal = cast(SocketAddress, address)
+            token = rig.hand_over_to(a, goal, stream_for((host, port)))
+            await rig.chat(visitor, await rig.accept(listener))
+            rig.engine.abort(token)
+            await rig.ended(token)
+
+
+async def test_socket_that_has_no_such_addresses(engine: Engine, kind: Kind) -> None:
+    async with engine() as rig:
+        listener = rig.listen()
+        _, a = rig.ends()
+        b = socket.socket(socket.AF_UNIX)
+        b.setblocking(False)
+        token = rig.hand_over_to(a, listener.getsockname(), b)
+        ended = await rig.ended(token)
+        assert (ended.reason, ended.side) == (kind.module.REASON_UNMET, 2)
+        assert ended.code in {errno.EAFNOSUPPORT, errno.EINVAL}
+
+
+async def test_head_counts_as_parked_while_it_dials(engine: Engine) -> None:
+    async with engine() as rig:
+        full = rig.listen_to_nobody()
+        flow = rig.connect(full.name, head=bytes(1000))
+        await rig.until(lambda: rig.engine.statistics().parked_bytes == 1000, "the head")
+        assert rig.engine.statistics().buffers_in_use == 1
+        rig.engine.abort(flow.token)
+        await rig.ended(flow.token)
+        statistics = rig.engine.statistics()
+        assert (statistics.parked_bytes, statistics.buffers_in_use) == (0, 0)
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")

@@ -812,3 +812,30 @@ async def test_seed_server_that_falls_silent_is_lost() -> None:
         await until(lambda: server.beats >= 3, 5, "heartbeats")
         server.fall_silent()
         await until(lambda: not desk.figures.sessions_open, 5, "the loss")
+
+
+@both
+async def test_fault_in_joining_a_target_that_has_a_name_ends_that_one_only(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = Listener()
+    name = f"localhost:{target.port}"
+    async with paired("log=error", target=name) as (server, desk, links):
+
+        def fail(*_: object, **__: object) -> bool:
+            raise RuntimeError("on purpose")
+
+        monkeypatch.setattr(desk.client.relays, "join", fail)
+        await server.say("tcp://1?from=10.0.0.1:1")
+        assert await is_reset(links[1])
+        async with await accept(target) as stream:
+            assert await is_reset(stream)
+        monkeypatch.undo()
+        await until(lambda: not desk.figures.visitors_open, 5, "the end of its serving")
+        await server.say("tcp://2?from=10.0.0.1:1")
+        async with await accept(target) as stream:
+            await links[2].write(b"others")
+            assert await stream.read_exactly(6) == b"others"
+            assert desk.client._slots._free == desk.client._limit - 1
+    target.close()
+    assert "a fault of ours in serving a visitor" in caplog.text

@@ -7,6 +7,7 @@ a close is seen at once by the other side.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hashlib
 import socket
@@ -144,7 +145,8 @@ async def connect(port: int, host: str = "127.0.0.1", *, source: str = "") -> St
     try:
         if source:
             sock.bind((source, 0))
-        await asyncio.get_running_loop().sock_connect(sock, (host, port))
+        with contextlib.suppress(ConnectionResetError):  # it stood, and has ended; reading tells
+            await asyncio.get_running_loop().sock_connect(sock, (host, port))
     except BaseException:
         sock.close()
         raise
