@@ -131,7 +131,8 @@ def _run(urls: Sequence[str]) -> int:
 
 def _read(urls: Sequence[str], environ: Mapping[str, str]) -> tuple[Settings, list[Config]]:
     from .config import Config, check_together
-    from .environment import Settings, suggest
+    from .environment import Settings
+    from .spelling import suggest
 
     if not urls:
         raise ConfigError("url", "is missing; nodepass --help has examples")

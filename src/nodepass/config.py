@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from .address import PORTS, Address, is_number, overlap, parse_address
-from .environment import Settings, suggest
+from .environment import Settings
 from .errors import ConfigError
 from .password import Secret, checked, from_environment, utf8
+from .spelling import suggest
 
 __all__ = [
     "PARAMETERS",

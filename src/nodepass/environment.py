@@ -1,7 +1,16 @@
 """The environment: variables become one frozen `Settings`, the same for every tunnel.
 
 The defaults stand in `Settings`; `VARIABLES` says how each variable is read and what the
-help prints about it. A bad value is an error, never replaced by a default.
+help prints about it.
+
+Whose is a variable? A process shares its environment with programs of all kinds, and
+Kubernetes puts names there that begin with those of its services. So
+  - every variable of ours may be spelt NODEPASS_<NAME>, which nobody else means: that goes
+    before the general name, and a value that cannot be used is an error;
+  - a general name (LOG_FORMAT, DIAL_TIMEOUT …) whose value cannot be meant for us is left
+    aside, with a `Remark`, and never ends a start;
+  - an empty value is as good as none: that is what ${X:-} in a compose file or a unit gives;
+  - what is not ours is passed over, and a likely misspelling is worth a `Remark`.
 
 Reads no file and no clock. `config` calls it; everyone may hold the `Settings` it makes.
 """
@@ -16,8 +25,12 @@ from typing import Literal
 
 from .address import is_number
 from .errors import ConfigError
+from .spelling import distance
 
-__all__ = ["VARIABLES", "Settings", "Variable", "parse_duration", "show_duration", "suggest"]
+__all__ = ["VARIABLES", "Remark", "Settings", "Variable", "parse_duration", "show_duration"]
+
+OWN = "NODEPASS_"
+"""What makes a variable's name unmistakable."""
 
 # Microseconds have three spellings in Go: us, the micro sign U+00B5 and the Greek mu U+03BC.
 _UNITS = {
@@ -89,6 +102,20 @@ def default_threads() -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class Remark:
+    """A variable that was not read, though somebody may think that it was."""
+
+    name: str
+    """As it stands in the environment."""
+    meant: str
+    """The name under which it certainly is one of ours."""
+    why: str = ""
+    """What is wrong with its value; empty = its name is misspelt."""
+    default: str = ""
+    """What stays where the value cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """What the environment decides: the same for every tunnel of the process."""
 
@@ -109,25 +136,28 @@ class Settings:
     splice: bool = True
     udp_gso: bool = False
     log_format: Literal["text", "json"] = "text"
+    remarks: tuple[Remark, ...] = field(default=(), compare=False, repr=False)
+    """What is to be said in the log, once; no setting."""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Settings:
         """Read every variable of `VARIABLES`; the rest keep their defaults.
 
         Raises:
-            ConfigError: a value cannot be used, or a NODEPASS_ name is unknown.
+            ConfigError: a NODEPASS_ variable of ours has a value that cannot be used.
         """
-        _refuse_unknown(environ)
-        given = {v.field: v.read(environ[v.name]) for v in VARIABLES if v.name in environ}
-        settings = cls(**given)  # type: ignore[arg-type]  # the table gives each field its type
-        low, high = settings.min_pool_capacity, settings.max_pool_capacity
-        if low > high:
-            raise ConfigError(
-                "MIN_POOL_CAPACITY" if "min_pool_capacity" in given else "MAX_POOL_CAPACITY",
-                f"MIN_POOL_CAPACITY ({low}) is more than MAX_POOL_CAPACITY ({high});"
-                " set both, the first at most as large as the second",
-            )
-        return settings
+        given: dict[str, object] = {}
+        remarks: list[Remark] = []
+        for variable in VARIABLES:
+            found = _find(variable, environ)
+            if isinstance(found, Remark):
+                remarks.append(found)
+            elif found is not None:
+                given[variable.field] = found
+        _agree(given, environ, remarks)
+        remarks += _misspelt(environ)
+        # The table gives each field its type.
+        return cls(**given, remarks=tuple(remarks))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +175,12 @@ class Variable:
         try:
             return self.kind(text)
         except ValueError:
-            shown = f"{text!r} is not" if text else "is empty; unset it or give"
-            raise ConfigError(self.name, f"{shown} {self.expects}") from None
+            raise ConfigError(self.own_name, f"{text!r} is not {self.expects}") from None
+
+    @property
+    def own_name(self) -> str:
+        """The name that nobody else means: NODEPASS_<NAME>."""
+        return OWN + self.name.removeprefix(OWN)
 
     @property
     def default(self) -> str:
@@ -231,31 +265,99 @@ VARIABLES: tuple[Variable, ...] = (
     _choice("LOG_FORMAT", ("text", "json"), "json = one JSON object a line"),
 )
 
-_ELSEWHERE = (
-    "NODEPASS_PASSWORD",
-    "NODEPASS_PASSWORD_FILE",
-    # Read while building, left over in many a shell that runs the result.
-    "NODEPASS_DEBUG",
-    "NODEPASS_PURE",
-    "NODEPASS_SANITIZE",
-    "NODEPASS_WERROR",
+_ELSEWHERE = ("NODEPASS_PASSWORD", "NODEPASS_PASSWORD_FILE")
+# Ours as well, though nothing that a user could mean: read while building, or by tests.
+_WORKSHOP = re.compile(r"NODEPASS_(DEBUG|PURE|SANITIZE|WERROR|TEST_.*)")
+# What Kubernetes and Docker set for a service or a container that is called nodepass-something.
+_LINK = re.compile(
+    r".*_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?"
+    r"|NAME|ENV_.*)"
 )
-# Test switches, and what Kubernetes and Docker set for a service called "nodepass".
-_FOREIGN = re.compile(r"NODEPASS_(TEST_.*|SERVICE_(HOST|PORT.*)|PORT(_.*)?|NAME|ENV_.*)")
+_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://.*", re.DOTALL)
+
+LIMITS = ("min_pool_capacity", "max_pool_capacity")
+"""The first may not be more than the second."""
+
+SHOWN = 40
+"""Characters of a foreign value in the log: enough to know it again."""
+
+SHORT = 7
+"""Letters behind NODEPASS_; in so short a name one slip is likely, two make another word."""
 
 
-def _refuse_unknown(environ: Mapping[str, str]) -> None:
-    known = [*_ELSEWHERE, *(v.name for v in VARIABLES)]
-    for name in environ:
-        if name.startswith("NODEPASS_") and name not in known and not _FOREIGN.fullmatch(name):
-            ours = [k for k in known if k.startswith("NODEPASS_")]
-            raise ConfigError(name, f"is not a variable of ours; {suggest(name, ours)}")
+def _find(variable: Variable, environ: Mapping[str, str]) -> object:
+    """Return a variable's value, a Remark where it is none for us, None where there is none."""
+    text = environ.get(variable.own_name)
+    if text:
+        # A service may be called as one of our variables; no value of ours looks like its link.
+        if _LINK_VALUE.fullmatch(text):
+            return _left(variable, variable.own_name, text)
+        return variable.read(text)
+    text = environ.get(variable.name)
+    if not text:
+        return None
+    try:
+        return variable.kind(text)
+    except ValueError:
+        return _left(variable, variable.name, text)
 
 
-def suggest(wrong: str, known: Iterable[str]) -> str:
-    """Name the nearest of what is known, or all of it."""
-    from difflib import get_close_matches
+def _left(variable: Variable, name: str, text: str) -> Remark:
+    shown = text if len(text) <= SHOWN else text[:SHOWN] + "…"
+    why = f"{shown!r} is not {variable.expects}"
+    return Remark(name, variable.own_name, why, variable.default)
 
-    known = list(known)
-    near = get_close_matches(wrong, known, n=1, cutoff=0.6)
-    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+
+def _agree(given: dict[str, object], environ: Mapping[str, str], remarks: list[Remark]) -> None:
+    """Drop the general ones of two limits that contradict each other, refuse our own."""
+    settings = Settings(**given)  # type: ignore[arg-type]  # as above
+    low, high = settings.min_pool_capacity, settings.max_pool_capacity
+    if low <= high:
+        return
+    why = f"MIN_POOL_CAPACITY ({low}) is more than MAX_POOL_CAPACITY ({high})"
+    pair = [v for v in VARIABLES if v.field in LIMITS and v.field in given]
+    general = [v for v in pair if not environ.get(v.own_name)]
+    if not general:
+        hint = "set both, the first at most as large as the second"
+        raise ConfigError(pair[0].own_name, f"{why}; {hint}")
+    for variable in general:
+        del given[variable.field]
+        remarks.append(Remark(variable.name, variable.own_name, why, variable.default))
+    _agree(given, environ, remarks)
+
+
+def _misspelt(environ: Mapping[str, str]) -> Iterable[Remark]:
+    """Find what was probably meant for us and is not read."""
+    ours = [*_ELSEWHERE, *(v.own_name for v in VARIABLES)]
+    known = {*ours, *(v.name for v in VARIABLES)}
+    for name, text in environ.items():
+        if name in known or _WORKSHOP.fullmatch(name) or _LINK.fullmatch(name):
+            continue
+        if name[:3].upper() == OWN[:3]:
+            meant = next((own for own in ours if _is_slip(name.upper(), own)), None)
+        else:
+            # Others may well have such a name, but hardly with a value that suits us.
+            near = (v for v in VARIABLES if _is_near(name, v.name, 1))
+            meant = next((v.name for v in near if _suits(v, text)), None)
+        if meant is not None:
+            yield Remark(name, meant)
+
+
+def _is_slip(name: str, own: str) -> bool:
+    rest = own.removeprefix(OWN)
+    start = name.removeprefix(OWN)
+    if rest.startswith(start) and len(start) * 2 >= len(rest):
+        return True  # NODEPASS_PASS
+    return _is_near(name, own, 1 if len(rest) <= SHORT else 2)
+
+
+def _is_near(name: str, known: str, most: int) -> bool:
+    return abs(len(name) - len(known)) <= most and distance(name, known) <= most
+
+
+def _suits(variable: Variable, text: str) -> bool:
+    try:
+        variable.kind(text)
+    except ValueError:
+        return False
+    return True

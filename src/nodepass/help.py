@@ -53,6 +53,12 @@ signals:   SIGINT, SIGTERM end after the open relays, a second one at once;
            SIGHUP re-reads the certificates
 """
 
+NOTE = """\
+  Durations are Go's: 300ms, 5s, 1m30s, 2h45m. Each name may also be spelt NODEPASS_<NAME>, which
+  no other program means: that goes first, and there a bad value is an error. Under a general name
+  it gets a warning, and the default stays. Empty is as good as not set, but for a password.
+"""
+
 PASSWORD_ROW = ("NODEPASS_PASSWORD[_FILE]", "-", "the password, or a file that holds it")
 
 
@@ -64,7 +70,7 @@ def text() -> str:
         HEAD,
         _table(("query", "where", "default", "meaning"), parameters),
         _table(("environment", "default", "meaning"), [*variables, PASSWORD_ROW]),
-        "  Durations are Go's: 300ms, 5s, 1m30s, 2h45m.\n",
+        NOTE,
         TAIL,
     )
     return "\n".join(parts)

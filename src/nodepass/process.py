@@ -26,6 +26,7 @@ from .environment import Settings
 from .errors import NodePassError
 from .log import LEVELS, Log, mask, setup
 from .password import FILE_VARIABLE, is_exposed
+from .tunnel import tell_remarks
 
 __all__ = ["run", "serve"]
 
@@ -53,6 +54,7 @@ def run(configs: Sequence[Config], settings: Settings, exposed: str | None = Non
             "in NODEPASS_PASSWORD_FILE",
             why=exposed,
         )
+    tell_remarks(Log("cli", _most_talkative(configs)), settings)
     _warn_of_open_file(configs)
     _raise_descriptor_limit()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:

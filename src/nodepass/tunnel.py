@@ -18,6 +18,7 @@ from typing import Final, Self
 from . import net
 from .config import Config, Mode
 from .drop import DropReport
+from .environment import Settings
 from .errors import ConfigError, TunnelError
 from .log import Log
 from .proof import stretch_password
@@ -30,6 +31,25 @@ DROP_PAUSE: Final = 5.0
 """Seconds between two looks at what was lost: for who reads the log "at once"."""
 ABORT_GRACE: Final = 1.0
 """Seconds to wait for the results of aborted relays: an abort takes one turn of the engine."""
+
+
+def tell_remarks(log: Log, settings: Settings) -> None:
+    """Say which variables were not read, though somebody may think that they were."""
+    for remark in settings.remarks:
+        if remark.why:
+            log.warn(
+                "a variable is left aside, since its value can hardly be meant for us",
+                variable=remark.name,
+                why=remark.why,
+                kept=remark.default,
+                unmistakable=remark.meant,
+            )
+        else:
+            log.warn(
+                "a variable is not read, though its name is almost one of ours",
+                variable=remark.name,
+                meant=remark.meant,
+            )
 
 
 class Tunnel(ABC):
@@ -48,6 +68,8 @@ class Tunnel(ABC):
             raise ConfigError("scheme", f"must be {self.mode}:// here")
         self.settings = self.config.settings
         self.log = Log(str(self.mode), self.config.log)
+        if isinstance(url, str):
+            tell_remarks(self.log, self.settings)
         self.counters = Counters()
         self._shared_relays = relays
         self._relays: Relays | None = relays

@@ -132,10 +132,10 @@ def test_wrong_options(
 def test_a_bad_variable(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("DIAL_TIMEOUT", "5")
+    monkeypatch.setenv("NODEPASS_DIAL_TIMEOUT", "5")
     assert cli.main([SERVER]) == 2
     assert re.fullmatch(
-        r"nodepass: error: DIAL_TIMEOUT: '5' is not a duration such as .*\n",
+        r"nodepass: error: NODEPASS_DIAL_TIMEOUT: '5' is not a duration such as .*\n",
         capsys.readouterr().err,
     )
 

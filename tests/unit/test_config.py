@@ -127,8 +127,8 @@ def test_environment_and_settings_of_the_process(monkeypatch: pytest.MonkeyPatch
     assert Config.parse(SERVER).settings.semaphore_limit == 7
     given_settings = Settings(semaphore_limit=9)
     assert Config.parse(SERVER, settings=given_settings).settings is given_settings
-    with pytest.raises(ConfigError, match="SEMAPHORE_LIMIT"):
-        Config.parse(SERVER, {"SEMAPHORE_LIMIT": "x"})
+    with pytest.raises(ConfigError, match="NODEPASS_SEMAPHORE_LIMIT"):
+        Config.parse(SERVER, {"NODEPASS_SEMAPHORE_LIMIT": "x"})
 
 
 # --- what is refused -----------------------------------------------------------------------------

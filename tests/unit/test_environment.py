@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from nodepass.environment import (
     LONGEST,
     VARIABLES,
+    Remark,
     Settings,
     Variable,
     available_cores,
     default_threads,
     parse_duration,
     show_duration,
-    suggest,
 )
 from nodepass.errors import ConfigError
 
@@ -123,7 +123,7 @@ TABLE: list[tuple[str, object, str, object]] = [
 
 def test_the_table_is_complete() -> None:
     assert [row[0] for row in TABLE] == list(BY_NAME)
-    assert {v.field for v in VARIABLES} == {f.name for f in fields(Settings)}
+    assert {v.field for v in VARIABLES} | {"remarks"} == {f.name for f in fields(Settings)}
 
 
 @pytest.mark.parametrize(("name", "default", "text", "value"), TABLE)
@@ -133,37 +133,90 @@ def test_each_variable(name: str, default: object, text: str, value: object) -> 
     settings = Settings.from_environment({name: text})
     assert getattr(settings, field) == value
     assert type(getattr(settings, field)) is type(default)
+    own = BY_NAME[name].own_name
+    assert Settings.from_environment({own: text}) == settings
+    assert Settings.from_environment({name: "", own: text}) == settings
+    assert Settings.from_environment({own: text}).remarks == ()
+
+
+BAD = ["-1", "-5s", "x", "1.5", "999999999h", "9" * 5000, " 5 ", "%(message)s", "\udcff"]
 
 
 @pytest.mark.parametrize("name", list(BY_NAME))
-@pytest.mark.parametrize("text", ["", "-1", "-5s", "x", "1.5", "999999999h", "9" * 5000, " 5 "])
+@pytest.mark.parametrize("text", BAD)
 def test_bad_values_name_the_variable_and_what_it_may_be(name: str, text: str) -> None:
+    own = BY_NAME[name].own_name
     with pytest.raises(ConfigError) as caught:
-        Settings.from_environment({name: text})
-    assert caught.value.option == name
+        Settings.from_environment({own: text})
+    assert caught.value.option == own
     assert BY_NAME[name].expects in caught.value.message
-    assert ("empty" in caught.value.message) is (text == "")
+
+
+GENERAL = [name for name in BY_NAME if not name.startswith("NODEPASS_")]
+
+
+def test_c02_some_names_are_general() -> None:
+    assert {"LOG_FORMAT", "SHUTDOWN_TIMEOUT", "DIAL_TIMEOUT"} <= set(GENERAL)
+
+
+@pytest.mark.parametrize("name", GENERAL)
+@pytest.mark.parametrize("text", BAD)
+def test_c02_general_names_may_hold_what_others_mean(name: str, text: str) -> None:
+    """The start goes on with the default, and one remark says so."""
+    settings = Settings.from_environment({name: text})
+    assert settings == Settings()
+    (remark,) = settings.remarks
+    assert (remark.name, remark.meant) == (name, f"NODEPASS_{name}")
+    assert BY_NAME[name].expects in remark.why
+    assert remark.default == BY_NAME[name].default
+    assert len(remark.why) < 200
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_c02_the_unmistakable_name_goes_first(name: str) -> None:
+    variable = BY_NAME[name]
+    text = next(row[2] for row in TABLE if row[0] == name)
+    value = variable.read(text)
+    for general in ("x", variable.default, ""):
+        settings = Settings.from_environment({name: general, variable.own_name: text})
+        assert getattr(settings, variable.field) == value
+        assert settings.remarks == ()
+    with pytest.raises(ConfigError, match=f"^{variable.own_name}: 'x' is not"):
+        Settings.from_environment({name: variable.default, variable.own_name: "x"})
+
+
+@pytest.mark.parametrize("name", list(BY_NAME))
+def test_c02_an_empty_value_is_as_good_as_none(name: str) -> None:
+    own = BY_NAME[name].own_name
+    settings = Settings.from_environment({name: "", own: ""})
+    assert settings == Settings()
+    assert settings.remarks == ()
 
 
 @pytest.mark.parametrize(
     "name",
-    [v.name for v in VARIABLES if v.default != "cores" and "duration" in v.expects]
+    [v.name for v in VARIABLES if "duration" in v.expects]
     + ["SEMAPHORE_LIMIT", "NODEPASS_THREADS", "MIN_POOL_CAPACITY", "UDP_DATA_BUF_SIZE"],
 )
 def test_zero_is_refused_where_it_is_senseless(name: str) -> None:
+    own = BY_NAME[name].own_name
     if name == "SHUTDOWN_TIMEOUT":
-        assert Settings.from_environment({name: "0s"}).shutdown_timeout == 0
+        assert Settings.from_environment({own: "0s"}).shutdown_timeout == 0
         return
     with pytest.raises(ConfigError, match=name):
-        Settings.from_environment({name: "0"})
+        Settings.from_environment({own: "0"})
+
+
+LOW, HIGH = "NODEPASS_MIN_POOL_CAPACITY", "NODEPASS_MAX_POOL_CAPACITY"
 
 
 @pytest.mark.parametrize(
     ("environ", "named"),
     [
-        ({"MIN_POOL_CAPACITY": "2000"}, "MIN_POOL_CAPACITY"),
-        ({"MAX_POOL_CAPACITY": "8"}, "MAX_POOL_CAPACITY"),
-        ({"MIN_POOL_CAPACITY": "9", "MAX_POOL_CAPACITY": "8"}, "MIN_POOL_CAPACITY"),
+        ({LOW: "2000"}, LOW),
+        ({HIGH: "8"}, HIGH),
+        ({LOW: "9", HIGH: "8"}, LOW),
+        ({LOW: "2000", "MAX_POOL_CAPACITY": "1999"}, LOW),
     ],
 )
 def test_min_above_max(environ: dict[str, str], named: str) -> None:
@@ -172,25 +225,87 @@ def test_min_above_max(environ: dict[str, str], named: str) -> None:
     assert caught.value.option == named
 
 
+@pytest.mark.parametrize(
+    ("environ", "limits", "left"),
+    [
+        ({"MIN_POOL_CAPACITY": "2000"}, (16, 1024), ["MIN_POOL_CAPACITY"]),
+        ({"MAX_POOL_CAPACITY": "8"}, (16, 1024), ["MAX_POOL_CAPACITY"]),
+        (
+            {"MIN_POOL_CAPACITY": "9", "MAX_POOL_CAPACITY": "8"},
+            (16, 1024),
+            ["MIN_POOL_CAPACITY", "MAX_POOL_CAPACITY"],
+        ),
+        ({"MIN_POOL_CAPACITY": "2000", HIGH: "1999"}, (16, 1999), ["MIN_POOL_CAPACITY"]),
+        ({LOW: "9", "MAX_POOL_CAPACITY": "8"}, (9, 1024), ["MAX_POOL_CAPACITY"]),
+    ],
+)
+def test_c02_general_limits_that_contradict_each_other(
+    environ: dict[str, str], limits: tuple[int, int], left: list[str]
+) -> None:
+    settings = Settings.from_environment(environ)
+    assert (settings.min_pool_capacity, settings.max_pool_capacity) == limits
+    assert [remark.name for remark in settings.remarks] == left
+    assert all("is more than" in remark.why for remark in settings.remarks)
+
+
 def test_min_equal_to_max() -> None:
     settings = Settings.from_environment({"MIN_POOL_CAPACITY": "8", "MAX_POOL_CAPACITY": "8"})
     assert (settings.min_pool_capacity, settings.max_pool_capacity) == (8, 8)
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "meant"),
     [
-        ("NODEPASS_THREDS", "did you mean NODEPASS_THREADS?"),
-        ("NODEPASS_PASWORD", "did you mean NODEPASS_PASSWORD?"),
-        ("NODEPASS_QQQQQQQQQQQQQQQQQQQ", "known are NODEPASS_PASSWORD,"),
+        ("NODEPASS_THREDS", "NODEPASS_THREADS"),
+        ("NODEPASS_PASWORD", "NODEPASS_PASSWORD"),
+        ("NODEPASS_PASSWD", "NODEPASS_PASSWORD"),
+        ("NODEPASS_PASS", "NODEPASS_PASSWORD"),
+        ("NODEPASS_PASSWORD_FIEL", "NODEPASS_PASSWORD_FILE"),
+        ("nodepass_password", "NODEPASS_PASSWORD"),
+        ("NODEPAS_PASSWORD", "NODEPASS_PASSWORD"),
+        ("NODE_PASS_PASSWORD_FILE", "NODEPASS_PASSWORD_FILE"),
+        ("NODEPASS_DAIL_TIMEOUT", "NODEPASS_DIAL_TIMEOUT"),
+        ("NODEPASS_SEMAPHOR_LIMIT", "NODEPASS_SEMAPHORE_LIMIT"),
+        ("SEMAPHOR_LIMIT", "SEMAPHORE_LIMIT"),
     ],
 )
-def test_unknown_variables_of_ours(name: str, says: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        Settings.from_environment({name: "1"})
-    assert caught.value.option == name
-    assert says in caught.value.message
-    assert "SEMAPHORE_LIMIT" not in caught.value.message
+def test_c02_a_likely_misspelling_is_one_remark(name: str, meant: str) -> None:
+    settings = Settings.from_environment({name: "1"})
+    assert settings == Settings()
+    assert settings.remarks == (Remark(name, meant),)
+
+
+@pytest.mark.parametrize(
+    "service",
+    ["NODEPASS", "NODEPASS_SERVER", "NODEPASS_ENGINE", "NODEPASS_THREADS", "NODEPASS_PASSWORD",
+     "NODEPASS_DIAL_TIMEOUT", "NODEPASS_LOG_FORMAT"],
+)  # fmt: skip
+def test_c02_links_of_services_are_none_of_our_business(service: str) -> None:
+    """As Kubernetes sets them for every pod, and Docker for a linked container."""
+    link = "tcp://10.0.0.1:443"
+    environ = {
+        f"{service}_SERVICE_HOST": "10.0.0.1",
+        f"{service}_SERVICE_PORT": "443",
+        f"{service}_SERVICE_PORT_HTTPS": "443",
+        f"{service}_PORT": link,
+        f"{service}_PORT_443_TCP": link,
+        f"{service}_PORT_443_TCP_PROTO": "tcp",
+        f"{service}_PORT_443_TCP_PORT": "443",
+        f"{service}_PORT_443_TCP_ADDR": "10.0.0.1",
+        f"{service}_PORT_53_UDP": "udp://10.0.0.1:53",
+        f"{service}_NAME": "/web/nodepass",
+        f"{service}_ENV_PYTHON_VERSION": "3.13",
+    }
+    settings = Settings.from_environment(environ)
+    assert (settings, settings.remarks) == (Settings(), ())
+
+
+@pytest.mark.parametrize("name", [v.own_name for v in VARIABLES])
+@pytest.mark.parametrize("link", ["tcp://10.0.0.1:443", "udp://[fd00::1]:53", "sctp://a:1"])
+def test_c02_a_link_under_a_name_of_ours_is_left_aside(name: str, link: str) -> None:
+    settings = Settings.from_environment({name: link})
+    assert settings == Settings()
+    assert [remark.name for remark in settings.remarks] == [name]
 
 
 @pytest.mark.parametrize(
@@ -199,19 +314,31 @@ def test_unknown_variables_of_ours(name: str, says: str) -> None:
         "NODEPASS_DEBUG",
         "NODEPASS_PURE",
         "NODEPASS_SANITIZE",
+        "NODEPASS_WERROR",
         "NODEPASS_PASSWORD",
         "NODEPASS_PASSWORD_FILE",
         "NODEPASS_TEST_LOOP",
-        "NODEPASS_SERVICE_HOST",
-        "NODEPASS_SERVICE_PORT_TUNNEL",
         "NODEPASS_PORT",
-        "NODEPASS_PORT_10101_TCP_ADDR",
+        "NODEPASS_VERSION",
+        "NODEPASS_IMAGE",
+        "NODEPASS_URL",
+        "NODEPASS_HOME",
+        "NODEPASS_NGINX",
+        "NODEPASS_SERVICE",
+        "NODEPASS_",
+        "NODEPASS",
+        "NODE_ENV",
+        "NODENAME",
+        "NODE_OPTIONS",
+        "LOGFORMAT",
+        "LOG_FORMATS",
         "PATH",
         "semaphore_limit",
     ],
 )
 def test_variables_that_are_not_settings(name: str) -> None:
-    assert Settings.from_environment({name: "whatever"}) == Settings()
+    settings = Settings.from_environment({name: "whatever"})
+    assert (settings, settings.remarks) == (Settings(), ())
 
 
 def test_defaults_as_the_help_shows_them() -> None:
@@ -241,8 +368,3 @@ def test_cores_without_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (available_cores(), default_threads()) == (6, 3)
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert (available_cores(), default_threads()) == (1, 1)
-
-
-def test_suggest() -> None:
-    assert suggest("lgo", ["log", "tls"]) == "did you mean log?"
-    assert suggest("zzz", ["log", "tls"]) == "known are log, tls"

@@ -47,8 +47,9 @@ ALLOWED: dict[str, set[str]] = {
     # what the user asks for
     "address": {"errors"},
     "password": {"errors"},
-    "environment": {"address", "errors"},
-    "config": {"address", "environment", "errors", "password"},
+    "spelling": set(),
+    "environment": {"address", "errors", "spelling"},
+    "config": {"address", "environment", "errors", "password", "spelling"},
     # pure bytes: no socket, no clock, no dice
     "wire": {"errors", "message"},
     "proof": {"errors", "message", "wire"},
@@ -79,7 +80,9 @@ ALLOWED: dict[str, set[str]] = {
     },
     "linkdial": {"errors", "handshake", "net", "patience", "pool", "proof", "wire"},
     # lifecycles
-    "tunnel": {"config", "drop", "errors", "log", "net", "proof", "relay", "stats"},
+    "tunnel": {
+        "config", "drop", "environment", "errors", "log", "net", "proof", "relay", "stats",
+    },
     "roster": {
         "caller", "control", "environment", "errors", "log", "message", "net",
         "penalty", "pool", "proof", "record", "relay", "session", "stats", "watch", "wire",
@@ -110,12 +113,13 @@ ALLOWED: dict[str, set[str]] = {
     "title": set(),
     "process": {
         "client", "config", "environment", "errors", "log", "password", "relay", "server",
+        "tunnel",
     },
     "help": {"config", "environment"},
     "keygen": {"address", "config", "errors"},
     "cli": {
         "__init__", "config", "demo", "environment", "errors", "help", "keygen", "process",
-        "title",
+        "spelling", "title",
     },
     "__init__": {"client", "errors", "server"},
     "__main__": {"cli"},

@@ -355,6 +355,30 @@ def test_run_says_what_can_be_seen(
         assert "hunter2" not in line
 
 
+def test_c02_run_says_which_variables_it_does_not_follow(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fake_serve(*words: object) -> int:
+        return 0
+
+    monkeypatch.setattr(process, "serve", fake_serve)
+    monkeypatch.setattr(process, "setup", lambda fmt: None)
+    monkeypatch.setattr(process, "_raise_descriptor_limit", lambda: None)
+    monkeypatch.setattr(process, "_deafen", lambda: None)
+    environ = {"SHUTDOWN_TIMEOUT": "30", "NODEPASS_THREDS": "2"}
+    settings = Settings.from_environment(environ)
+    with caplog.at_level("DEBUG", "nodepass"):
+        assert process.run([Config.parse("server://:1/:2", environ)] * 2, settings) == 0
+    value, name = [record.getMessage() for record in caplog.records]
+    assert value.startswith("a variable is left aside, since its value can hardly be meant for us")
+    assert "variable=SHUTDOWN_TIMEOUT  why=\"'30' is not a duration such as " in value
+    assert value.endswith("  kept=5s  unmistakable=NODEPASS_SHUTDOWN_TIMEOUT")
+    assert name == (
+        "a variable is not read, though its name is almost one of ours"
+        "  variable=NODEPASS_THREDS  meant=NODEPASS_THREADS"
+    )
+
+
 @pytest.mark.parametrize(("mode", "is_told"), [(0o600, False), (0o640, False), (0o644, True)])
 def test_password_file_that_everybody_can_read(
     mode: int,

@@ -464,6 +464,16 @@ async def test_tasks_end_with_the_tunnel() -> None:
 
 
 @both
+async def test_c02_a_program_that_embeds_us_hears_of_its_variables(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHUTDOWN_TIMEOUT", "30")
+    with caplog.at_level(logging.INFO, "nodepass"):
+        toy = Toy("server://127.0.0.1:1/127.0.0.1:2")
+    assert toy.settings.shutdown_timeout == 5.0
+    assert "a variable is left aside" in caplog.text
+
+
 async def test_reports_what_has_changed(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "nodepass"):
         async with Toy(config(log="debug", report=0.01)) as toy:
