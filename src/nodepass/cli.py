@@ -132,6 +132,7 @@ def _run(urls: Sequence[str]) -> int:
 def _read(urls: Sequence[str], environ: Mapping[str, str]) -> tuple[Settings, list[Config]]:
     from .config import Config, check_together
     from .environment import Settings
+    from .password import CommonPassword
     from .spelling import suggest
 
     if not urls:
@@ -144,6 +145,7 @@ def _read(urls: Sequence[str], environ: Mapping[str, str]) -> tuple[Settings, li
             hint = suggest(shown, ("--help", "--version"))
             raise ConfigError(shown, f"is not an option; {hint}")
     settings = Settings.from_environment(environ)
-    configs = [Config.parse(url, environ, settings) for url in urls]
+    common = CommonPassword(environ)
+    configs = [Config.parse(url, environ, settings, common) for url in urls]
     check_together(configs)
     return settings, configs

@@ -19,7 +19,7 @@ from enum import StrEnum
 from .address import PORTS, Address, is_number, overlap, parse_address
 from .environment import Settings
 from .errors import ConfigError
-from .password import Secret, checked, from_environment, utf8
+from .password import CommonPassword, Secret, checked, utf8
 from .spelling import suggest
 
 __all__ = [
@@ -144,6 +144,7 @@ class Config:
         url: str,
         environ: Mapping[str, str] | None = None,
         settings: Settings | None = None,
+        common: CommonPassword | None = None,
     ) -> Config:
         """Read one URL, and from the environment what it leaves open.
 
@@ -151,6 +152,7 @@ class Config:
             url: as on the command line; its own password goes before the environment's.
             environ: None = this process's.
             settings: None = read from `environ`.
+            common: the password of URLs that have none; None = read from `environ`.
 
         Raises:
             ConfigError: any part is missing, unknown or contradictory.
@@ -159,9 +161,11 @@ class Config:
         settings = Settings.from_environment(environ) if settings is None else settings
         mode, authority, target, query = _split(url)
         written, at, tunnel = authority.rpartition("@")
-        password, source = from_environment(environ) if not at else (None, "")
+        password: Secret | None
         if at:
-            password = checked("password", _decode("password", written))
+            password, source = checked("password", _decode("password", written)), ""
+        else:
+            password, source = (common or CommonPassword(environ)).read()
         given = _parse_query(mode, query)
         config = cls(
             mode=mode,

@@ -1,5 +1,10 @@
 """The password: text that never shows, and where the environment keeps it.
 
+Whoever keeps a password in a file, a variable or a vault gets a line end along with it, and
+sometimes what an editor, a shell or a form has put around it. One line end is no part of a
+password, wherever it comes from. What else cannot be meant is refused at the start: two ends
+that disagree by a blank would later tell of a middle man.
+
 No error raised here carries any part of a password, neither in its text nor in the
 exceptions it stands for. The one file that is read is NODEPASS_PASSWORD_FILE.
 
@@ -9,15 +14,17 @@ exceptions it stands for. The one file that is read is NODEPASS_PASSWORD_FILE.
 from __future__ import annotations
 
 import os
+import re
 import select
 import stat
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
 from .errors import ConfigError
 
-__all__ = ["PASSWORD_LIMIT", "Secret", "checked", "from_environment", "is_exposed", "utf8"]
+__all__ = ["PASSWORD_LIMIT", "CommonPassword", "Secret", "checked", "is_exposed", "utf8"]
 
 PASSWORD_LIMIT = 1024
 """Bytes of a password; enough for a key file, and an end to reading a device."""
@@ -26,6 +33,19 @@ PIPE_PATIENCE = 5.0
 """Seconds that a password may take to come out of a pipe; a start must not hang on it."""
 
 VARIABLE, FILE_VARIABLE = "NODEPASS_PASSWORD", "NODEPASS_PASSWORD_FILE"
+
+BOM = "\ufeff"
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Zs")
+"""Categories of Unicode: controls, format characters, blanks of all kinds."""
+
+# A line of an environment file. Base64 may end in '=' and base32 is upper case, so something
+# has to follow the '='; random passwords hold one, too, so the name has to look like one.
+_ASSIGNMENT = re.compile(
+    r"(?:(?P<export>export|set|setx)[ \t]+)?(?P<name>[A-Za-z_][A-Za-z0-9_]*)[ \t]*=[ \t]*(?!=*$)",
+    re.IGNORECASE,
+)
+_SECRET_NAME = re.compile(r"[A-Z_][A-Z0-9_]{3,}|.*(?i:pass|secret|token|pwd).*|(?i:pw|psk)")
 
 
 class Secret:
@@ -56,15 +76,32 @@ class Secret:
         raise TypeError("a secret is not written anywhere")
 
 
-def from_environment(environ: Mapping[str, str]) -> tuple[Secret | None, str]:
-    """Read the password that no URL carries.
+class CommonPassword:
+    """The password that no URL carries; read when it is first wanted, and only once.
 
-    Returns:
-        The password or None, and the variable it came from.
+    A pipe, as a shell's <(command) gives it, hands out what it holds a single time, however
+    many URLs there are.
 
-    Raises:
-        ConfigError: it cannot be read or used; names the variable.
+    Args:
+        environ: the variables; held on to.
     """
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = environ
+        self._found: tuple[Secret | None, str] | None = None
+
+    def read(self) -> tuple[Secret | None, str]:
+        """Return the password or None, and the variable it came from.
+
+        Raises:
+            ConfigError: it cannot be read or used; names the variable.
+        """
+        if self._found is None:
+            self._found = _from_environment(self._environ)
+        return self._found
+
+
+def _from_environment(environ: Mapping[str, str]) -> tuple[Secret | None, str]:
     text, path = environ.get(VARIABLE), environ.get(FILE_VARIABLE)
     if text is not None and path is not None:
         raise ConfigError(VARIABLE, f"and {FILE_VARIABLE} are both set; keep one")
@@ -75,14 +112,18 @@ def from_environment(environ: Mapping[str, str]) -> tuple[Secret | None, str]:
 
 def _from_file(path: str) -> Secret:
     try:
-        line = _head(path)
+        data = _head(path)
     except (OSError, ValueError) as exc:
         why = (exc.strerror if isinstance(exc, OSError) else None) or str(exc)
         raise ConfigError(FILE_VARIABLE, f"cannot read {path!r}: {why.lower()}") from exc
-    text = utf8(line.removesuffix(b"\n").removesuffix(b"\r"))
+    if data.startswith(UTF16_MARKS):
+        raise ConfigError(FILE_VARIABLE, f"{path!r} is UTF-16; save it as UTF-8")
+    text = utf8(data)
+    if text is None and len(data) > PASSWORD_LIMIT:
+        text = data.decode(errors="ignore")  # cut off within a character
     if text is None:
         raise ConfigError(FILE_VARIABLE, f"{path!r} holds bytes that are not UTF-8")
-    return checked(FILE_VARIABLE, text)
+    return checked(FILE_VARIABLE, text, f"{path!r} ")
 
 
 def _head(path: str) -> bytes:
@@ -116,24 +157,63 @@ def is_exposed(path: str) -> bool:
         return False
 
 
-def checked(option: str, text: str) -> Secret:
-    """Wrap a password that can be used.
+def checked(option: str, text: str, where: str = "") -> Secret:
+    """Wrap a password that can be used; one line end is taken off.
 
     Args:
         option: where it came from; named in the error.
         text: as typed, escapes undone.
+        where: what the error's message begins with.
 
     Raises:
-        ConfigError: it is empty, too long, or not UTF-8.
+        ConfigError: it is empty, too long, not UTF-8, or cannot have been meant.
     """
-    data = text.encode(errors="surrogatepass")
-    if not 0 < len(data) <= PASSWORD_LIMIT:
-        raise ConfigError(
-            option, f"is empty or too long; a password has 1..{PASSWORD_LIMIT} bytes"
-        )
-    if utf8(data) is None:  # bytes of another encoding, which Python keeps as surrogates
-        raise ConfigError(option, "holds bytes that are not UTF-8")
+    if text.endswith("\n"):
+        text = text[:-1].removesuffix("\r")
+    fault = _fault_of(text)
+    if fault is not None:
+        raise ConfigError(option, where + fault)
     return Secret(text)
+
+
+def _fault_of(text: str) -> str | None:
+    """Say what is wrong with a password, without any of its letters."""
+    data = text.encode(errors="surrogatepass")
+    if not data:
+        return f"is empty; a password has 1..{PASSWORD_LIMIT} bytes"
+    if utf8(data) is None:  # bytes of another encoding, which Python keeps as surrogates
+        return "holds bytes that are not UTF-8"
+    if "\0" in text:
+        return "holds a NUL byte, as text in UTF-16 does; a password is UTF-8"
+    if BOM in text:
+        return "holds a byte order mark, which some editors put before a text; save it without"
+    found = _lines_fault(text) or _ends_fault(text)
+    if found is not None:
+        return found
+    if any(unicodedata.category(letter) == "Cc" and letter != "\t" for letter in text):
+        return "holds a control character"
+    if len(data) > PASSWORD_LIMIT:
+        return f"is too long; a password has 1..{PASSWORD_LIMIT} bytes"
+    given = _ASSIGNMENT.match(text)
+    if given is not None and (given["export"] or _SECRET_NAME.fullmatch(given["name"])):
+        return "looks like NAME=value, a line of an environment file; give the value alone"
+    return None
+
+
+def _lines_fault(text: str) -> str | None:
+    if "\n" in text or "\r" in text.rstrip("\r"):
+        return "has more than one line; a password is one, of what keygen prints the first"
+    if text.endswith("\r"):
+        return "ends in a carriage return, of a file with the line ends of Windows; take it off"
+    return None
+
+
+def _ends_fault(text: str) -> str | None:
+    for verb, letter in (("begins with", text[0]), ("ends in", text[-1])):
+        if unicodedata.category(letter) in INVISIBLE:
+            kind = "a blank" if letter.isspace() else "an invisible character"
+            return f"{verb} {kind}, which can hardly be meant; take it off"
+    return None
 
 
 def utf8(data: bytes) -> str | None:

@@ -118,8 +118,8 @@ ALLOWED: dict[str, set[str]] = {
     "help": {"config", "environment"},
     "keygen": {"address", "config", "errors"},
     "cli": {
-        "__init__", "config", "demo", "environment", "errors", "help", "keygen", "process",
-        "spelling", "title",
+        "__init__", "config", "demo", "environment", "errors", "help", "keygen", "password",
+        "process", "spelling", "title",
     },
     "__init__": {"client", "errors", "server"},
     "__main__": {"cli"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import os
@@ -9,21 +10,30 @@ import pickle
 import threading
 import traceback
 from pathlib import Path
+from urllib.parse import quote
 
+import hypothesis
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
 
-from nodepass import password
+from nodepass import keygen, password
+from nodepass.config import Config
 from nodepass.errors import ConfigError
 from nodepass.password import (
     PASSWORD_LIMIT,
+    CommonPassword,
     Secret,
     checked,
-    from_environment,
     is_exposed,
     utf8,
 )
 
 VARIABLE, FILE = "NODEPASS_PASSWORD", "NODEPASS_PASSWORD_FILE"
+
+
+def from_environment(environ: dict[str, str]) -> tuple[Secret | None, str]:
+    return CommonPassword(environ).read()
 
 
 def refusal(environ: dict[str, str]) -> ConfigError:
@@ -36,7 +46,7 @@ def test_none() -> None:
     assert from_environment({"PATH": "/bin"})[0] is None
 
 
-@pytest.mark.parametrize("text", ["pw", " p w ", "密码", "x" * PASSWORD_LIMIT, "a%2Fb"])
+@pytest.mark.parametrize("text", ["pw", "p w", "p\tw", "密码", "x" * PASSWORD_LIMIT, "a%2Fb"])
 def test_in_the_environment(text: str) -> None:
     assert from_environment({VARIABLE: text}) == (Secret(text), VARIABLE)
 
@@ -47,7 +57,7 @@ def test_in_the_environment(text: str) -> None:
         (b"pw", "pw"),
         (b"pw\n", "pw"),
         (b"pw\r\n", "pw"),
-        (b" p w \n\n", " p w \n"),
+        (b"p w\n", "p w"),
         ("密码\n".encode(), "密码"),
         (b"x" * PASSWORD_LIMIT + b"\r\n", "x" * PASSWORD_LIMIT),
     ],
@@ -64,12 +74,25 @@ def test_in_a_file(content: bytes, password: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "is empty or too long"),
-        (b"\n", "is empty or too long"),
-        (b"x" * (PASSWORD_LIMIT + 3), "is empty or too long"),
+        (b"", "is empty"),
+        (b"\n", "is empty"),
+        (b"x" * (PASSWORD_LIMIT + 3), "is too long"),
+        ("密".encode() * PASSWORD_LIMIT, "is too long"),
         (b"topsecret\xff\n", "not UTF-8"),
+        ("topsecret\n".encode("utf-16"), "is UTF-16"),
+        ("topsecret\n".encode("utf-16-be"), "holds a NUL byte"),
+        (b"topsecret\n" * 1000, "has more than one line"),
     ],
-    ids=["empty", "empty line", "long", "latin-1"],
+    ids=[
+        "empty",
+        "empty line",
+        "long",
+        "long in a letter",
+        "latin-1",
+        "utf-16",
+        "no mark",
+        "many",
+    ],
 )
 def test_bad_files(content: bytes, says: str, tmp_path: Path) -> None:
     path = tmp_path / "password"
@@ -77,6 +100,7 @@ def test_bad_files(content: bytes, says: str, tmp_path: Path) -> None:
     error = refusal({FILE: str(path)})
     assert error.option == FILE
     assert says in error.message
+    assert repr(str(path)) in error.message
     assert "topsecret" not in "".join(traceback.format_exception(error))
     assert error.__context__ is None
 
@@ -98,9 +122,9 @@ def test_both() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "is empty or too long; a password has 1..1024 bytes"),
-        ("topsecret" * 114, "is empty or too long"),
-        ("密" * 342, "is empty or too long"),
+        ("", "is empty; a password has 1..1024 bytes"),
+        ("topsecret" * 114, "is too long; a password has 1..1024 bytes"),
+        ("密" * 342, "is too long"),
         ("topsecret\udcff", "holds bytes that are not UTF-8"),
     ],
 )
@@ -111,6 +135,102 @@ def test_what_is_no_password(text: str, says: str) -> None:
     assert says in caught.value.message
     assert "topsecret" not in str(caught.value)
     assert caught.value.__context__ is None
+
+
+def given(source: str, text: str, tmp_path: Path) -> Secret:
+    """Return a password that has been given in one of the three ways."""
+    if source == "url":
+        password = Config.parse(f"server://{quote(text, safe='')}@:1/:2", {}).password
+    elif source == "variable":
+        password, _ = from_environment({VARIABLE: text})
+    else:
+        path = tmp_path / "password"
+        path.write_bytes(text.encode())
+        password, _ = from_environment({FILE: str(path)})
+    assert password is not None
+    return password
+
+
+WAYS = {"variable": VARIABLE, "file": FILE, "url": "password"}
+
+
+@pytest.mark.parametrize("source", WAYS)
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+@pytest.mark.parametrize("text", ["correct-horse", "QUJDRA==", "MFRGG===", "a=b", "密 码"])
+def test_c06_one_line_end_is_no_part_of_it(
+    source: str, end: str, text: str, tmp_path: Path
+) -> None:
+    assert given(source, text + end, tmp_path).reveal() == text
+
+
+@pytest.mark.parametrize("source", WAYS)
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "is empty"),
+        ("\n", "is empty"),
+        ("\r\n", "is empty"),
+        ("topsecret\n\n", "has more than one line"),
+        ("topsecret\r\n\r\n", "has more than one line"),
+        ("\ntopsecret", "has more than one line"),
+        ("topsecret\nmore", "has more than one line"),
+        ("topsecret\rmore\n", "has more than one line"),
+        ("topsecret\r", "ends in a carriage return"),
+        ("topsecret\r\r\n", "ends in a carriage return"),
+        ("\ufefftopsecret\n", "holds a byte order mark"),
+        ("topsecret\ufeff", "holds a byte order mark"),
+        (" topsecret", "begins with a blank"),
+        ("\ttopsecret", "begins with a blank"),
+        ("\u00a0topsecret", "begins with a blank"),
+        ("topsecret \n", "ends in a blank"),
+        ("topsecret\u3000\n", "ends in a blank"),
+        ("topsecret\u2028", "ends in a blank"),
+        ("topsecret\u200b", "ends in an invisible character"),
+        ("\u200etopsecret", "begins with an invisible character"),
+        (" ", "begins with a blank"),
+        ("top\x1b[200~secret", "holds a control character"),
+        ("NODEPASS_PASSWORD=topsecret\n", "looks like NAME=value"),
+        ("NODEPASS_PASSWORD='topsecret'", "looks like NAME=value"),
+        ("export NODEPASS_PASSWORD=topsecret", "looks like NAME=value"),
+        ("NODEPASS_PASSWORD = topsecret", "looks like NAME=value"),
+        ("password=topsecret", "looks like NAME=value"),
+        ("TUNNEL=topsecret", "looks like NAME=value"),
+        ("db_token=topsecret", "looks like NAME=value"),
+    ],
+)
+def test_c06_what_cannot_be_meant_is_refused(
+    source: str, text: str, says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        given(source, text, tmp_path)
+    assert caught.value.option == WAYS[source]
+    assert says in caught.value.message
+    assert "topsecret" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_c06_a_nul_is_refused(tmp_path: Path) -> None:
+    """A variable cannot hold one."""
+    for source in ("file", "url"):
+        with pytest.raises(ConfigError, match="holds a NUL byte"):
+            given(source, "top\0secret", tmp_path)
+
+
+def test_c06_keygens_own_words(tmp_path: Path) -> None:
+    """All that keygen prints, in the file, is too much; its first line is right."""
+    printed = keygen.text([])
+    with pytest.raises(ConfigError, match="of what keygen prints the first"):
+        given("file", printed, tmp_path)
+    secret = printed.splitlines(keepends=True)[0]
+    assert given("file", secret, tmp_path).reveal() == secret.strip()
+
+
+@settings(deadline=None)
+@hypothesis.given(st.binary(min_size=1, max_size=48))
+def test_c06_what_generators_make_is_fine(data: bytes) -> None:
+    for encode in (base64.b64encode, base64.urlsafe_b64encode, base64.b32encode, bytes.hex):
+        text = encode(data)
+        text = text if isinstance(text, str) else text.decode()
+        assert checked("password", text).reveal() == text
 
 
 def test_secrets_do_not_show() -> None:
@@ -138,7 +258,7 @@ def test_pipe_that_nobody_writes_to(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(password, "PIPE_PATIENCE", 0.05)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConfigError, match=r"nothing came out of it in 0\.05 s"):
-        password.from_environment({"NODEPASS_PASSWORD_FILE": str(tmp_path / "pipe")})
+        from_environment({"NODEPASS_PASSWORD_FILE": str(tmp_path / "pipe")})
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
@@ -148,10 +268,24 @@ def test_pipe_that_is_written_to_late(tmp_path: Path) -> None:
     os.mkfifo(path)
     writer = threading.Timer(0.2, path.write_text, ["swordfish\n"])
     writer.start()
-    secret, _ = password.from_environment({"NODEPASS_PASSWORD_FILE": str(path)})
+    secret, _ = from_environment({"NODEPASS_PASSWORD_FILE": str(path)})
     writer.join()
     assert secret is not None
     assert secret.reveal() == "swordfish"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_c12_a_pipe_is_read_once_for_all_urls(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_text, args=["swordfish\n"])
+    writer.start()
+    environ = {"NODEPASS_PASSWORD_FILE": str(path)}
+    common = CommonPassword(environ)
+    urls = ["server://:1/:2", "server://:3/:4", "client://:5/:6", "client://own@:5/:6"]
+    passwords = [Config.parse(url, environ, None, common).password for url in urls]
+    writer.join()
+    assert passwords == [*[Secret("swordfish")] * 3, Secret("own")]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="mode bits mean nothing here")
