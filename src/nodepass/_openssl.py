@@ -14,6 +14,8 @@ import functools
 import ipaddress
 from typing import TYPE_CHECKING, Any, Final
 
+from .hostname import tls_name
+
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection, Context
 
@@ -124,9 +126,7 @@ def require_name(connection: Connection, host: str) -> None:
     try:
         address = ipaddress.ip_address(host.partition("%")[0]).packed
     except ValueError:
-        name = host.rstrip(".").encode("idna")
-        if not name:  # OpenSSL would take it for "check no name"
-            raise ValueError("an empty name cannot be that of a certificate") from None
+        name = tls_name(host)  # never empty, which OpenSSL would take for "check no name"
         _function("X509_VERIFY_PARAM_set_hostflags")(param, NAME_FLAGS)
         is_set = _function("X509_VERIFY_PARAM_set1_host")(param, name, len(name))
     else:

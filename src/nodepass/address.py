@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
 from .errors import ConfigError
+from .hostname import HOST_LIMIT, encode, readable
 
 __all__ = ["PORTS", "Address", "is_number", "overlap", "parse_address"]
 
 PORTS = range(1, 65536)
-
-HOST_LIMIT = 253
-"""Characters of a host name, RFC 1035 section 2.3.4."""
 
 DIGITS = 9
 """Longest number that is read as one; Python itself balks at a few thousand digits."""
@@ -32,13 +30,18 @@ class Address:
     """Where to listen or to dial."""
 
     host: str
-    """IPv4, IPv6 without brackets, or a name; "" = every address (listening only)."""
+    """IPv4, IPv6 without brackets, or a name in ASCII; "" = every address (listening only)."""
 
     port: int
     """1..65535."""
 
     def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        """As people read it; `host` is what machines read."""
+        return (
+            f"[{self.host}]:{self.port}"
+            if ":" in self.host
+            else f"{readable(self.host)}:{self.port}"
+        )
 
 
 def parse_address(option: str, text: str) -> Address:
@@ -82,23 +85,25 @@ def _ipv6(option: str, text: str) -> str:
 def _host(option: str, text: str) -> str:
     if not text:
         return ""
-    labels = text.removesuffix(".").split(".")
+    try:
+        name = encode(text)
+    except ValueError as exc:
+        raise ConfigError(option, f"{text!r} is not a host name: {_clause(exc)}") from None
+    labels = name.removesuffix(".").split(".")
     if labels[-1].isdigit():  # no top-level domain is a number, so an address was meant
         try:
-            return str(IPv4Address(text))
+            return str(IPv4Address(name))
         except ValueError:
             hint = f"; a port alone is written :{text}" if text.isdigit() else ""
             raise ConfigError(option, f"{text!r} is not an IPv4 address{hint}") from None
-    try:
-        name = text if text.isascii() else text.encode("idna").decode()
-    except UnicodeError:
-        name = ""
-    if not (
-        0 < len(name) <= HOST_LIMIT
-        and all(_LABEL.fullmatch(label) for label in name.removesuffix(".").split("."))
-    ):
+    if not (0 < len(name) <= HOST_LIMIT and all(_LABEL.fullmatch(label) for label in labels)):
         raise ConfigError(option, f"{text!r} is not a host name")
     return name
+
+
+def _clause(exc: ValueError) -> str:
+    text = str(exc)
+    return text[:1].lower() + text[1:]
 
 
 def is_number(text: str) -> bool:

@@ -19,6 +19,7 @@ from enum import StrEnum
 from .address import PORTS, Address, is_number, overlap, parse_address
 from .environment import Settings
 from .errors import ConfigError
+from .hostname import readable
 from .password import CommonPassword, Secret, checked, utf8
 from .spelling import suggest
 
@@ -116,6 +117,7 @@ class Config:
         for parameter in PARAMETERS:
             value = getattr(self, parameter.name)
             text = str(int(value)) if isinstance(value, bool) else str(value or "0")
+            text = readable(text) if parameter.name == "sni" else text
             shown = value is not None and self.mode in parameter.modes
             if shown and parameter.name != "name" and text != parameter.default:
                 pairs.append(f"{parameter.name}={_encode(text)}")
@@ -278,7 +280,10 @@ def parse_host(option: str, text: str) -> str:
     is_bare = ":" in text and not text.startswith("[")
     try:
         host = parse_address(option, f"[{text}]:1" if is_bare else f"{text}:1").host
-    except ConfigError:
+    except ConfigError as exc:
+        if not text.isascii() and not set(text) & set("@/"):  # no URL with a password, either
+            why = f"is no host name and no IP address: {exc.message}"
+            raise ConfigError(option, why) from None
         host = ""
     if not host or "%" in host:  # the zone of an IPv6 address means nothing to others
         raise ConfigError(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 
-from .address import Address
 from .config import parse_host
 from .errors import ConfigError
 
@@ -63,7 +62,7 @@ def text(words: Sequence[str]) -> str:
     return LINES.format(
         secret=make_secret(),
         port=TUNNEL_PORT,
-        tunnel=Address(host, TUNNEL_PORT),
+        tunnel=f"[{host}]:{TUNNEL_PORT}" if ":" in host else f"{host}:{TUNNEL_PORT}",
         hint="" if words else f", with {EXAMPLE_HOST} replaced by the name of the server",
     )
 

@@ -18,6 +18,7 @@ from itertools import chain, zip_longest
 from typing import Final, NamedTuple
 
 from .errors import DialError
+from .hostname import readable
 from .resolver import Candidate, SocketAddress, resolve
 
 KEEPALIVE_IDLE: Final = 30
@@ -71,8 +72,8 @@ _LINGER_RESET: Final = struct.pack("ii", 1, 0)
 
 
 def join_address(host: str, port: int) -> str:
-    """Write an address as people do: "host:port", IPv6 in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    """Write an address as people do: "host:port", IPv6 in brackets, names in their own letters."""
+    return f"[{host}]:{port}" if ":" in host else f"{readable(host)}:{port}"
 
 
 def plain_host(host: str) -> str:

@@ -13,6 +13,8 @@ import socket
 import threading
 from typing import cast
 
+from .hostname import encode
+
 SocketAddress = tuple[str, int] | tuple[str, int, int, int]
 Candidate = tuple[int, SocketAddress]
 """Address family, and what a socket of it connects or binds to."""
@@ -55,11 +57,12 @@ def _look_up(key: _Key, answer: asyncio.Future[list[Candidate]]) -> None:
     """Runs in a thread of its own."""
     loop, host, port, flags = key
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+        name = encode(host)  # ASCII; of other letters Python would make IDNA 2003
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=flags)
         # dict: a hosts file may list one address twice; cast: typeshed knows builds without IPv6
         unique = dict.fromkeys((int(f), cast(SocketAddress, a)) for f, _, _, _, a in found)
         result: list[Candidate] | OSError = list(unique)
-    except UnicodeError:
+    except ValueError:  # from `encode`, or Python has met a label that is too long
         result = socket.gaierror(socket.EAI_NONAME, "not a name")
     except OSError as exc:
         result = exc

@@ -34,6 +34,7 @@ from .certificate import (
     read_certificates,
 )
 from .errors import ConfigError, TlsError
+from .hostname import readable, tls_name
 from .log import Log
 from .password import is_exposed
 from .record import reason_of
@@ -55,8 +56,6 @@ SLOW_AES: Final = b"TLS_CHACHA20_POLY1305_SHA256:TLS_AES_128_GCM_SHA256:TLS_AES_
 PRIORITIZE_CHACHA: Final = 1 << 21
 """SSL_OP_PRIORITIZE_CHACHA: follow a client that has no AES instructions. pyOpenSSL has no
 name for it; the number is that of every OpenSSL since 1.1.1."""
-NAME_LIMIT: Final = 253
-"""Characters of a host name (RFC 1035, section 3.1, without the length bytes)."""
 
 
 @functools.cache
@@ -257,7 +256,9 @@ class ClientTls:
             except _openssl.Moved:
                 pass  # mode 1 does without, mode 2 says so
             except ValueError as exc:
-                raise ConfigError("sni", f"{sni!r} cannot be a name in a certificate") from exc
+                raise ConfigError(
+                    "sni", f"{readable(sni)!r} cannot be a name in a certificate"
+                ) from exc
         self._verified = None if ca is None else self._build()
         """None = to be made when it is wanted: reading the system's anchors takes a while."""
 
@@ -283,7 +284,7 @@ class ClientTls:
             except _openssl.Moved as exc:
                 raise TlsError(f"this side cannot check the server's name: {exc}") from exc
             except ValueError as exc:
-                name = self._asked.name
+                name = readable(self._asked.name)
                 says = f"{name!r} cannot be a name in a certificate; give the server's as sni=NAME"
                 raise TlsError(says) from exc
         if is_native:
@@ -351,10 +352,7 @@ def _server_name(host: str) -> bytes:
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(host.partition("%")[0])
         return b""
-    name = host.rstrip(".").encode("idna")
-    if len(name) > NAME_LIMIT:
-        raise ValueError("too long")
-    return name
+    return tls_name(host)
 
 
 def _keep_old(log: Log, what: str, exc: ConfigError, *, is_asked: bool) -> None:

@@ -21,6 +21,7 @@ from OpenSSL import SSL
 
 from . import _openssl
 from .certificate import UNREADABLE, ago, date, names_of
+from .hostname import readable
 
 LIBRARY_SHIFT: Final = 23
 """A packed error code is library << 23 | reason (OpenSSL's err.h)."""
@@ -140,6 +141,7 @@ def _refusal(connection: SSL.Connection, code: int, text: str) -> str:
 
 
 def _wrong_name(chain: Sequence[x509.Certificate], name: str) -> str:
+    name = readable(name)  # the user's own; a stranger's could look like it, so those stay ASCII
     names = names_of(chain[0]) if chain else []
     if not names:
         return f"the server's certificate is not for {name}; it names nobody that can be checked"

@@ -16,7 +16,11 @@ GOOD = [
     (":10101", Address("", 10101), ":10101"),
     ("example.org:0443", Address("example.org", 443), "example.org:443"),
     ("my_host-1.local.:7", Address("my_host-1.local.", 7), "my_host-1.local.:7"),
-    ("bücher.example:80", Address("xn--bcher-kva.example", 80), "xn--bcher-kva.example:80"),
+    ("bücher.example:80", Address("xn--bcher-kva.example", 80), "bücher.example:80"),
+    ("straße.example:80", Address("xn--strae-oqa.example", 80), "straße.example:80"),
+    ("xn--strae-oqa.example:80", Address("xn--strae-oqa.example", 80), "straße.example:80"),
+    ("ＦＡß．de:80", Address("xn--fa-hia.de", 80), "faß.de:80"),
+    ("１２７．０．０．１:80", Address("127.0.0.1", 80), "127.0.0.1:80"),
     ("a" * 63 + ":1", Address("a" * 63, 1), "a" * 63 + ":1"),
 ]
 
@@ -46,6 +50,11 @@ BAD = [
     ("a." * 127 + "a:80", "not a host name"),
     ("ü" * 64 + ":80", "not a host name"),
     (".:80", "not a host name"),
+    ("\u00ad:80", "not a host name"),
+    ("☃.net:80", "'☃.net' is not a host name: codepoint U+2603"),
+    ("℀.example:80", "not a host name"),
+    ("bücher．example：80", "not a host name"),
+    ("٣.٣:80", "not a host name"),
 ]
 
 

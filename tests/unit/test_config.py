@@ -215,6 +215,7 @@ def test_refusals(url: str, option: str, says: str) -> None:
         ("Example.org.", "Example.org"),
         ("my_service", "my_service"),
         ("bücher.example", "xn--bcher-kva.example"),
+        ("straße.example.", "xn--strae-oqa.example"),
         ("10.0.0.1", "10.0.0.1"),
         ("::1", "::1"),
         ("[2001:DB8::1]", "2001:db8::1"),
@@ -222,6 +223,10 @@ def test_refusals(url: str, option: str, says: str) -> None:
 )
 def test_hosts_without_a_port(text: str, host: str) -> None:
     assert parse_host("sni", text) == host
+
+
+def test_c09_a_server_name_that_is_none() -> None:
+    assert "'☃.net' is not a host name: codepoint U+2603" in refusal(f"{CLIENT}?sni=☃.net").message
 
 
 @pytest.mark.parametrize(
@@ -375,6 +380,9 @@ def test_a_config_shows_no_password() -> None:
         (f"{SERVER}?tls=2&key=%E2%80%AE%20&crt=+", f"{SERVER}?tls=2&crt=+&key=%E2%80%AE%20"),
         (f"{CLIENT}?name=x&log=none", f"{CLIENT}?log=none"),
         ("client://:1/[::1]:2", "client://localhost:1/[::1]:2"),
+        ("client://Straße.example:1/faß.de:2", "client://straße.example:1/faß.de:2"),
+        ("client://xn--strae-oqa.example:1/t:2", "client://straße.example:1/t:2"),
+        (f"{CLIENT}?sni=stra%C3%9Fe.example", f"{CLIENT}?tls=2&sni=straße.example"),
     ],
 )
 def test_url(url: str, shown: str) -> None:

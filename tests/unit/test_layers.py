@@ -27,8 +27,9 @@ ALLOWED: dict[str, set[str]] = {
     "log": set(),
     "stats": set(),
     "message": set(),
+    "hostname": set(),
     # OpenSSL by its secret doors; its records; neither loads it before it is used
-    "_openssl": set(),
+    "_openssl": {"hostname"},
     "record": {"errors"},
     # the slow twin of the engine
     "_pytls": {"_openssl", "record"},
@@ -45,11 +46,11 @@ ALLOWED: dict[str, set[str]] = {
         "_pydesk", "_pyflow", "_pygate", "_pyport", "_pyserve", "_pytls", "_pyudp", "errors",
     },
     # what the user asks for
-    "address": {"errors"},
+    "address": {"errors", "hostname"},
     "password": {"errors"},
     "spelling": set(),
     "environment": {"address", "errors", "spelling"},
-    "config": {"address", "environment", "errors", "password", "spelling"},
+    "config": {"address", "environment", "errors", "hostname", "password", "spelling"},
     # pure bytes: no socket, no clock, no dice
     "wire": {"errors", "message"},
     "proof": {"errors", "message", "wire"},
@@ -57,14 +58,16 @@ ALLOWED: dict[str, set[str]] = {
     "session": {"errors", "message", "wire"},
     "penalty": set(),
     # sockets, and beside them certificates and contexts
-    "resolver": set(),
+    "resolver": {"hostname"},
     "watch": set(),
     "patience": set(),
-    "net": {"errors", "resolver"},
+    "net": {"errors", "hostname", "resolver"},
     "listener": {"errors", "net", "resolver"},
     "certificate": {"errors"},
-    "verdict": {"_openssl", "certificate"},
-    "tls": {"_openssl", "certificate", "errors", "log", "password", "record", "verdict"},
+    "verdict": {"_openssl", "certificate", "hostname"},
+    "tls": {
+        "_openssl", "certificate", "errors", "hostname", "log", "password", "record", "verdict",
+    },
     "drop": {"log", "stats"},
     "slot": set(),
     "datagram": {"errors", "listener", "net", "resolver"},
@@ -116,7 +119,7 @@ ALLOWED: dict[str, set[str]] = {
         "tunnel",
     },
     "help": {"config", "environment"},
-    "keygen": {"address", "config", "errors"},
+    "keygen": {"config", "errors"},
     "cli": {
         "__init__", "config", "demo", "environment", "errors", "help", "keygen", "password",
         "process", "spelling", "title",

@@ -141,7 +141,12 @@ def faulty(*faults: int) -> Faulty:
 
 @pytest.mark.parametrize(
     ("host", "shown"),
-    [("127.0.0.1", "127.0.0.1:80"), ("::1", "[::1]:80"), ("example.org", "example.org:80")],
+    [
+        ("127.0.0.1", "127.0.0.1:80"),
+        ("::1", "[::1]:80"),
+        ("example.org", "example.org:80"),
+        ("xn--strae-oqa.example", "straße.example:80"),
+    ],
 )
 def test_join_address(host: str, shown: str) -> None:
     assert net.join_address(host, 80) == shown

@@ -47,6 +47,28 @@ async def test_doubles_are_left_out_and_order_is_kept(monkeypatch: pytest.Monkey
     assert [a[1][0] for a in await resolve("x", 80)] == ["127.0.0.2", "127.0.0.1"]
 
 
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [("straße.example", "xn--strae-oqa.example"), ("my_host.local.", "my_host.local.")],
+)
+async def test_c09_names_are_asked_for_by_idna_2008(
+    name: str, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def getaddrinfo(host: str, *_: object, **__: object) -> list[object]:
+        assert host == asked
+        return [entry("127.0.0.1")]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    assert await resolve(name, 80) == [LOCAL]
+
+
+@pytest.mark.parametrize("name", ["☃.example", "a" * 64 + ".example", "ü" * 64])
+async def test_c09_what_is_no_name_does_not_resolve(name: str) -> None:
+    with pytest.raises(socket.gaierror) as caught:
+        await resolve(name, 80)
+    assert caught.value.errno == socket.EAI_NONAME
+
+
 async def test_one_question_under_way_serves_all_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     names = Names(monkeypatch, [entry("127.0.0.1")])
     asking = [asyncio.create_task(resolve("x", 80)) for _ in range(50)]

@@ -178,11 +178,15 @@ def test_zone_of_an_address_is_not_part_of_the_name(authority: Authority) -> Non
     exchange(verified(files, authority.ca, "fe80::1%eth0"))
 
 
-def test_international_name(authority: Authority) -> None:
-    files = authority.issue("bücher.example", label="idn")
-    outcome = verified(files, authority.ca, "bücher.example")
+@pytest.mark.parametrize(
+    ("name", "sent"),
+    [("bücher.example", b"xn--bcher-kva.example"), ("straße.example", b"xn--strae-oqa.example")],
+)
+def test_c09_international_name(name: str, sent: bytes, authority: Authority) -> None:
+    files = authority.issue(name, label="idn")
+    outcome = verified(files, authority.ca, name)
     exchange(outcome)
-    assert outcome.server.get_servername() == b"xn--bcher-kva.example"
+    assert outcome.server.get_servername() == sent
 
 
 def test_intermediate_is_sent(authority: Authority) -> None:

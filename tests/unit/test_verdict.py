@@ -46,6 +46,15 @@ def test_wrong_names(host: str, authority: Authority, issued: Issued) -> None:
     assert f"not for {host};" in (verified(issued, authority.ca, host).client_fault or "")
 
 
+def test_c09_wrong_name_of_another_script(authority: Authority) -> None:
+    files = authority.issue("strasse.example", "bücher.example", label="ss")
+    outcome = verified(files, authority.ca, "straße.example")
+    assert (outcome.client_fault or "").startswith(
+        "the server's certificate is for strasse.example, xn--bcher-kva.example, not for"
+        " straße.example;"
+    )
+
+
 def test_wrong_name_of_many(authority: Authority) -> None:
     files = authority.issue(*(f"{n}.{'x' * 60}.{'y' * 60}" for n in range(7)), label="many")
     says = verified(files, authority.ca).client_fault or ""
