@@ -58,7 +58,7 @@ $(VENV)/.switches: always | $(VENV)/bin/python
 $(VENV)/.built: pyproject.toml setup.py $(NATIVE) $(VENV)/.switches
 	@echo "building nodepass into $(VENV) ..."
 	@rm -f src/nodepass/_fastcopy.c src/nodepass/*.so
-	@$(PIP) --editable .
+	@NODEPASS_NATIVE=1 $(PIP) --editable .
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.built

@@ -13,9 +13,11 @@ import importlib
 import os
 import re
 import socket
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
+from .advisory import outdated
 from .environment import Settings
 from .log import Log
 from .work import (
@@ -45,6 +47,13 @@ CLOSE_GRACE: Final = 5.0
 """Seconds that closing may wait for engine threads: a hundred times what they need."""
 MAX_TIMEOUT: Final = 4e6
 """Seconds: the engine counts milliseconds in 32 bits."""
+NO_ENGINE: Final = (
+    "take a wheel for this platform, or have a C compiler and Python's headers, then "
+    "pip install --force-reinstall --no-cache-dir"
+    if sys.platform.startswith("linux")
+    else "it needs Linux"
+)
+"""What to do about a missing native engine."""
 _RELEASE: Final = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
 _GSO_BROKEN: Final = ((7, 0, 0), (7, 1, 5))
 """Kernels, from the first to the one before the second, that spoil headers and checksums of
@@ -334,6 +343,11 @@ class Relays:
         """
         if self._tls_module is not None:
             return
+        for library in outdated():
+            Log("relay").warn(
+                "a library has known holes; pip install --upgrade nodepass cryptography pyOpenSSL",
+                library=library,
+            )
         trouble = self._module.tls_trouble()
         if trouble is None:
             self._tls_module = self._module
@@ -425,6 +439,11 @@ def _choose(wish: str) -> tuple[str, _Module]:
             if native.ABI != twin.ABI:
                 raise ImportError("it was built from another release")
             return "native", native
+        except ModuleNotFoundError:
+            Log("relay").warn(
+                "the native engine cannot be loaded; the slow Python engine runs instead",
+                cause=f"none was installed: {NO_ENGINE}",
+            )
         except ImportError as exc:
             Log("relay").warn(
                 "the native engine cannot be loaded; the slow Python engine runs instead",
