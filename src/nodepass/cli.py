@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from .errors import ConfigError
 
@@ -35,6 +35,16 @@ LATER = ("bench", "doctor", "service", "top")
 _OPTION = re.compile(r"--[a-z-]+|-[A-Za-z](?=[^-]|$)")
 
 
+COMMANDS = ("demo", "keygen", "help", "version")
+MODES = ("server", "client")
+
+SHORT = 4
+"""Letters; in a longer command two of them may be wrong for it to be known again."""
+
+_WORD = re.compile(r"[A-Za-z]{2,12}")
+"""What might be a command; not long enough to hold much of a password."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program.
 
@@ -53,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _obey(words: Sequence[str]) -> int:
+    if words[:1] == ["help"] and words[1:] in (["demo"], ["keygen"]):
+        words = [words[1], "--help"]
     if words[:1] == ["demo"]:
         from .demo import main as run_demo
 
@@ -64,11 +76,18 @@ def _obey(words: Sequence[str]) -> int:
 
         print(text(), end="")
         return FINE
-    if "--version" in words or "-V" in words:
+    if "--version" in words or "-V" in words or words == ["version"]:
         print(_version())
         return FINE
     if words and words[0] in LATER:
         return _refuse(f"{words[0]}: is not in this build yet")
+    if not words:
+        from .help import FIRST_STEPS
+
+        # An error all the same: $URL may be empty where this runs unattended.
+        code = _refuse("url: is missing")
+        print(FIRST_STEPS, end="", file=sys.stderr)
+        return code
     return _run(words)
 
 
@@ -129,21 +148,44 @@ def _run(urls: Sequence[str]) -> int:
     return run(configs, settings, exposed)
 
 
+def _refuse_word(word: str) -> NoReturn:
+    """Say what a word that is no URL may have been meant for; it is shown if that is plain."""
+    from .spelling import distance
+
+    if _WORD.fullmatch(word):
+        typed = word.lower()
+        known = ((not k.startswith(typed), distance(typed, k), k) for k in (*COMMANDS, *MODES))
+        is_other, slips, near = min(known)
+        if not is_other or slips <= 1 or (slips == 2 and len(near) > SHORT):
+            meant = f"{near}://…" if near in MODES else f"nodepass {near}"
+            raise ConfigError(word, f"is neither a command nor a URL; did you mean {meant}?")
+    raise ConfigError(
+        "url",
+        "starts neither with server:// nor with client://, and is no command; those are"
+        f" {', '.join(COMMANDS)}",
+    )
+
+
 def _read(urls: Sequence[str], environ: Mapping[str, str]) -> tuple[Settings, list[Config]]:
     from .config import Config, check_together
     from .environment import Settings
     from .password import CommonPassword
     from .spelling import suggest
 
-    if not urls:
-        raise ConfigError("url", "is missing; nodepass --help has examples")
     for word in urls:
         if word.startswith("-"):
             # Without what may be glued to it: --password=…, -p…
             option = _OPTION.match(word)
             shown = option[0] if option else "-"
-            hint = suggest(shown, ("--help", "--version"))
+            is_command = shown.lstrip("-") in COMMANDS[:2]
+            hint = (
+                f"did you mean nodepass {shown.lstrip('-')}?"
+                if is_command
+                else suggest(shown, ("--help", "--version"))
+            )
             raise ConfigError(shown, f"is not an option; {hint}")
+        if "://" not in word:
+            _refuse_word(word)
     settings = Settings.from_environment(environ)
     common = CommonPassword(environ)
     configs = [Config.parse(url, environ, settings, common) for url in urls]

@@ -21,7 +21,7 @@ from .environment import Settings
 from .errors import ConfigError
 from .hostname import readable
 from .password import CommonPassword, Secret, checked, utf8
-from .spelling import suggest
+from .spelling import distance, suggest
 
 __all__ = [
     "PARAMETERS",
@@ -49,6 +49,9 @@ class Mode(StrEnum):
     SERVER = "server"
     CLIENT = "client"
 
+
+SLIPS = 2
+"""Letters that may be wrong in a mode for it to be known again."""
 
 BOTH = (Mode.SERVER, Mode.CLIENT)
 LEVELS = ("debug", "info", "warn", "error", "fatal", "none")
@@ -198,7 +201,9 @@ def _split(url: str) -> tuple[Mode, str, str, str]:
     if scheme.lower() not in tuple(Mode):
         is_plain = _SCHEME.fullmatch(scheme) and "@" not in rest
         shown = f"mode {scheme!r} is unknown; it" if is_plain else "its mode"
-        raise ConfigError("url", f"{shown} is server:// or client://")
+        near = [mode for mode in Mode if is_plain and distance(scheme.lower(), mode) <= SLIPS]
+        hint = f"; did you mean {near[0]}://?" if near else ""
+        raise ConfigError("url", f"{shown} is server:// or client://{hint}")
     if any(c.isspace() or not c.isprintable() for c in rest):
         raise ConfigError("url", "has a blank or a control character in it; write it as %20 …")
     if "#" in rest:

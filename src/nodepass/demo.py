@@ -354,9 +354,13 @@ def _report(
     print(f"{connections} short connections answered, {AT_ONCE} at a time\n")
     for name, through, without in rows:
         print(f"  {name:<22}{through:>20}{without:>16}".rstrip())
-    print("\nThe two commands:")
+    print(
+        "\nMeasured without TLS. The two commands as they should be used, and a password for them:"
+    )
+    print("  (umask 077; nodepass keygen | head -n 1 > ~/nodepass.secret)")
     for url in urls:
-        print(f'  nodepass "{url}"')
+        print(f'  NODEPASS_PASSWORD_FILE=~/nodepass.secret nodepass "{url}?tls=1"')
+    print("For two machines: nodepass keygen HOST")
 
 
 # --- the command -----------------------------------------------------------------------------
@@ -373,7 +377,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--connections", type=_count, default=500, metavar="N", help="default: 500"
     )
-    options = parser.parse_args(argv)
+    # Its own error would repeat the words, and a password in one of them.
+    options, surplus = parser.parse_known_args(argv)
+    if surplus:
+        parser.error("takes no URL and no other words but these")
     interrupts.has_come = False
     previous = {number: signal.signal(number, interrupts) for number in STOPPERS}
     try:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from .config import PARAMETERS, Mode, Parameter
 from .environment import VARIABLES
 
-__all__ = ["text"]
+__all__ = ["FIRST_STEPS", "text"]
 
 HEAD = """\
 nodepass - a tunnel between two machines; the client dials out, so it needs no open port
@@ -28,24 +28,43 @@ usage: nodepass URL [URL ...]          run these tunnels until SIGINT or SIGTERM
   Hosts are IPv4, [IPv6] or names. None at all (:10101) is every address of the server, and
   this machine for the client. '?' and '&' mean something to a shell: put the URL in quotes.
   A password in a URL can be seen by other users of the machine for a moment, and in the shell's
-  history: better set NODEPASS_PASSWORD or NODEPASS_PASSWORD_FILE. The Go program has no passwords,
-  so any password shuts it out.
+  history: better set NODEPASS_PASSWORD_FILE. The Go program has no passwords, so any password
+  shuts it out.
 
 examples:
-  A web server at home, seen on port 8080 of a rented machine:
-    rented machine   nodepass "server://:10101/:8080"
-    at home          nodepass "client://rented.example.org:10101/127.0.0.1:80"
-  The ssh of that machine as well, in the same two processes:
-    rented machine   nodepass "server://:10101/:8080" "server://:10102/:2222"
-    at home          nodepass "client://rented.example.org:10101/127.0.0.1:80" \\
-                              "client://rented.example.org:10102/127.0.0.1:22"
-  Encrypted, and only for those who have the password (nodepass keygen makes one):
-    rented machine   NODEPASS_PASSWORD_FILE=secret nodepass "server://:10101/:8080?tls=1"
-    at home          NODEPASS_PASSWORD_FILE=secret nodepass \\
+  A password, in a file that only you can read; copy the file to the other machine:
+    (umask 077; nodepass keygen | head -n 1 > ~/nodepass.secret)
+  A web server at home, seen on port 8080 of a rented machine, encrypted:
+    rented machine   NODEPASS_PASSWORD_FILE=~/nodepass.secret nodepass "server://:10101/:8080?tls=1"
+    at home          NODEPASS_PASSWORD_FILE=~/nodepass.secret nodepass \\
                               "client://rented.example.org:10101/127.0.0.1:80?tls=1"
+  The ssh of that machine as well, in the same two processes:
+    rented machine   NODEPASS_PASSWORD_FILE=~/nodepass.secret nodepass \\
+                              "server://:10101/:8080?tls=1" "server://:10102/:2222?tls=1"
+    at home          NODEPASS_PASSWORD_FILE=~/nodepass.secret nodepass \\
+                              "client://rented.example.org:10101/127.0.0.1:80?tls=1" \\
+                              "client://rented.example.org:10102/127.0.0.1:22?tls=1"
   With every detail in the log:
-    nodepass "server://[2001:db8::1]:10101/127.0.0.1:5432?log=debug"
+    NODEPASS_PASSWORD_FILE=~/nodepass.secret nodepass \\
+                              "server://[2001:db8::1]:10101/127.0.0.1:5432?tls=1&log=debug"
 """
+
+FIRST_STEPS = """
+nodepass - a tunnel between two machines; the client dials out, so it needs no open port
+
+  nodepass demo              see and measure a tunnel on this machine
+  nodepass keygen [HOST]     make a password; prints the lines for both machines
+  nodepass --help            all there is, with examples
+
+A web server at home, seen on port 8080 of a rented machine. A password, copied to both:
+  (umask 077; nodepass keygen | head -n 1 > ~/nodepass.secret)
+On the rented machine:
+  NODEPASS_PASSWORD_FILE=~/nodepass.secret nodepass "server://:10101/:8080?tls=1"
+At home:
+  NODEPASS_PASSWORD_FILE=~/nodepass.secret nodepass \\
+      "client://rented.example.org:10101/127.0.0.1:80?tls=1"
+"""
+"""What the command says when it is called without a word: half a screen that leads on."""
 
 TAIL = """\
 exit code: 0 ended by a signal, 1 could not start, 2 wrong option, 130 interrupted while starting

@@ -1,8 +1,9 @@
 """`nodepass keygen`: a fresh password, and the lines that use it on both machines.
 
-The password stands in the lines' environment, not in their words: `ps` shows words to
-everybody, the environment only to the same user. Each of the two lines begins with a blank,
-which keeps it out of the history of many shells. The lines between them hold nothing that
+The password goes into a file, and stands neither in the words nor in the environment of what
+runs. The line that writes it begins with a blank, which keeps it out of the history of many
+shells, and holds nothing that one shell has and another has not; `install` empties the file
+first, so `>>` serves shells that are told not to overwrite. The lines between hold nothing that
 does harm where a shell does not take '#' for a comment (zsh): no quote, bracket or ';'.
 
 Only `cli` calls it.
@@ -27,20 +28,24 @@ EXAMPLE_HOST = "rented.example.org"
 USAGE = """\
 usage: nodepass keygen [HOST]
 
-  Prints a fresh password and the two lines that make an encrypted tunnel with it: one for the
-  server, whose visitors come to port 8080, one for the client, whose service listens on
-  port 80. Change the ports as you need them.
+  Prints a fresh password and the lines that make an encrypted tunnel with it: one that keeps it
+  in a file, on both machines; one for the server, whose visitors come to port 8080; one for the
+  client, whose service listens on port 80. Change the ports as you need them.
   HOST is the server's name or address, as the client reaches it.
+  The password alone:  nodepass keygen | head -n 1
 """
 
 LINES = """\
 {secret}
 
+# on both machines, into a file that only you can read:
+ install -m 600 /dev/null ~/nodepass.secret && echo '{secret}' >> ~/nodepass.secret
+
 # on the server, where visitors come to port 8080:
- NODEPASS_PASSWORD='{secret}' nodepass 'server://:{port}/:8080?tls=1'
+NODEPASS_PASSWORD_FILE=~/nodepass.secret nodepass 'server://:{port}/:8080?tls=1'
 
 # on the client, where the service listens on 127.0.0.1:80{hint}:
- NODEPASS_PASSWORD='{secret}' nodepass 'client://{tunnel}/127.0.0.1:80?tls=1'
+NODEPASS_PASSWORD_FILE=~/nodepass.secret nodepass 'client://{tunnel}/127.0.0.1:80?tls=1'
 """
 
 

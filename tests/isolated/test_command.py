@@ -248,7 +248,7 @@ def test_f23_wrong_options_do_not_repeat_a_password(words: tuple[str, ...]) -> N
     assert "Zq" not in said
 
 
-def test_the_lines_of_keygen_make_a_tunnel() -> None:
+def test_the_lines_of_keygen_make_a_tunnel(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nodepass", "keygen", "127.0.0.1"]
     printed = subprocess.run(
         command, capture_output=True, text=True, timeout=PATIENCE, check=True
@@ -264,7 +264,10 @@ def test_the_lines_of_keygen_make_a_tunnel() -> None:
             (" nodepass ", f" exec {sys.executable} -m nodepass "),
         ):
             printed = printed.replace(old, new)
-        for_server, for_client = (line for line in printed.splitlines() if line.startswith(" "))
+        printed = printed.replace("~", str(tmp_path))
+        pasted = [line for line in printed.splitlines()[1:] if line and line[0] != "#"]
+        keep, for_server, for_client = pasted
+        subprocess.run(["sh", "-c", keep], timeout=PATIENCE, check=True)
         with started(["sh", "-c", for_server]) as server:
             read_until(server.stderr, "server listening")
             with started(["sh", "-c", for_client]) as client:

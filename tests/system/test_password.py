@@ -386,15 +386,17 @@ async def test_keygen_gives_lines_that_work(tmp_path: Path) -> None:
         check=True,
         text=True,
     ).stdout
-    lines = re.findall(r"^ NODEPASS_PASSWORD='(\S{43})' nodepass '(\S+)'$", printed, re.MULTILINE)
+    secret = tmp_path / "secret"
+    secret.write_text(printed.splitlines(keepends=True)[0])
+    lines = re.findall(r"^NODEPASS_PASSWORD_FILE=\S+ nodepass '(\S+)'$", printed, re.MULTILINE)
     assert len(lines) == 2, printed
     async with Arena(tmp_path) as arena, within(20):
         target, tunnel_port, port = arena.target(echo), free_port(), free_port()
-        for secret, url in lines:
+        for url in lines:
             url = url.replace("10101", str(tunnel_port)).replace("/:8080", f"/127.0.0.1:{port}")  # noqa: PLW2901
             assert url.count("tls=1") == 1
             process = arena.nodepass(
-                url.replace(":80?", f":{target.port}?"), NODEPASS_PASSWORD=secret
+                url.replace(":80?", f":{target.port}?"), NODEPASS_PASSWORD_FILE=str(secret)
             )
             await process.start()
         assert await exchange(port, USER_BYTES) == USER_BYTES

@@ -22,6 +22,11 @@ from nodepass.log import LEVELS
 SERVER = "server://127.0.0.1:10101/127.0.0.1:8080"
 CLIENT = "client://127.0.0.1:10101/127.0.0.1:9000"
 
+NEITHER = (
+    "starts neither with server:// nor with client://, and is no command; those are demo, keygen,"
+    " help, version"
+)
+
 
 class Runs:
     """Stands in for `process.run`."""
@@ -92,9 +97,20 @@ def test_words_of_the_process(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ([], "url: is missing; nodepass --help has examples"),
-        (["serve"], "url: starts neither with server:// nor with client://"),
-        ([SERVER, "x"], "url: starts neither with server:// nor with client://"),
+        ([""], f"url: {NEITHER}"),
+        (["hunter2"], f"url: {NEITHER}"),
+        (["topsecretpassword"], f"url: {NEITHER}"),
+        (["127.0.0.1:80"], f"url: {NEITHER}"),
+        ([SERVER, "x"], f"url: {NEITHER}"),
+        (["kygen"], "kygen: is neither a command nor a URL; did you mean nodepass keygen?"),
+        (["key"], "key: is neither a command nor a URL; did you mean nodepass keygen?"),
+        (["Keygen"], "Keygen: is neither a command nor a URL; did you mean nodepass keygen?"),
+        (["dmeo"], "dmeo: is neither a command nor a URL; did you mean nodepass demo?"),
+        (["hlep"], "hlep: is neither a command nor a URL; did you mean nodepass help?"),
+        (["serve"], "serve: is neither a command nor a URL; did you mean server://…?"),
+        (["client"], "client: is neither a command nor a URL; did you mean client://…?"),
+        ([SERVER, "demo"], "demo: is neither a command nor a URL; did you mean nodepass demo?"),
+        (["--keygen"], "--keygen: is not an option; did you mean nodepass keygen?"),
         (["--versoin"], "--versoin: is not an option; did you mean --version?"),
         (["-x", SERVER], "-x: is not an option; known are --help, --version"),
         (["bench"], "bench: is not in this build yet"),
@@ -127,6 +143,52 @@ def test_wrong_options(
     assert cli.main(words) == 2
     assert capsys.readouterr() == ("", f"nodepass: error: {line}\n")
     assert runs.calls == []
+
+
+def test_c17_without_a_word_it_leads_on(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half a screen, and still an error: the URL may have been an empty variable."""
+    assert cli.main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("nodepass: error: url: is missing\n\n")
+    assert 10 <= err.count("\n") <= 20
+    for part in ("nodepass demo", "nodepass keygen", "nodepass --help", "server://", "client://"):
+        assert part in err
+    assert runs.calls == []
+
+
+@pytest.mark.parametrize(
+    ("words", "start"),
+    [
+        (["help"], "nodepass - a tunnel"),
+        (["help", "keygen"], "usage: nodepass keygen"),
+        (["version"], "nodepass "),
+    ],
+)
+def test_c17_words_that_are_taken_for_options(
+    words: list[str], start: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(start)
+    assert err == ""
+
+
+def test_c17_help_for_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["help", "demo"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: nodepass demo")
+
+
+def test_c29_the_demo_repeats_no_word(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["server://hunter2@h:1/t:2"], ["--size", "1", "-x", "--password=hunter2"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["demo", *words])
+        assert caught.value.code == 2
+        out, err = capsys.readouterr()
+        assert "nodepass demo: error: takes no URL" in err
+        assert "hunter2" not in out + err
 
 
 def test_a_bad_variable(

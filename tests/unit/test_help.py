@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from nodepass.config import PARAMETERS, Config
 from nodepass.environment import VARIABLES
-from nodepass.help import text
+from nodepass.help import FIRST_STEPS, text
+from nodepass.keygen import text as keygen_text
 
 WIDTH = 100
 
@@ -33,9 +36,26 @@ def test_names_every_variable_and_its_default() -> None:
 
 def test_examples_are_good_urls() -> None:
     urls = re.findall(r'"([^"]+)"', text())
-    assert len(urls) >= 8
+    assert len(urls) >= 7
     for url in urls:
         Config.parse(url, {})
+
+
+@pytest.mark.parametrize(
+    "shown", [text(), FIRST_STEPS, keygen_text([])], ids=["help", "first steps", "keygen"]
+)
+def test_c17_every_example_is_a_safe_one(shown: str) -> None:
+    """Encrypted, and with a password in a file; a line may go on after a backslash."""
+    lines = re.sub(r"\\\n\s*", "", shown).splitlines()
+    examples = [line for line in lines if re.search(r"nodepass [\"']?(server|client)://", line)]
+    assert len(examples) >= 2
+    for line in examples:
+        assert "NODEPASS_PASSWORD_FILE=" in line
+        urls = re.findall(r"(?:server|client)://[^\s\"']+", line)
+        for url in urls:
+            config = Config.parse(url, {"NODEPASS_PASSWORD": "x"})
+            assert config.tls == 1, line
+    assert "NODEPASS_PASSWORD=" not in shown
 
 
 def test_names_every_command() -> None:

@@ -24,12 +24,13 @@ needs_shell = pytest.mark.skipif(sys.platform == "win32", reason="pastes into a 
 
 TELL = """\
 #!/bin/sh
-printf '%s\\n' "$NODEPASS_PASSWORD" "$#" "$@"
+cat "$NODEPASS_PASSWORD_FILE"
+printf '%s\\n' "$#" "$@"
 """
 
 
 def lines(*words: str) -> tuple[str, list[str]]:
-    """Return the secret, and the two lines to paste."""
+    """Return the secret, and the three lines to paste."""
     secret, *rest = text(words).splitlines()
     return secret, [line for line in rest if line and not line.startswith("#")]
 
@@ -67,24 +68,33 @@ def test_the_lines_can_be_pasted(
     fake = tmp_path / "nodepass"
     fake.write_text(TELL)
     fake.chmod(0o755)
-    secret, pasted = lines(*words)
+    (tmp_path / "nodepass.secret").write_text("an old one, which goes\n")
+    secret, (keep, *pasted) = lines(*words)
     assert len(pasted) == 2
-    assert all(line.startswith(" ") for line in pasted), "would stay in the shell's history"
+    assert keep.startswith(" "), "would stay in the shell's history"
+    run(shell, keep, tmp_path)
+    path = tmp_path / "nodepass.secret"
+    assert path.read_text() == secret + "\n"
+    assert path.stat().st_mode & 0o777 == 0o600
     for line, mode in zip(pasted, ("server", "client"), strict=True):
-        done = subprocess.run(
-            [shell, "-c", line],
-            env={"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "HOME": str(tmp_path)},
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
-        password, count, url = done.stdout.splitlines()
+        password, count, url = run(shell, line, tmp_path).splitlines()
         assert (password, count) == (secret, "1")
         config = Config.parse(url, {"NODEPASS_PASSWORD": password})
         assert (config.mode, config.tls) == (mode, 1)
         assert config.tunnel == Address(host if mode == "client" else "", 10101)
-        assert secret not in url, "would stand in the process list"
+        assert secret not in line, "would stand in the process list, or in the environment"
+
+
+def run(shell: str, line: str, home: Path) -> str:
+    """Return what a line prints that somebody pastes."""
+    return subprocess.run(
+        [shell, "-c", line],
+        env={"PATH": f"{home}{os.pathsep}{os.environ['PATH']}", "HOME": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    ).stdout
 
 
 def test_what_stands_between_does_no_harm() -> None:
