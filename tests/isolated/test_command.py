@@ -145,7 +145,7 @@ def test_wrong_options_are_code_two(words: tuple[str, ...]) -> None:
         code, said = finish(process)
     assert code == 2
     assert said.startswith("nodepass: error: ")
-    assert said.count("\n") == 1
+    assert (said.count("\n") == 1) is bool(words), "without a word it shows the first steps"
 
 
 @pytest.mark.parametrize("side", ["server", "client"])
