@@ -24,12 +24,18 @@ cdef enum:                      # low bits of an order in a worker's inbox
     ORDER_ADMIT = 0
     ORDER_ABORT = 1
     ORDER_TOUCH = 2             # look at Udp.wishes
+    ORDER_DOUBT = 3             # look at Flow.doubts
     ORDER_BITS = 2
 
 cdef enum:                      # Udp.wishes
     WISH_LIMIT = 1              # take over Udp.wished_ms
     WISH_SHUT = 2
     WISH_RELIEVE = 4
+
+cdef enum:                      # Flow.doubts; the first two are the sides, 1 << index
+    DOUBT_A = 1
+    DOUBT_B = 2
+    DOUBT_QUIET = 4             # also if nothing waits for an answer
 
 cdef enum:                      # what an item of an outbox is about; above its slot
     EVENT_ENDED = 0
@@ -90,6 +96,13 @@ cdef struct Leg:
     void* tls                   # SSL of this leg, lent by [c]; NULL: plain bytes
     void* tls_in                # its BIO from the network
     void* tls_out               # its BIO to the network
+    # Whether its far end is there, see pulse.pxi:
+    uint64_t heard_ms           # last sign of life that a look has seen; 0: none was looked for
+    uint64_t since_ms           # when that look was
+    uint64_t doubted_ms         # 0: its end is not in doubt
+    uint32_t missed             # resends and probes unanswered at that look
+    uint8_t is_probed           # asked, although nothing waits for an answer
+    uint8_t is_hurried          # its resends do not slow down without bound
 
 cdef struct Way:
     uint64_t delivered          # atomic: [w] writes, live() reads
@@ -132,6 +145,7 @@ cdef struct Flow:
     uint8_t kind                # KIND_*
     uint8_t is_shaken           # its handshake is done
     uint8_t is_dialling         # leg 1 has no answer yet, see dial.pxi
+    uint8_t is_calm             # a look found nothing unanswered, and it had no turn since
     uint8_t reason
     uint8_t side
     int32_t code
@@ -139,6 +153,7 @@ cdef struct Flow:
     uint32_t idle_ms            # 0: no limit; of a dial: until it must have its answer
     uint32_t bucket             # of the wheel, while idle_ms > 0
     uint64_t active_ms          # last byte in either direction
+    uint32_t doubts             # atomic: [c] sets bits, [w] takes them
     Link links[LINK_KINDS]
     Leg legs[2]                 # a, b
     Way ways[2]                 # a -> b, b -> a
@@ -338,6 +353,9 @@ cdef struct Worker:
     uint64_t wheel_next         # no bucket before this tick is occupied
     uint32_t wheel_count
     List wheel[WHEEL_BUCKETS]
+    uint64_t look_ms            # when the flows are looked at next, 0: never; see pulse.pxi
+    uint32_t looks_left         # of the looks that are under way
+    uint32_t doubted            # legs in doubt
     epoll_event events[MAX_EVENTS]
 
 cdef struct Core:               # everything that must outlive the Python object
@@ -347,6 +365,7 @@ cdef struct Core:               # everything that must outlive the Python object
     uint32_t capacity           # slots
     uint32_t flow_limit         # of them for all but peers
     uint32_t use_splice
+    uint64_t patience_ms        # see pulse.pxi
     uint32_t large_pipes        # per worker
     uint32_t can_forget_cells   # pages are not larger than cells: one goes without its neighbours
     int notify                  # eventfd, rung by workers, watched by asyncio

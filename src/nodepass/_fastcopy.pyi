@@ -161,13 +161,22 @@ class Engine:
         threads: worker threads, 1..256.
         flows: how many pairs may be open at once; memory is used only for those that are.
         splice: let the kernel move bulk data without copying it through user space.
+        patience: seconds, 1..4000000, of silence after which the far end of a connection counts
+            as gone if it leaves something unanswered; see doubt().
 
     Raises:
         ValueError: an argument is out of range.
         EngineError: no descriptors, threads or memory.
     """
 
-    def __init__(self, threads: int = 1, *, flows: int = 65536, splice: bool = True) -> None: ...
+    def __init__(
+        self,
+        threads: int = 1,
+        *,
+        flows: int = 65536,
+        splice: bool = True,
+        patience: float = 50.0,
+    ) -> None: ...
     def fileno(self) -> int:
         """Return the descriptor that is readable while completions wait.
 
@@ -422,6 +431,23 @@ class Engine:
             token: what relay() or handshake() returned.
 
         After: its completion follows, with REASON_ABORTED unless the flow ended first.
+        """
+
+    def doubt(self, token: int, side: int, *, quiet: bool = False) -> None:
+        """Take it that the far end of one side may be gone; unknown tokens are left alone.
+
+        Args:
+            token: what relay(), dial(), udp_bind() or udp_dial() returned.
+            side: 1 = a, 2 = b; of a UDP relay the side of its link.
+            quiet: ask it even if nothing that was sent to it waits for an answer.
+
+        Raises:
+            EngineClosed: after close(), or in a forked child.
+            ValueError: there is no such side.
+
+        After: nothing, if the end gives a sign of life. If instead it leaves what is sent or
+            asked unanswered, for a tenth of the patience at least, the flow ends with
+            REASON_RESET, ETIMEDOUT; also if something is sent only later.
         """
 
     def poll(self) -> list[Completion | UdpCompletion | Newcomer]:

@@ -62,6 +62,7 @@ include "fastcopy/pipe.pxi"
 include "fastcopy/loop.pxi"
 include "fastcopy/flow.pxi"
 include "fastcopy/dial.pxi"
+include "fastcopy/pulse.pxi"
 include "fastcopy/tcp.pxi"
 include "fastcopy/tls.pxi"
 include "fastcopy/handshake.pxi"
@@ -72,7 +73,7 @@ include "fastcopy/out.pxi"
 include "fastcopy/raw.pxi"
 include "fastcopy/order.pxi"
 
-ABI = 5
+ABI = 6
 REASON_FINISHED = R_FINISHED
 REASON_RESET = R_RESET
 REASON_ABORTED = R_ABORTED
@@ -290,6 +291,8 @@ cdef class Engine:
         threads: worker threads, 1..256.
         flows: how many pairs may be open at once; memory is used only for those that are.
         splice: let the kernel move bulk data without copying it through user space.
+        patience: seconds, 1..4000000, of silence after which the far end of a connection counts
+            as gone if it leaves something unanswered; see doubt().
 
     Raises:
         ValueError: an argument is out of range.
@@ -319,7 +322,7 @@ cdef class Engine:
         self.pinned = NULL
         self.tls_in_use = 0
 
-    def __init__(self, threads=1, *, flows=65536, splice=True):
+    def __init__(self, threads=1, *, flows=65536, splice=True, patience=50.0):
         cdef int rc
         cdef uint32_t i
         if self.core != NULL:
@@ -328,12 +331,15 @@ cdef class Engine:
             raise ValueError(f"threads: {threads} is not within 1..{MAX_THREADS}")
         if not 1 <= flows <= MAX_FLOWS:
             raise ValueError(f"flows: {flows} is not within 1..{MAX_FLOWS}")
+        if not 1.0 <= patience <= 4e6:
+            raise ValueError(f"patience: {patience} is not within 1..4000000 seconds")
         rc = core_open(threads, flows, &self.core)
         if rc < 0:
             raise EngineError("memory", -rc)
         self.pid = getpid()
         self.forks = _forks
         self.core.use_splice = bool(splice)
+        self.core.patience_ms = _milliseconds(patience)
         self.core.large_pipes = _large_pipe_budget(threads)
         self.core.can_forget_cells = os.sysconf("SC_PAGE_SIZE") <= CELL_BYTES
         self.core.notify = sys_eventfd()
@@ -859,6 +865,33 @@ cdef class Engine:
             flow.abort_asked = 1
             order_put(&self.core.workers[flow.worker], flow, <uint32_t>(flow - self.core.flows),
                       ORDER_ABORT)
+
+    def doubt(self, token, side, *, quiet=False):
+        """Take it that the far end of one side may be gone; unknown tokens are left alone.
+
+        Args:
+            token: what relay(), dial(), udp_bind() or udp_dial() returned.
+            side: 1 = a, 2 = b; of a UDP relay the side of its link.
+            quiet: ask it even if nothing that was sent to it waits for an answer.
+
+        Raises:
+            EngineClosed: after close(), or in a forked child.
+            ValueError: there is no such side.
+
+        After: nothing, if the end gives a sign of life. If instead it leaves what is sent or
+            asked unanswered, for a tenth of the patience at least, the flow ends with
+            REASON_RESET, ETIMEDOUT; also if something is sent only later.
+        """
+        cdef Flow* flow
+        cdef uint32_t bits
+        self.check("doubt")
+        if side not in (1, 2):
+            raise ValueError(f"side: {side} is not 1 or 2")
+        bits = (DOUBT_A if side == 1 else DOUBT_B) | (DOUBT_QUIET if quiet else 0)
+        flow = self.find(token)
+        if flow != NULL and not or32(&flow.doubts, bits):
+            order_put(&self.core.workers[flow.worker], flow, <uint32_t>(flow - self.core.flows),
+                      ORDER_DOUBT)
 
     cdef Flow* find(self, token):
         cdef uint64_t value

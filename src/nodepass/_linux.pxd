@@ -73,6 +73,7 @@ cdef extern from "<sys/socket.h>" nogil:
     int SHUT_WR
     int SOL_SOCKET
     int SO_ERROR
+    int SO_KEEPALIVE
     int SO_LINGER
     int SO_TYPE
     int SO_DOMAIN
@@ -119,7 +120,35 @@ cdef extern from "<sys/socket.h>" nogil:
     int recvmmsg(int fd, mmsghdr* messages, unsigned int count, int flags, void* timeout)
     int sendmmsg(int fd, mmsghdr* messages, unsigned int count, int flags)
 
+cdef extern from "<sys/ioctl.h>" nogil:
+    int ioctl(int fd, unsigned long request, ...)
+
+cdef extern from "<netinet/tcp.h>" nogil:
+    cdef struct tcp_info:
+        uint8_t tcpi_retransmits
+        uint8_t tcpi_probes
+        uint8_t tcpi_backoff
+        uint32_t tcpi_last_data_recv
+        uint32_t tcpi_last_ack_recv
+    int TCP_INFO
+    int TCP_KEEPIDLE
+    int TCP_KEEPINTVL
+
+# Of newer kernels than the C library may know, and what clashes with it (linux/sockios.h).
+cdef extern from * nogil:
+    """
+    #ifndef TCP_RTO_MAX_MS
+    #define TCP_RTO_MAX_MS 44
+    #endif
+    #ifndef SIOCOUTQ
+    #define SIOCOUTQ 0x5411
+    #endif
+    """
+    int TCP_RTO_MAX_MS
+    unsigned long SIOCOUTQ
+
 cdef extern from "<netinet/in.h>" nogil:
+    int IPPROTO_TCP
     cdef struct in_addr:
         uint32_t s_addr
     cdef struct in6_addr:

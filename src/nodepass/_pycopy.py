@@ -62,7 +62,7 @@ __all__ = [
     "alpn_selector", "tls_trouble",
 ]  # fmt: skip
 
-ABI: Final = 5
+ABI: Final = 6
 
 MAX_THREADS: Final = 256  # the native engine's limit, checked alike
 
@@ -133,10 +133,17 @@ class Engine(UdpHalf[Completion]):
     is checked and otherwise unused, `splice` is unused. Needs a running event loop.
     """
 
-    def __init__(self, threads: int = 1, *, flows: int = 65536, splice: bool = True) -> None:
+    def __init__(
+        self,
+        threads: int = 1,
+        *,
+        flows: int = 65536,
+        splice: bool = True,
+        patience: float = 50.0,
+    ) -> None:
         check_range("threads", threads, MAX_THREADS)
         del splice
-        super().__init__(flows)
+        super().__init__(flows, patience)
         self._flows: dict[int, Flow] = {}
         self._shakes: dict[int, Handshake] = {}
         self._ended: dict[int, tuple[int, int]] = {}
@@ -295,6 +302,16 @@ class Engine(UdpHalf[Completion]):
             self._bury_handshake(token, Ending(REASON_ABORTED))
         else:
             self._abort_udp(token)
+
+    def doubt(self, token: int, side: int, *, quiet: bool = False) -> None:
+        """Take it that the far end of one side may be gone; others are left alone."""
+        self._check("doubt")
+        if side not in (1, 2):
+            raise ValueError(f"side: {side} is not 1 or 2")
+        if token in self._flows:
+            self._flows[token].doubt(side, quiet=quiet)
+        else:
+            self._doubt_udp(token, side, quiet=quiet)
 
     def poll(self) -> list[Completion | UdpCompletion | Newcomer]:
         """Collect what has ended, and the sources that gates did not know; also after close()."""

@@ -46,15 +46,18 @@ class Desk(Generic[News]):
 
     Args:
         flows: how many tokens may be out at once.
+        patience: seconds of silence after which a far end that does not answer is gone.
     """
 
     _is_closed = True  # until everything is open; __del__ also runs after a refused argument
 
-    def __init__(self, flows: int) -> None:
+    def __init__(self, flows: int, patience: float) -> None:
+        check_patience(patience)
         check_range("flows", flows, MAX_FLOWS)
         self.loop = asyncio.get_running_loop()
         self.buffer = memoryview(bytearray(BUFFER_BYTES))
         self.turns = 0
+        self.patience = patience
         self._capacity = flows
         self._next = 1
         self._refused = 0
@@ -189,6 +192,12 @@ def check_seconds(seconds: float, name: str = "idle") -> None:
     """Raise ValueError if an idle limit, or another time, is out of range."""
     if not 0.0 <= seconds <= MAX_IDLE:
         raise ValueError(f"{name}: {seconds} is not within 0..4000000 seconds")
+
+
+def check_patience(seconds: float) -> None:
+    """Raise ValueError if an engine's patience is out of range."""
+    if not 1.0 <= seconds <= MAX_IDLE:
+        raise ValueError(f"patience: {seconds} is not within 1..4000000 seconds")
 
 
 def check_head(head: bytes) -> None:

@@ -50,6 +50,7 @@ class Host(Protocol):
 
     loop: asyncio.AbstractEventLoop
     buffer: memoryview
+    patience: float
     turns: int
 
     def bury(self, flow: Flow, ending: Ending) -> None:
@@ -241,6 +242,11 @@ class Flow:
             except OSError as exc:
                 self.reset(leg, exc)
 
+    def doubt(self, side: int, *, quiet: bool) -> None:
+        """Take it that the far end of a side, 1 or 2, may be gone."""
+        if not (self.is_dialling and side == 2):
+            self.legs[side - 1].pulse.doubt(quiet=quiet)
+
     def watch_dial(self) -> None:
         """Give up a dial whose time is over, or for which nobody is left."""
         code = self.legs[0].sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -250,10 +256,14 @@ class Flow:
             self.bury(REASON_UNMET, 2, errno.ETIMEDOUT)
 
     def watch_step(self) -> None:
-        """Look for what no event tells: the idle limit, and errors of unread sockets."""
+        """Look for what no event tells: idle limits, errors of unread sockets, lost ends."""
         if self.is_dialling:
             self.watch_dial()
             return
+        for side, leg in enumerate(self.legs, 1):
+            if leg.pulse.is_lost(self.engine.patience):
+                self.bury(REASON_RESET, side, errno.ETIMEDOUT)
+                return
         for leg, way in zip(self.legs, self.ways, strict=True):
             code = leg.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if leg.can_outlive_reset and way.answer.is_shut:

@@ -53,8 +53,8 @@ class UdpFigures(NamedTuple):
 class UdpHalf(Desk[Other | UdpCompletion | Newcomer]):
     """What an Engine can do with UDP; the methods are documented in _fastcopy.pyi."""
 
-    def __init__(self, flows: int) -> None:
-        super().__init__(flows)
+    def __init__(self, flows: int, patience: float) -> None:
+        super().__init__(flows, patience)
         self._gates: dict[int, Gate] = {}
         self._sources: dict[int, Source] = {}
         """Those that wait, by token."""
@@ -172,6 +172,11 @@ class UdpHalf(Desk[Other | UdpCompletion | Newcomer]):
         check_seconds(idle)
         if token in self._udp_relays:
             self._udp_relays[token].idle = idle
+
+    def _doubt_udp(self, token: int, side: int, *, quiet: bool) -> None:
+        relay = self._udp_relays.get(token)
+        if relay is not None and relay.side == side:
+            relay.leg.pulse.doubt(quiet=quiet)
 
     def udp_counts(self, token: int) -> UdpCounts | None:
         """Return the running counts of a gate or a UDP relay; None once that was polled."""

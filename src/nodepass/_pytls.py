@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from . import _openssl
+from ._pypulse import Pulse
 from .record import Records, reason_of
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _codes() -> dict[str, int]:
 class Leg:
     """One side of a flow that speaks plain TCP."""
 
-    __slots__ = ("active", "parked", "sock")
+    __slots__ = ("active", "parked", "pulse", "sock")
 
     can_outlive_reset = False
     """Whether what a reset connection has said can still be told whole from cut."""
@@ -87,6 +88,7 @@ class Leg:
         self.active = 0.0
         """When the socket last took something, on the monotonic clock."""
         self.parked = memoryview(b"")
+        self.pulse = Pulse(sock)
 
     @property
     def has_more(self) -> bool:

@@ -50,6 +50,7 @@ class UdpHost(Protocol):
 
     loop: asyncio.AbstractEventLoop
     buffer: memoryview
+    patience: float
     turns: int
 
     def bury_relay(self, relay: Relay, ending: Ending) -> None:
@@ -271,6 +272,8 @@ class Relay:
         code = self.leg.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code and not self.ending:
             self.break_off(OSError(code, ""))
+        elif self.leg.pulse.is_lost(self.host.patience):
+            self.bury(REASON_RESET, self.side, errno.ETIMEDOUT)
         elif self.idle and time.monotonic() - self.active >= self.idle:
             self.tire()
 

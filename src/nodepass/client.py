@@ -20,7 +20,7 @@ from .config import Config, Mode
 from .errors import AuthError, NodePassError, PoolTimeout, TlsError, TunnelError
 from .handshake import ClientHandshake
 from .message import NONCE_SIZE, Dialect, Greeting
-from .pairing import Pairing
+from .pairing import LINK, Pairing
 from .record import Records
 from .relay import Relays
 from .resolver import SocketAddress
@@ -248,11 +248,13 @@ class Client(Tunnel):
             interval = self.settings.report_interval
             await pairing.control.open(sock, interval, handshake.rest(), records)
             self._tell_up(net.join_address(host, tunnel.port), pairing, records)
+            self.doubt_links(LINK, is_back=True)  # all of them are of earlier sessions
             pairing.filler.fill()
             return await pairing.lost
         finally:
             pairing.close("stopped")
             self.pairing = None
+            self.doubt_links(LINK)
 
     def new_handshake(self) -> ClientHandshake:
         """Return the rules for one fresh connection to the tunnel port."""

@@ -40,8 +40,9 @@ from .session import SILENT_PERIODS, Event, Lost, Role, Session
 if TYPE_CHECKING:
     from .client import Client
 
+LINK: Final = 1
 TARGET: Final = 2
-"""Side of a relay that is the target; the other one is the link."""
+"""Sides of a relay."""
 TLS_READ_SIZE: Final = 16384
 """Bytes per read of a TLS link's first bytes: a handshake's end and an id are well below it."""
 

@@ -51,6 +51,10 @@ MAX_CLIENTS: Final = 1024
 """Sessions at once: bounds what somebody can make us keep where no password is asked."""
 
 
+LINK: Final = 2
+"""Side of a relay that is the link; the other one is the visitor."""
+MAX_GONE: Final = 1024
+"""Lost sessions with open relays that are remembered for the return of their clients."""
 PARTED: Final = 256
 """Links remembered after their relay: more than can fail within the time a signal takes."""
 
@@ -90,6 +94,16 @@ class Client(Member):
         """Take note that a link has been launched, at seconds of the loop."""
         self.launched[name] = (relay, now)
         self.relays += 1
+
+    def doubt_links(self, *, is_back: bool = False) -> None:
+        """Have the engine find out which relays have lost their client.
+
+        Args:
+            is_back: the client is here again, so a link that does not even answer when it is
+                asked is gone; otherwise its path may come back while nobody says anything.
+        """
+        for relay, _ in self.launched.values():
+            relay.doubt(LINK, is_quiet=is_back)
 
     def part(self, name: int | str) -> None:
         """Take note that a relay has ended."""
@@ -137,6 +151,8 @@ class Roster:
         """Called when a client has no slot for a visitor although we have."""
         self._clients: dict[str, Client] = {}
         self._sources: Counter[str] = Counter()
+        self._gone: deque[Client] = deque(maxlen=MAX_GONE)
+        """Clients whose sessions have ended before their relays."""
 
     def __len__(self) -> int:
         return len(self._clients)
@@ -305,6 +321,7 @@ class Roster:
         self._sources[net.source_of(client.host)] += 1
         self._counters.sessions += 1
         self._pool.add(client)
+        self._welcome_back(client)
         self._spawn(self._run_control(client, caller), "a control channel")
         origin = {"from": caller.address}
         self._log.bounded(
@@ -325,11 +342,25 @@ class Roster:
     def _unseat(self, client: Client) -> None:
         if self._clients.get(client.id) is client:
             del self._clients[client.id]
+            self._doubt(client)
             source = net.source_of(client.host)
             self._sources[source] -= 1
             if not self._sources[source]:
                 del self._sources[source]
         self._pool.remove(client)
+
+    def _doubt(self, client: Client) -> None:
+        """Doubt the links of a session that has ended: its path may have gone with it."""
+        if client.relays:
+            client.doubt_links()
+            self._gone.append(client)
+
+    def _welcome_back(self, client: Client) -> None:
+        """Ask the links of a client's earlier sessions whether they have survived."""
+        self._gone = deque((gone for gone in self._gone if gone.relays), MAX_GONE)
+        for gone in self._gone:
+            if gone.name == client.name:
+                gone.doubt_links(is_back=True)
 
     def _on_event(self, client: Client, event: Event) -> None:
         if isinstance(event, Fail):

@@ -240,6 +240,17 @@ class Tunnel(ABC):
         """Count a relay as open until its result is there."""
         self._open_relays.add(relay)
 
+    def doubt_links(self, side: int, *, is_back: bool = False) -> None:
+        """Have the engine find out which open relays have lost the far end of their link.
+
+        Args:
+            side: which of a relay's two is the link.
+            is_back: there is a path again, so a link that does not even answer when it is asked
+                is gone; otherwise its path may come back while nobody says anything.
+        """
+        for relay in self._open_relays:
+            relay.doubt(side, is_quiet=is_back)
+
     def forget(self, relay: Relay | UdpRelay) -> None:
         """Stop counting a relay whose result will never come."""
         self._open_relays.discard(relay)

@@ -198,6 +198,7 @@ class Engine(Protocol):
     def udp_counts(self, token: int) -> UdpCounts | None: ...
     def live(self, token: int) -> tuple[int, int] | None: ...
     def abort(self, token: int) -> None: ...
+    def doubt(self, token: int, side: int, *, quiet: bool = False) -> None: ...
     def statistics(self) -> EngineStatistics: ...
     def close(self, deadline: float = 5.0) -> bool: ...
 
@@ -217,6 +218,17 @@ class Work(Generic[R]):
         if not self.result.done():
             with contextlib.suppress(EngineClosed):  # then it is over all the same
                 self._engine.abort(self.token)
+
+    def doubt(self, side: int, *, is_quiet: bool = False) -> None:
+        """Take it that the far end of a side may be gone: it ends soon unless that answers.
+
+        Args:
+            side: 1 = a, 2 = b.
+            is_quiet: ask it even if nothing waits for an answer.
+        """
+        if not self.result.done():
+            with contextlib.suppress(EngineClosed):
+                self._engine.doubt(self.token, side, quiet=is_quiet)
 
 
 class Relay(Work[RelayResult]):

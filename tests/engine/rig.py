@@ -156,10 +156,12 @@ class Kind:
 class Rig:
     """An engine, the sockets a test uses with it, and its completions."""
 
-    def __init__(self, kind: Kind, *, pair: str = "tcp", flows: int = 1024) -> None:
+    def __init__(
+        self, kind: Kind, *, pair: str = "tcp", flows: int = 1024, **options: object
+    ) -> None:
         self.kind = kind
         self.pair = PAIRS[pair]
-        self.engine = kind.module.Engine(kind.threads, flows=flows, splice=kind.splice)
+        self.engine = kind.module.Engine(kind.threads, flows=flows, splice=kind.splice, **options)
         self.loop = asyncio.get_running_loop()
         self.socks: list[socket.socket] = []
         """Outer ends, closed with the rig."""
@@ -386,10 +388,10 @@ def is_open(fd: int) -> bool:
 
 
 @contextlib.contextmanager
-def owned(*socks: socket.socket) -> Iterator[None]:
+def owned(*socks: socket.socket) -> Iterator[tuple[socket.socket, ...]]:
     """Close sockets that a test kept, whatever happens."""
     try:
-        yield
+        yield socks
     finally:
         for sock in socks:
             sock.close()

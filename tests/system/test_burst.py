@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -64,10 +64,13 @@ def _spaces(milliseconds: int) -> Iterator[tuple[delay.Spaces, int]]:
         yield spaces, port
 
 
-async def _pair(arena: Arena, spaces: delay.Spaces, target: int) -> tuple[Nodepass, Nodepass, int]:
+async def _pair(
+    arena: Arena, spaces: delay.Spaces, target: int, query: str = ""
+) -> tuple[Nodepass, Nodepass, int]:
     tunnel_port, port = free_port(), free_port()
-    server = arena.nodepass(f"server://{delay.SERVER_ADDRESS}:{tunnel_port}/127.0.0.1:{port}")
-    client = arena.nodepass(f"client://{delay.SERVER_ADDRESS}:{tunnel_port}/127.0.0.1:{target}")
+    tunnel = f"{delay.SERVER_ADDRESS}:{tunnel_port}"
+    server = arena.nodepass(f"server://{tunnel}/127.0.0.1:{port}{query}")
+    client = arena.nodepass(f"client://{tunnel}/127.0.0.1:{target}{query}")
     await server.start(spaces.server)
     await client.start(spaces.client)
     return server, client, port
@@ -116,3 +119,26 @@ async def test_f16_cable_pulled_and_plugged_in_again(tmp_path: Path) -> None:
             spaces.plug("up")
             await client.logged("tunnel up", count=2, seconds=10)
             assert (await _visit(spaces, port, 3))[0] == 0
+
+
+async def test_c04_a_talking_visitor_hears_that_the_path_has_died(tmp_path: Path) -> None:
+    """So does the target, on the other side of it; TCP alone tries for a quarter of an hour."""
+    env = {"REPORT_INTERVAL": "300ms", "DIAL_TIMEOUT": "500ms"}
+    with _spaces(0) as (spaces, target):
+        async with Arena(tmp_path, **env) as arena, within(45):
+            server, client, port = await _pair(arena, spaces, target, "?log=debug")
+            talker = await asyncio.create_subprocess_exec(
+                *spaces.server, sys.executable, burst.__file__, "talk", str(port),
+                stdout=subprocess.PIPE,
+            )  # fmt: skip
+            assert talker.stdout is not None
+            try:
+                assert await talker.stdout.readline() == b"talking\n"
+                spaces.plug("down")
+                assert await talker.stdout.readline() == b"reset\n"
+            finally:
+                with suppress(ProcessLookupError):
+                    talker.kill()
+                await talker.wait()
+            for process in (server, client):
+                await process.logged("reason=etimedout", seconds=5)

@@ -33,7 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "_openssl": {"hostname"},
     "record": {"errors"},
     # the slow twin of the engine
-    "_pytls": {"_openssl", "record"},
+    "_pypulse": set(),
+    "_pytls": {"_openssl", "_pypulse", "record"},
     "_pyflow": {"_pytls"},
     "_pyport": set(),
     "_pyudp": {"_pyflow", "_pyport", "_pytls"},

@@ -152,6 +152,9 @@ cdef void leg_close(Worker* w, Leg* leg, bint reset) noexcept nogil:
     NP_BUG(rc == -EBADF, &w.counters.bugs, b"a socket was closed by a stranger")
     rc = sys_arm_reset(fd, reset)
     NP_BUG(rc == -ENOTSOCK, &w.counters.bugs, b"a socket number was taken over")
+    if leg.doubted_ms:
+        leg.doubted_ms = 0
+        w.doubted -= 1
     leg.fd = -1
     leg.bits = 0
     fd_close(w, fd)

@@ -68,6 +68,7 @@ cdef void* worker_main(void* argument) noexcept nogil:
             worker_event(w, &w.events[i])
         worker_run_ready(w)
         worker_run_wheel(w)
+        worker_run_looks(w)
         worker_publish(w)
         if load_acquire32(&w.stop):
             break
@@ -80,11 +81,13 @@ cdef void* worker_main(void* argument) noexcept nogil:
 # -> milliseconds that epoll_wait may sleep; -1: until something happens.
 cdef inline int worker_timeout(Worker* w) noexcept nogil:
     cdef uint64_t due
-    if w.ready.count:
+    if w.ready.count or w.looks_left:
         return 0
-    if w.wheel_count == 0:
+    if w.wheel_count == 0 and w.look_ms == 0:
         return -1
-    due = w.wheel_next * TICK_MS
+    due = w.wheel_next * TICK_MS if w.wheel_count else w.look_ms
+    if 0 < w.look_ms < due:
+        due = w.look_ms
     return <int>(due - w.now_ms) + 1 if due > w.now_ms else 0
 
 
@@ -145,8 +148,10 @@ cdef void worker_run_inbox(Worker* w) noexcept nogil:
             continue
         elif kind == ORDER_ABORT:
             flow_bury(w, flow, slot, R_ABORTED, 0, 0)
-        else:
+        elif kind == ORDER_TOUCH:
             udp_touch(w, flow, slot)
+        else:
+            flow_doubt(w, flow, slot)
 
 
 # One turn for every flow that was ready when the round began; who has budget left over
@@ -156,12 +161,15 @@ cdef void worker_run_ready(Worker* w) noexcept nogil:
     cdef uint32_t left = min(w.ready.count, w.round_turns)
     cdef uint32_t slot
     cdef Flow* flow
+    if left:
+        worker_want_look(w)
     while left and w.ready.count:
         left -= 1
         slot = w.ready.first
         flow = &w.core.flows[slot]
         list_remove(w.core.flows, &w.ready, LINK_READY, slot)
         flow.is_ready = 0
+        flow.is_calm = 0
         add_own64(&w.counters.turns, 1)
         if flow_turn(w, flow, slot):
             flow_want_turn(w, flow, slot)

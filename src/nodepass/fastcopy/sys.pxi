@@ -160,6 +160,24 @@ cdef inline int sys_get(int fd, int level, int name) noexcept nogil:
     return -errno
 
 
+# -> bytes of a stream that its far end has not acknowledged yet, sent or not, its end among them;
+# -errno otherwise. Takes no lock. Runs on: workers.
+cdef inline int sys_unanswered(int fd) noexcept nogil:
+    cdef int value = 0
+    if ioctl(fd, SIOCOUTQ, &value) != -1:
+        return value
+    return -errno
+
+
+# -> 0 and what the kernel knows of a TCP connection, or -errno (AF_UNIX). Runs on: workers.
+cdef inline int sys_tcp_info(int fd, tcp_info* info) noexcept nogil:
+    cdef socklen_t size = sizeof(tcp_info)
+    memset(info, 0, sizeof(tcp_info))
+    if getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, &size) != -1:
+        return 0
+    return -errno
+
+
 # -> 0 and the address a socket is bound to, or -errno.
 cdef inline int sys_own_name(int fd, sockaddr_in6* name) noexcept nogil:
     cdef socklen_t size = sizeof(sockaddr_in6)

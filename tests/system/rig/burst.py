@@ -2,6 +2,7 @@
 
 Usage: python burst.py serve PORT          echo for ever
        python burst.py visit PORT COUNT    print the seconds until the last answer
+       python burst.py talk PORT           print "talking", talk for ever, print how it ended
 """
 
 from __future__ import annotations
@@ -34,6 +35,28 @@ async def burst(port: int, count: int) -> float:
     return time.monotonic() - start
 
 
+async def talk(port: int) -> str:
+    """Say something now and then until the connection ends; return how it did."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"hello")
+    await reader.readexactly(5)
+    print("talking", flush=True)
+    try:
+        while True:
+            writer.write(b"x")
+            try:
+                async with asyncio.timeout(0.2):
+                    while await reader.read(1024):
+                        pass
+                return "end"
+            except TimeoutError:
+                continue
+    except ConnectionResetError:
+        return "reset"
+    finally:
+        writer.close()
+
+
 async def serve(port: int) -> None:
     """Echo."""
 
@@ -51,5 +74,7 @@ async def serve(port: int) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
         asyncio.run(serve(int(sys.argv[2])))
+    elif sys.argv[1] == "talk":
+        print(asyncio.run(talk(int(sys.argv[2]))))
     else:
         print(asyncio.run(burst(int(sys.argv[2]), int(sys.argv[3]))))
