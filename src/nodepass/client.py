@@ -237,10 +237,10 @@ class Client(Tunnel):
                 port = greeting.data_port
                 pairing = Pairing(self, Dialect.SEED, host, port, "", b"", 0, mode)
         except BaseException:
-            sock.close()
+            net.finish(sock)  # not reset: an alert that says why may be on its way
             raise
         if self.is_stopping:  # it was asked for before the handshake was done
-            sock.close()
+            net.finish(sock)
             return Lost("stopped")
         self.pairing = pairing
         self.counters.sessions += 1

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Final, cast
 
 from .errors import TlsError
-from .net import is_stalled, limit_silence
+from .net import disarm, finish, is_stalled, limit_silence
 from .record import Records
 from .session import MAX_UNSENT, SILENT_PERIODS, Event, Lost, Session
 
@@ -68,7 +68,7 @@ class Control(asyncio.Protocol):
             await self._loop.create_connection(lambda: self, sock=sock)
         except BaseException:
             self._transport = None  # the loop has closed it, or will
-            sock.close()
+            finish(sock)
             raise
         finally:
             self._is_opening = False
@@ -125,7 +125,7 @@ class Control(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        reason = str(exc).lower() if exc is not None else "the connection was closed"
+        reason = _describe(exc) if exc is not None else "the connection was closed"
         is_silence = isinstance(exc, OSError) and exc.errno in _UNANSWERED
         self._deliver(self._session.cut(reason, self._loop.time(), is_silence=is_silence))
         self._end()
@@ -195,6 +195,15 @@ class Control(asyncio.Protocol):
             transport, self._transport = self._transport, None
             if self._records is not None:
                 transport.write(self._records.end())
+            sock = transport.get_extra_info("socket")
+            # Not of one that is closing by itself: its number may be a stranger's by now.
+            if sock is not None and not transport.is_closing():
+                disarm(sock)  # the last lines are to arrive
             transport.close()
             if transport.get_write_buffer_size():
                 transport.abort()  # a peer that takes no more must not keep the socket alive
+
+
+def _describe(exc: Exception) -> str:
+    known = exc.strerror if isinstance(exc, OSError) else None  # without "[Errno 104]"
+    return (known or str(exc)).lower()

@@ -125,7 +125,7 @@ class DataPort:
         if client is not self._roster.seed_client() or result.cancelled():
             net.reset(sock)
         elif not result.result().is_done:
-            sock.close()  # not reset: an alert that says why may be on its way
+            net.finish(sock)  # not reset: an alert that says why may be on its way
             self._tell_failed(client, shake.connection, result.result())
         elif self._roster.is_stocked(client):
             self._roster.refuse_link(sock, client)
@@ -150,7 +150,7 @@ class DataPort:
             # One segment, one record: the Go client reads it in one call.
             sock.send(line if records is None else records.seal(line))
         except (OSError, TlsError):
-            sock.close()
+            net.reset(sock)
             return
         self._counters.links += 1
         tls = None if records is None else records.connection

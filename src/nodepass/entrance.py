@@ -347,7 +347,7 @@ class Entrance:
         if caller.shake is not None:
             caller.shake.abort()  # closed when the engine has given it back
         elif self._tls is not None and caller.records is None:
-            caller.sock.close()  # not reset: an alert that says why may be on its way
+            net.finish(caller.sock)  # not reset: an alert that says why may be on its way
         else:
             net.reset(caller.sock)
 

@@ -106,7 +106,7 @@ class LinkDials:
         """Drop what is on its way; idempotent. A TLS handshake ends by itself."""
         for dial in list(self._open):
             self._release(dial)
-            dial.sock.close()
+            net.finish(dial.sock)  # it has claimed nothing: nobody's stream
         self._dialling.close()
         self._waiting.close()
 
@@ -155,7 +155,7 @@ class LinkDials:
         try:
             net.send_line(dial.sock, line)
         except OSError as exc:
-            dial.sock.close()
+            net.reset(dial.sock)
             dial.on_end(exc)
             return
         self._client.counters.links += 1
@@ -170,11 +170,11 @@ class LinkDials:
             line = dial.handshake.claim_link(self._key, number, records.binding())
             net.send_line(sock, records.seal(line))
         except (NodePassError, OSError) as exc:
-            sock.close()
+            net.finish(sock)  # not reset: an alert that says why may be on its way
             dial.on_end(exc)
             return
         except BaseException:
-            sock.close()
+            net.reset(sock)
             dial.on_end(TunnelError("its making was cut short"))
             raise
         self._client.counters.links += 1
@@ -200,7 +200,7 @@ class LinkDials:
 
     def _fail(self, dial: _Dial, exc: Exception) -> None:
         self._release(dial)
-        dial.sock.close()
+        net.finish(dial.sock)
         dial.on_end(exc)
 
     def _release(self, dial: _Dial) -> None:

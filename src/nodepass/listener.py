@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from .errors import ListenError
-from .net import join_address, plain_host, tune
+from .net import arm, join_address, plain_host, tune
 from .resolver import Candidate, SocketAddress, resolve
 
 BACKLOG: Final = 4096
@@ -114,6 +114,7 @@ def _bind(family: int, address: SocketAddress, is_dual: bool) -> socket.socket:
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not is_dual)
         tune(sock)
+        arm(sock)
         sock.bind(address)
         sock.listen(BACKLOG)
     except BaseException:

@@ -1,8 +1,12 @@
-"""TCP sockets: their options, how they are dialled and reset, how many there may be.
+"""TCP sockets: their options, how they are dialled, how they end, how many there may be.
 
-Owns: every rule about how a TCP socket of ours comes to be. Sockets are bare and
+Owns: every rule about how a TCP socket of ours comes to be, and how it goes. Sockets are bare and
 non-blocking, never wrapped in a transport, because the engine takes them over: a transport
-would already have read bytes that belong to the relay. Called by `pool`, `server`, `client`.
+would already have read bytes that belong to the relay.
+
+Each is born armed: whoever closes it, we or the kernel for a process that has died, its peer sees
+a reset. Nobody can tell in time when a connection begins to stand for somebody's stream: a link on
+a shelf may have a visitor whose launch is on its way. A clean end has to be asked for: `finish`.
 """
 
 from __future__ import annotations
@@ -15,11 +19,14 @@ import socket
 import struct
 import sys
 from itertools import chain, zip_longest
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from .errors import DialError
 from .hostname import readable
 from .resolver import Candidate, SocketAddress, resolve
+
+if TYPE_CHECKING:
+    from asyncio.trsock import TransportSocket
 
 KEEPALIVE_IDLE: Final = 30
 """Seconds: below the shortest NAT time-out for TCP seen in the wild (60 s)."""
@@ -68,7 +75,9 @@ _TUNING: Final = _tuning()
 _TCP_INFO: Final = getattr(socket, "TCP_INFO", None) if sys.platform == "linux" else None
 _TCP_ESTABLISHED: Final = 1
 """Of Linux' struct tcp_info: neither side has ended."""
-_LINGER_RESET: Final = struct.pack("ii", 1, 0)
+_LINGER_SHAPE: Final = "hh" if sys.platform == "win32" else "ii"
+_LINGER_RESET: Final = struct.pack(_LINGER_SHAPE, 1, 0)
+_LINGER_OFF: Final = struct.pack(_LINGER_SHAPE, 0, 0)
 
 
 def join_address(host: str, port: int) -> str:
@@ -105,10 +114,30 @@ def limit_silence(sock: socket.socket, seconds: float) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, option, max(1, int(seconds * 1000)))
 
 
+def arm(sock: socket.socket) -> None:
+    """Make a fresh socket's end a reset, whoever closes it; a listener passes that on, too."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+
+
+def disarm(sock: socket.socket | TransportSocket) -> None:
+    """Make a socket's end a clean one again: what was sent arrives, then the end."""
+    with contextlib.suppress(OSError):  # macOS refuses options on a socket that was reset
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_OFF)
+
+
 def reset(sock: socket.socket) -> None:
     """Close a socket so that its peer sees a reset, never a clean end."""
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+    with contextlib.suppress(OSError):  # as above; and it may have been made by somebody else
+        arm(sock)
+    sock.close()
+
+
+def finish(sock: socket.socket) -> None:
+    """Close a socket cleanly: what was sent to it arrives, then the end.
+
+    For our last words to who has nobody's stream: a refusal, an alert.
+    """
+    disarm(sock)
     sock.close()
 
 
@@ -276,7 +305,7 @@ def _close_others(done: set[asyncio.Task[socket.socket]]) -> None:
 
 def _close_late(task: asyncio.Task[socket.socket]) -> None:
     if not task.cancelled() and task.exception() is None:
-        task.result().close()
+        finish(task.result())  # somebody's service, which has done nothing wrong
 
 
 async def _connect(candidate: Candidate) -> socket.socket:
@@ -290,16 +319,23 @@ async def _connect(candidate: Candidate) -> socket.socket:
     return sock
 
 
-def open_stream(family: int, host: str = "") -> socket.socket:
+def open_stream(family: int, host: str = "", is_armed: bool = True) -> socket.socket:
     """Make a tuned non-blocking socket to dial a host with.
 
     This machine itself cannot vanish without a word, so its own addresses need no keepalive: four
     system calls less where most targets are.
+
+    Args:
+        host: address that it is for.
+        is_armed: whether its end is a reset until `finish`; False only for what the engine is to
+            dial, which arms it before.
     """
     sock = socket.socket(family, _STREAM)
     try:
         if not _NONBLOCK:
             sock.setblocking(False)
+        if is_armed:
+            arm(sock)
         if host == "::1" or host.startswith("127."):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         else:

@@ -149,23 +149,30 @@ class Pairing:
 
     async def _dial_seed_link(self) -> Link:
         sock = await net.dial(self._host, self._port, self._settings.dial_timeout)
+        said = b""
+        records: Records | None = None
         try:
-            records = None
             if self.tls:
                 records = await self._client.secure(sock, self.tls, is_native=False)
+        except BaseException:
+            net.finish(sock)  # not reset: an alert that says why may be on its way
+            raise
+        try:
             async with asyncio.timeout(self._settings.handshake_timeout):
-                said = b"" if records is None else records.open(b"")
+                if records is not None:
+                    said = records.open(b"")
                 while len(said) < SEED_ID_SIZE:
                     said += await self._read_seed_id(sock, SEED_ID_SIZE - len(said), records)
             head = said[SEED_ID_SIZE:]
             name = said[:SEED_ID_SIZE].decode("ascii", errors="replace")
             if not wire.is_seed_id(name):
                 raise PeerWireError("the data port gave no id of 8 hex characters")
-        except TimeoutError as exc:
-            sock.close()
-            raise PeerWireError("the data port gave no id in time") from exc
-        except BaseException:
-            sock.close()
+        except BaseException as exc:
+            # With its name given it may be a link there, and a visitor on it already.
+            end = net.reset if said else net.finish
+            end(sock)
+            if isinstance(exc, TimeoutError):
+                raise PeerWireError("the data port gave no id in time") from exc
             raise
         self._client.counters.links += 1
         return Link(sock, name, head, None if records is None else records.connection)
@@ -240,7 +247,7 @@ class Pairing:
         client = self._client
         family, address = target
         try:
-            sock = net.open_stream(family, address[0])
+            sock = net.open_stream(family, address[0], False)
         except OSError as exc:
             net.reset(link.sock)
             self._miss(link.name, self._dial_error(exc.errno))

@@ -170,7 +170,7 @@ class Shelf:
             net.reset(link.sock)
 
     def _bury(self, link: Link) -> None:
-        link.sock.close()
+        net.reset(link.sock)  # it may live: then a visitor may be on it already
         self.lost += 1
         self._on_lost(link)
 

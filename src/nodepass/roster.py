@@ -262,7 +262,7 @@ class Roster:
             )
             caller.send(welcome)
         except (OSError, TlsError) as exc:
-            caller.sock.close()
+            net.reset(caller.sock)
             self._log.debug("a client left during its handshake", host=caller.host, why=str(exc))
             return
         except TunnelError as exc:
@@ -281,7 +281,7 @@ class Roster:
             caller.send(wire.pack_answer(Refuse(exc.reason)))
         except (OSError, TlsError) as error:
             self._log.debug("a refused client left first", host=caller.host, why=str(error))
-        caller.sock.close()
+        net.finish(caller.sock)
         self._counters.strangers += 1
         self._log.repeated(
             "warn", f"refused {caller.host}", "client refused", host=caller.host, why=str(exc)

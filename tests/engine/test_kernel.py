@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import select
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -142,6 +144,55 @@ def test_linger_zero_resets(pair: Pair) -> None:
     outer.settimeout(SOON)
     with pytest.raises(ConnectionResetError):
         outer.recv(1)
+
+
+def test_c21_a_process_that_is_killed_resets_what_is_armed(pair: Pair) -> None:
+    """Hence sockets are armed at birth: nobody is there to do it later."""
+    outer, inner = pair
+    reset_on_close(inner)
+    heir = subprocess.Popen(["sleep", "60"], pass_fds=[inner.fileno()])
+    try:
+        inner.close()
+        with pytest.raises(BlockingIOError):
+            outer.recv(1)
+    finally:
+        heir.kill()
+        heir.wait()
+    outer.settimeout(SOON)
+    with pytest.raises(ConnectionResetError):
+        outer.recv(1)
+
+
+def test_c21_a_listening_socket_hands_linger_on() -> None:
+    """Hence what is accepted is armed without a call; also what nobody has accepted yet."""
+    with socket.socket() as listener, socket.socket() as caller, socket.socket() as other:
+        reset_on_close(listener)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        for sock in (caller, other):
+            sock.settimeout(SOON)
+            sock.connect(listener.getsockname())
+        listener.accept()[0].close()
+        listener.close()
+        for sock in (caller, other):
+            with pytest.raises(ConnectionResetError):
+                sock.recv(1)
+
+
+def test_c21_disarmed_the_last_words_arrive(pair: Pair) -> None:
+    outer, inner = pair
+    reset_on_close(inner)
+    sent = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sent += inner.send(bytes(65536))
+    inner.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes(8))
+    inner.close()
+    outer.settimeout(SOON)
+    got = 0
+    while data := outer.recv(65536):
+        got += len(data)
+    assert got == sent
 
 
 @pytest.mark.skipif(not hasattr(os, "splice"), reason="this Python has no os.splice")

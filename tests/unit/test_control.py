@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from unittest.mock import Mock
 
 import pytest
 from tests.engine.rig import tcp_pair
@@ -207,6 +208,31 @@ async def test_close_says_bye_behind_what_is_queued_and_tells_nobody() -> None:
         assert await wire.read_all() == b"ping://1\nidle://5\nbye://stopped\n"
         assert wire.events == []
         wire.session.send(Idle(6))  # after the end it goes nowhere
+
+
+@both
+async def test_c21_last_lines_of_a_socket_that_was_born_armed_arrive() -> None:
+    async with Wire() as wire:
+        net.arm(wire.near)
+        await wire.open()
+        for number in range(2000):
+            wire.session.send(Idle(number))
+        wire.control.close("stopped")
+        assert (await wire.read_all()).endswith(b"idle://1999\nbye://stopped\n")
+
+
+@both
+async def test_c21_a_close_leaves_the_number_of_a_closing_connection_alone() -> None:
+    """Its transport may have closed the socket by itself: somebody else may have the number."""
+    async with Wire() as wire:
+        await wire.open()
+        transport = wire.control._transport
+        assert transport is not None
+        wire.control._transport = closing = Mock(spec=asyncio.Transport)
+        closing.is_closing.return_value = True
+        wire.control.close("stopped")
+        assert closing.get_extra_info.return_value.setsockopt.call_count == 0
+        transport.abort()
 
 
 @both

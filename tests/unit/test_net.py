@@ -10,6 +10,7 @@ import re
 import resource
 import select
 import socket
+import struct
 import subprocess
 import sys
 import textwrap
@@ -204,6 +205,23 @@ def test_reset_is_no_clean_end() -> None:
     net.reset(near)  # a closed one is harmless
 
 
+def is_armed(sock: socket.socket) -> bool:
+    """Tell whether closing a socket resets it, whoever does it."""
+    value = sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)
+    return struct.unpack("ii", value) == (1, 0)
+
+
+def test_c21_finish_lets_the_last_words_arrive() -> None:
+    with ends() as (near, far):
+        net.arm(near)
+        near.send(b"refuse://auth\n")
+        net.finish(near)
+        far.settimeout(5)
+        assert far.recv(100) == b"refuse://auth\n"
+        assert far.recv(100) == b""
+    net.finish(near)  # a closed one is harmless
+
+
 def test_has_ended() -> None:
     with ends() as (near, far):
         assert not net.has_ended(near)
@@ -376,6 +394,24 @@ async def test_listen_on_a_name_that_does_not_resolve(monkeypatch: pytest.Monkey
     with pytest.raises(ListenError, match="nowhere:80: the name does not resolve") as caught:
         await listen("nowhere", 80)
     assert caught.value.errno == errno.EADDRNOTAVAIL
+
+
+@both
+async def test_c21_every_socket_is_born_armed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a connection is for by then: a process that dies never looks like an end."""
+    teach(monkeypatch, name=["127.0.0.1"])
+    with closing(await listen("127.0.0.1", 0)) as socks, Hearer() as hearer:
+        listener = Listener(socks, hearer.accept, hearer.complain)
+        listener.resume()
+        for host in ("127.0.0.1", "name"):
+            with await net.dial(host, listener.address[1], 5) as dialled:
+                assert is_armed(dialled)
+        for host in ("127.0.0.1", "192.0.2.1"):
+            with net.open_stream(socket.AF_INET, host) as fresh:
+                assert is_armed(fresh)
+        await until(lambda: len(hearer.socks) == 2, 5, "both connections")
+        assert all(is_armed(sock) for sock in hearer.socks)
+        listener.close()
 
 
 async def test_what_is_accepted_is_tuned() -> None:
