@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-FINE, WRONG_OPTION = 0, 2
+FINE, CRASHED, WRONG_OPTION = 0, 1, 2
 
 INTERRUPTED = 130
 """What shells say of a program that SIGINT ended: 128 + 2."""
@@ -57,9 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _fill_standard_streams()
         return _obey(list(sys.argv[1:] if argv is None else argv))
+    except ConfigError as exc:
+        return _refuse(str(exc))
     except KeyboardInterrupt:
         # Until `process` listens to signals, and that is after all that has to be imported.
         return INTERRUPTED
+    except Exception as exc:  # noqa: BLE001 - the outer edge of the program
+        return _crash(exc)
 
 
 def _obey(words: Sequence[str]) -> int:
@@ -80,14 +84,12 @@ def _obey(words: Sequence[str]) -> int:
         print(_version())
         return FINE
     if words and words[0] in LATER:
-        return _refuse(f"{words[0]}: is not in this build yet")
+        raise ConfigError(words[0], "is not in this build yet")
     if not words:
         from .help import FIRST_STEPS
 
         # An error all the same: $URL may be empty where this runs unattended.
-        code = _refuse("url: is missing")
-        print(FIRST_STEPS, end="", file=sys.stderr)
-        return code
+        return _refuse("url: is missing", FIRST_STEPS)
     return _run(words)
 
 
@@ -108,18 +110,36 @@ def _fill_standard_streams() -> None:
         sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
-def _refuse(message: str) -> int:
-    print(f"nodepass: error: {message}", file=sys.stderr)
+def _refuse(message: str, more: str = "") -> int:
+    """Say in one line what is wrong, and to people more; without `logging` if that will do."""
+    from .environment import log_format
+
+    line = f"nodepass: error: {message}\n"
+    if log_format(os.environ) == "json":
+        from .console import Console
+
+        with Console("json"):
+            sys.stderr.write(line)
+    else:
+        from .outlet import tell
+
+        tell(line + more)
     return WRONG_OPTION
+
+
+def _crash(exc: Exception) -> int:
+    from .console import Console
+    from .environment import log_format
+
+    with Console(log_format(os.environ)) as console:
+        console.crash(exc)
+    return CRASHED
 
 
 def _keygen(words: Sequence[str]) -> int:
     from .keygen import text
 
-    try:
-        print(text(words), end="")
-    except ConfigError as exc:
-        return _refuse(str(exc))
+    print(text(words), end="")
     return FINE
 
 
@@ -137,10 +157,7 @@ def _run(urls: Sequence[str]) -> int:
     from .title import hide_passwords
 
     exposed = hide_passwords(urls)
-    try:
-        settings, configs = _read(urls, os.environ)
-    except ConfigError as exc:
-        return _refuse(str(exc))
+    settings, configs = _read(urls, os.environ)
     # The configs hold it now. A library of ours may start a process, which inherits the rest.
     os.environ.pop("NODEPASS_PASSWORD", None)
     from .process import run

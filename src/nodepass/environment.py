@@ -308,6 +308,16 @@ def _left(variable: Variable, name: str, text: str) -> Remark:
     return Remark(name, variable.own_name, why, variable.default)
 
 
+def log_format(environ: Mapping[str, str]) -> str:
+    """Return how to write even that all the rest cannot be used."""
+    (variable,) = (v for v in VARIABLES if v.field == "log_format")
+    try:
+        found = _find(variable, environ)
+    except ConfigError:
+        return "text"
+    return found if isinstance(found, str) else "text"
+
+
 def _agree(given: dict[str, object], environ: Mapping[str, str], remarks: list[Remark]) -> None:
     """Drop the general ones of two limits that contradict each other, refuse our own."""
     settings = Settings(**given)  # type: ignore[arg-type]  # as above

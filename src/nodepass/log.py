@@ -3,7 +3,7 @@
     2026-11-22 10:21:27.248  INFO  tunnel up  server=10.0.0.1:10101  dialect=native
 
 Built on the standard `logging`, under the logger `nodepass`, so a program that embeds
-us takes the lines wherever it likes; only the command line calls `setup`. A line is
+us takes the lines wherever it likes; only `console` calls `setup`. A line is
 complete (fields included, secrets masked) before it reaches any handler.
 
 Ground floor: imports nothing of ours. Everyone but `wire` and `session` may import it.
@@ -11,16 +11,21 @@ Ground floor: imports nothing of ours. Everyone but `wire` and `session` may imp
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import re
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from time import monotonic
 from typing import TextIO
 
-__all__ = ["LEVELS", "Log", "mask", "setup"]
+__all__ = ["COMPLAINT", "LEVELS", "Log", "Shape", "clear", "mask", "setup"]
+
+COMPLAINT = "nodepass: error: "
+"""How the one line begins that says why the program does not run."""
 
 LEVELS: dict[str, int] = {
     "debug": logging.DEBUG,
@@ -55,32 +60,61 @@ def mask(text: str) -> str:
     return _PASSWORD.sub("***", text)
 
 
-def setup(fmt: str = "text", stream: TextIO | None = None) -> None:
+def setup(fmt: str = "text", stream: TextIO | io.TextIOBase | None = None) -> Shape:
     """Send the lines of this process to a stream; a second call replaces the first.
 
     Args:
         fmt: "text", or "json" for one object a line.
         stream: where to; None = stderr.
+
+    Returns:
+        What gives lines their shape.
     """
     target = sys.stderr if stream is None else stream
+    shape = _Json() if fmt == "json" else _Text(_wants_colour(target))
     handler = logging.StreamHandler(target)
-    handler.setFormatter(_Json() if fmt == "json" else _Text(_wants_colour(target)))
+    handler.setFormatter(shape)
+    clear()
     # What asyncio itself has to say (a task that died unseen) takes the same shape.
     for logger in (ROOT, logging.getLogger("asyncio")):
-        for old in [h for h in logger.handlers if isinstance(h.formatter, _Text | _Json)]:
-            logger.removeHandler(old)
         logger.addHandler(handler)
         logger.propagate = False
     ROOT.setLevel(logging.DEBUG)  # each Log has a level of its own
+    return shape
 
 
-def _wants_colour(stream: TextIO) -> bool:
+def clear() -> None:
+    """Undo `setup`."""
+    for logger in (ROOT, logging.getLogger("asyncio")):
+        for old in [h for h in logger.handlers if isinstance(h.formatter, Shape)]:
+            logger.removeHandler(old)
+        logger.propagate = True
+    ROOT.setLevel(logging.NOTSET)
+
+
+def _wants_colour(stream: TextIO | io.TextIOBase) -> bool:
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return False
     return stream.isatty()
 
 
-class _Text(logging.Formatter):
+class Shape(logging.Formatter):
+    """How the lines of this process look, whoever writes them."""
+
+    def lost(self, count: int) -> str:
+        """Return the line that stands in the place of lines that were lost."""
+        event, fields = "lines lost: nobody read standard error", {"lines": count}
+        message = f"{event}  {_pairs(fields)}"
+        record = logging.LogRecord("nodepass.cli", logging.WARNING, "", 0, message, None, None)
+        record.__dict__.update(event=event, fields=fields)
+        return self.format(record) + "\n"
+
+    def stray(self, text: str) -> str:
+        """Return what becomes of lines that came past `logging`."""
+        return mask(text)
+
+
+class _Text(Shape):
     def __init__(self, colour: bool) -> None:
         super().__init__()
         self._colour = colour
@@ -97,7 +131,7 @@ class _Text(logging.Formatter):
         return mask(text)
 
 
-class _Json(logging.Formatter):
+class _Json(Shape):
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
@@ -111,6 +145,16 @@ class _Json(logging.Formatter):
         if record.exc_info:
             line["traceback"] = mask(self.formatException(record.exc_info))
         return json.dumps(line, ensure_ascii=False)
+
+    def stray(self, text: str) -> str:
+        """Make an object of each line; that of a failed start loses its prefix."""
+        return "".join(self._stray(line) for line in text.splitlines() if line.strip())
+
+    def _stray(self, text: str) -> str:
+        level = logging.CRITICAL if text.startswith(COMPLAINT) else logging.ERROR
+        message = text.removeprefix(COMPLAINT)
+        record = logging.LogRecord("nodepass.cli", level, "", 0, message, None, None)
+        return self.format(record) + "\n"
 
 
 class Log:
@@ -228,7 +272,7 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def _pairs(values: dict[str, object]) -> str:
+def _pairs(values: Mapping[str, object]) -> str:
     return "  ".join(f"{key}={_quoted(value)}" for key, value in values.items())
 
 

@@ -22,9 +22,10 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from typing import Protocol
 
 from .config import Config, Mode
+from .console import Console
 from .environment import Settings
 from .errors import NodePassError
-from .log import LEVELS, Log, mask, setup
+from .log import COMPLAINT, LEVELS, Log, mask
 from .password import FILE_VARIABLE, is_exposed
 from .tunnel import tell_remarks
 
@@ -47,21 +48,26 @@ def run(configs: Sequence[Config], settings: Settings, exposed: str | None = Non
     Returns:
         The exit code, as `serve` returns it.
     """
-    setup(settings.log_format)
+    with Console(settings.log_format) as console:
+        _warn_of_words(configs, exposed)
+        tell_remarks(Log("cli", _most_talkative(configs)), settings)
+        _warn_of_open_file(configs)
+        _raise_descriptor_limit()
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            try:
+                return runner.run(serve(configs, settings, None, console.leave))
+            finally:
+                _deafen()
+
+
+def _warn_of_words(configs: Sequence[Config], exposed: str | None) -> None:
+    """Say if the password can be read in the process list."""
     if exposed is not None:
         Log("cli", _most_talkative(configs)).warn(
             "the password is visible in the process list; put it into a file and name the file "
             "in NODEPASS_PASSWORD_FILE",
             why=exposed,
         )
-    tell_remarks(Log("cli", _most_talkative(configs)), settings)
-    _warn_of_open_file(configs)
-    _raise_descriptor_limit()
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        try:
-            return runner.run(serve(configs, settings))
-        finally:
-            _deafen()
 
 
 def _warn_of_open_file(configs: Sequence[Config]) -> None:
@@ -142,13 +148,19 @@ class _RealHouse:
         return side(config, relays=relays)
 
 
-async def serve(configs: Sequence[Config], settings: Settings, house: House | None = None) -> int:
+async def serve(
+    configs: Sequence[Config],
+    settings: Settings,
+    house: House | None = None,
+    leave: Callable[[int], object] | None = None,
+) -> int:
     """Run tunnels until a signal ends them.
 
     Args:
         configs: one for each tunnel; already checked against each other.
         settings: those of the process.
         house: makes the parts; None = the real ones.
+        leave: ends the process on the spot, with an exit code; None = `os._exit`.
 
     Returns:
         The exit code: 0 after a signal, 1 when a tunnel could not start, when a
@@ -160,7 +172,8 @@ async def serve(configs: Sequence[Config], settings: Settings, house: House | No
 
     def on_stop() -> None:
         if hurried.is_set():
-            os._exit(FAILED)  # a third signal: whoever sends it means it
+            log.warn("ended on the spot by a third signal")
+            (leave or os._exit)(FAILED)  # whoever sends it means it
         if asked.is_set():
             hurried.set()
         asked.set()
@@ -283,5 +296,5 @@ def _complain(exc: NodePassError | OSError) -> int:
     reason = str(exc)
     if isinstance(exc, OSError) and not isinstance(exc, NodePassError):
         reason = exc.strerror or reason  # without "[Errno 98]"
-    print(f"nodepass: error: {mask(reason)}", file=sys.stderr)
+    print(f"{COMPLAINT}{mask(reason)}", file=sys.stderr)
     return FAILED

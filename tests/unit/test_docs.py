@@ -11,10 +11,12 @@ import pytest
 
 from nodepass import (
     certificate,
+    console,
     dataport,
     entrance,
     keygen,
     log,
+    outlet,
     password,
     penalty,
     proof,
@@ -328,6 +330,8 @@ LIMITS = {
     "docs/operations.md": (
         f"From {tls.EXPIRY_WARNING.days} days before",
         f"less than {tls.EXPIRY_WARNING.days} days are left",
+        f"in a queue of {outlet.ROOM >> 20} MiB",
+        f"written within {console.SHORT_WORDS:g} s",
     ),
 }
 

@@ -25,6 +25,7 @@ SOURCE = Path(nodepass.__file__).parent
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "log": set(),
+    "outlet": set(),
     "stats": set(),
     "message": set(),
     "hostname": set(),
@@ -116,15 +117,16 @@ ALLOWED: dict[str, set[str]] = {
     # the program
     "demo": set(),
     "title": set(),
+    "console": {"log", "outlet"},
     "process": {
-        "client", "config", "environment", "errors", "log", "password", "relay", "server",
-        "tunnel",
+        "client", "config", "console", "environment", "errors", "log", "password", "relay",
+        "server", "tunnel",
     },
     "help": {"config", "environment"},
     "keygen": {"config", "errors"},
     "cli": {
-        "__init__", "config", "demo", "environment", "errors", "help", "keygen", "password",
-        "process", "spelling", "title",
+        "__init__", "config", "console", "demo", "environment", "errors", "help", "keygen",
+        "outlet", "password", "process", "spelling", "title",
     },
     "__init__": {"client", "errors", "server"},
     "__main__": {"cli"},

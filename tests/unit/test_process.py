@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import contextlib
 import errno
 import os
 import signal
@@ -317,15 +318,32 @@ async def test_the_real_parts() -> None:
         await relays.close()
 
 
+class QuietConsole(contextlib.AbstractContextManager["QuietConsole", None]):
+    """Leaves standard error and `logging` as they are."""
+
+    def __init__(self, fmt: str) -> None:
+        self.fmt = fmt
+
+    def __exit__(self, *error: object) -> None:
+        return
+
+    def leave(self, code: int) -> None:
+        raise AssertionError(code)
+
+
 def test_run_sets_the_process_up(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[object] = []
+
+    def noted(fmt: str) -> QuietConsole:
+        done.append(fmt)
+        return QuietConsole(fmt)
 
     async def fake_serve(*words: object) -> int:
         done.append(type(asyncio.get_running_loop()).__module__.split(".")[0])
         return 5
 
     monkeypatch.setattr(process, "serve", fake_serve)
-    monkeypatch.setattr(process, "setup", done.append)
+    monkeypatch.setattr(process, "Console", noted)
     monkeypatch.setattr(process, "_raise_descriptor_limit", lambda: done.append("limit"))
     assert process.run(CONFIGS, Settings(log_format="json")) == 5
     loop = process._loop_factory()()
@@ -341,7 +359,7 @@ def test_run_says_what_can_be_seen(
         return 0
 
     monkeypatch.setattr(process, "serve", fake_serve)
-    monkeypatch.setattr(process, "setup", lambda fmt: None)
+    monkeypatch.setattr(process, "Console", QuietConsole)
     monkeypatch.setattr(process, "_raise_descriptor_limit", lambda: None)
     monkeypatch.setattr(process, "_deafen", lambda: None)
     configs = [Config.parse("server://hunter2@:1/:2", {})]
@@ -362,7 +380,7 @@ def test_c02_run_says_which_variables_it_does_not_follow(
         return 0
 
     monkeypatch.setattr(process, "serve", fake_serve)
-    monkeypatch.setattr(process, "setup", lambda fmt: None)
+    monkeypatch.setattr(process, "Console", QuietConsole)
     monkeypatch.setattr(process, "_raise_descriptor_limit", lambda: None)
     monkeypatch.setattr(process, "_deafen", lambda: None)
     environ = {"SHUTDOWN_TIMEOUT": "30", "NODEPASS_THREDS": "2"}
