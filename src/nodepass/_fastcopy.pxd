@@ -382,6 +382,7 @@ cdef struct Core:               # everything that must outlive the Python object
     uint32_t lent               # [c]: of `open_count`, room for peers
     uint32_t announced          # [c]: of `lent`, those that have had their Newcomer
     uint32_t gates              # [c]
+    uint32_t* taken             # atomic, by descriptor: 1 it is one of ours; [c] sets, [w] clears
     Udp* udps                   # beside `flows`
     Worker* workers
 
@@ -407,3 +408,4 @@ cdef struct Size:
     size_t cell_links
     size_t mailbags
     size_t mail
+    size_t taken

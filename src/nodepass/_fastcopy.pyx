@@ -10,6 +10,7 @@ import atexit
 import collections
 import dataclasses
 import errno as _errno
+import operator as _operator
 import os
 import socket as _socket
 import time
@@ -25,6 +26,7 @@ from libc.errno cimport (
     EAGAIN,
     EBADF,
     EBADMSG,
+    EBUSY,
     ECONNREFUSED,
     ECONNRESET,
     EINPROGRESS,
@@ -35,6 +37,7 @@ from libc.errno cimport (
     ENOBUFS,
     ENODATA,
     ENODEV,
+    ENOENT,
     ENOMEM,
     ENOSYS,
     ENOTCONN,
@@ -135,6 +138,7 @@ cdef enum:
     MAX_FLOWS = 1 << 24         # slots must fit into 31 bits of event data; 4 GiB of table
 
 cdef object _engines = weakref.WeakSet()
+cdef set _lent = set()          # addresses of the SSLs that engines hold
 cdef int _forks = 0             # of our ancestors since the module was loaded
 
 
@@ -213,12 +217,38 @@ cdef int _take_handles(str operation, object connection, Handles* handles) excep
 
     try:
         ssl, bio_in, bio_out = _openssl.handles(connection)
-    except _openssl.Moved as exc:
+    except (_openssl.Moved, TypeError) as exc:
         raise EngineError(operation, _errno.EOPNOTSUPP) from exc
     handles.ssl = <void*><size_t>ssl
     handles.bio_in = <void*><size_t>bio_in
     handles.bio_out = <void*><size_t>bio_out
     return 0
+
+
+# How arguments come in. To convert one may run Python code of the caller's: __index__,
+# __float__, __bool__. It may call this very engine, close it, and answer something else the next
+# time. Hence the law of every method: each argument is converted once, before anything is
+# looked at; Engine.recheck() comes behind that, and from there to the end no Python code runs.
+
+
+# An integer within limits. For the constructor, which is called once: any size gets an answer.
+cdef int64_t _take_whole(object value, str name, int64_t most) except -1:
+    number = _operator.index(value)
+    if not 1 <= number <= most:
+        raise ValueError(f"{name}: {number} is not within 1..{most}")
+    return number
+
+
+# A descriptor or a size. Without this a float would do, too.
+cdef int _take_int(object value) except? -1:
+    number = value if type(value) is int else _operator.index(value)
+    return number
+
+
+# A token, 0 if it can be none of ours.
+cdef uint64_t _take_token(object value) except? 0:
+    number = value if type(value) is int else _operator.index(value)
+    return number if 0 < number < 1 << 63 else 0
 
 
 cdef int _check_seconds(double seconds, str name) except -1:
@@ -236,13 +266,16 @@ cdef int _take_address(object address, sockaddr_in6* goal) except -1:
     cdef bytes host
     cdef const char* text
     name, port, label, scope = (*address, 0, 0) if len(address) == 2 else address
+    if not isinstance(name, str):
+        raise TypeError(f"address: a host is text, not {type(name).__name__}")
+    port, label, scope = [_operator.index(number) for number in (port, label, scope)]
     if not 0 <= port <= 65535:
         raise ValueError(f"address: port {port} is not within 0..65535")
     if not 0 <= label < 1 << 20:
         raise ValueError(f"address: flow label {label} is not within 0..1048575")
     if not 0 <= scope < 1 << 32:
         raise ValueError(f"address: scope {scope} is not within 0..4294967295")
-    host = name.encode("ascii", "replace")
+    host = str.encode(name, "ascii", "replace")
     text = host
     memset(goal, 0, sizeof(sockaddr_in6))
     if strlen(text) != <size_t>len(host):
@@ -251,8 +284,8 @@ cdef int _take_address(object address, sockaddr_in6* goal) except -1:
         goal.sin6_family = AF_INET
     elif inet_pton(AF_INET6, text, &goal.sin6_addr) == 1:
         goal.sin6_family = AF_INET6
-        goal.sin6_flowinfo = htonl(label)
-        goal.sin6_scope_id = scope
+        goal.sin6_flowinfo = htonl(<uint32_t>label)
+        goal.sin6_scope_id = <uint32_t>scope
     if not goal.sin6_family:
         raise ValueError(f"address: {name!r} is no address")
     goal.sin6_port = htons(<uint16_t>port)      # at the same place in an IPv4 address
@@ -309,6 +342,7 @@ cdef class Engine:
     cdef dict connections
     cdef PyObject* pinned
     cdef uint32_t tls_in_use
+    cdef uint32_t closers       # threads that wait within close()
     cdef dict gates             # slots of the gates that are not polled yet
     cdef object __weakref__
 
@@ -321,27 +355,30 @@ cdef class Engine:
         self.gates = {}
         self.pinned = NULL
         self.tls_in_use = 0
+        self.closers = 0
 
     def __init__(self, threads=1, *, flows=65536, splice=True, patience=50.0):
         cdef int rc
         cdef uint32_t i
+        cdef uint32_t crew = <uint32_t>_take_whole(threads, "threads", MAX_THREADS)
+        cdef uint32_t limit = <uint32_t>_take_whole(flows, "flows", MAX_FLOWS)
+        cdef bint use_splice = splice
+        cdef double seconds = patience
+        cdef uint32_t large_pipes = _large_pipe_budget(crew)
+        cdef bint can_forget = os.sysconf("SC_PAGE_SIZE") <= CELL_BYTES
+        if not 1.0 <= seconds <= 4e6:
+            raise ValueError(f"patience: {seconds} is not within 1..4000000 seconds")
         if self.core != NULL:
             raise EngineError("init", _errno.EALREADY)
-        if not 1 <= threads <= MAX_THREADS:
-            raise ValueError(f"threads: {threads} is not within 1..{MAX_THREADS}")
-        if not 1 <= flows <= MAX_FLOWS:
-            raise ValueError(f"flows: {flows} is not within 1..{MAX_FLOWS}")
-        if not 1.0 <= patience <= 4e6:
-            raise ValueError(f"patience: {patience} is not within 1..4000000 seconds")
-        rc = core_open(threads, flows, &self.core)
+        rc = core_open(crew, limit, &self.core)
         if rc < 0:
             raise EngineError("memory", -rc)
         self.pid = getpid()
         self.forks = _forks
-        self.core.use_splice = bool(splice)
-        self.core.patience_ms = _milliseconds(patience)
-        self.core.large_pipes = _large_pipe_budget(threads)
-        self.core.can_forget_cells = os.sysconf("SC_PAGE_SIZE") <= CELL_BYTES
+        self.core.use_splice = use_splice
+        self.core.patience_ms = _milliseconds(seconds)
+        self.core.large_pipes = large_pipes
+        self.core.can_forget_cells = can_forget
         self.core.notify = sys_eventfd()
         self.core.done = sys_eventfd()
         rc = min(self.core.notify, self.core.done, 0)
@@ -373,6 +410,10 @@ cdef class Engine:
             if self.core.workers[i].is_started and not self.core.workers[i].is_joined:
                 pthread_detach(self.core.workers[i].thread)
                 is_joined = False
+        if self.pinned != NULL and is_joined:
+            # What a thread may still use stays lent for ever, and alive.
+            for i in range(self.core.fresh):
+                self.give_back(&self.core.flows[i])
         core_release(self.core)
         if self.pinned != NULL and is_joined:
             Py_DECREF(<object>self.pinned)
@@ -391,6 +432,14 @@ cdef class Engine:
 
     cdef int check(self, str operation) except -1:
         if self.is_inherited() or self.core == NULL:
+            raise EngineClosed(operation, _errno.ECHILD)
+        if self.is_closed:
+            raise EngineClosed(operation, _errno.ESHUTDOWN)
+        return 0
+
+    # Once more, when the caller's code may have run: it cannot have left the process uncounted.
+    cdef int recheck(self, str operation) except -1:
+        if self.forks != _forks:
             raise EngineClosed(operation, _errno.ECHILD)
         if self.is_closed:
             raise EngineClosed(operation, _errno.ESHUTDOWN)
@@ -434,11 +483,13 @@ cdef class Engine:
 
         After: one Completion with this token comes out of poll().
         """
-        cdef double seconds = idle
+        cdef double seconds
         self.check("relay")
+        seconds = idle
         _check_seconds(seconds, "idle")
         return self.pair(
-            "relay", NULL, fd_a, fd_b, tls_a, tls_b, head_a, head_b, _milliseconds(seconds)
+            "relay", NULL, _take_int(fd_a), _take_int(fd_b), tls_a, tls_b, head_a, head_b,
+            _milliseconds(seconds),
         )
 
     def dial(self, fd, target, address, *, tls=None, head=b"", timeout=0.0):
@@ -465,12 +516,16 @@ cdef class Engine:
             it has REASON_UNMET, side 2 and the errno, ETIMEDOUT when the time was over; or side 1,
             if a has died meanwhile. Side a is reset. Once b is connected all is as with relay().
         """
-        cdef double seconds = timeout
+        cdef double seconds
         cdef sockaddr_in6 goal
         self.check("dial")
+        seconds = timeout
         _check_seconds(seconds, "timeout")
         _take_address(address, &goal)
-        return self.pair("dial", &goal, fd, target, tls, None, head, b"", _milliseconds(seconds))
+        return self.pair(
+            "dial", &goal, _take_int(fd), _take_int(target), tls, None, head, b"",
+            _milliseconds(seconds),
+        )
 
     # Make and submit a flow between two streams; the second is dialled if there is a goal.
     cdef object pair(
@@ -485,14 +540,16 @@ cdef class Engine:
         cdef Worker* w
         cdef Handles handles[2]
         cdef tuple connections = tuple([tls for tls in (tls_a, tls_b) if tls is not None])
+        memset(handles, 0, sizeof(handles))
         if tls_a is not None:
             _take_handles(operation, tls_a, &handles[0])
         if tls_b is not None:
             _take_handles(operation, tls_b, &handles[1])
-        rc = sys_check_socket(a, SOCK_STREAM)
+        self.recheck(operation)
+        rc = self.look_at(a, SOCK_STREAM, handles[0].ssl)
         if rc == 0:
-            rc = sys_check_socket(b, SOCK_STREAM)
-        if rc == 0 and (a == b or (tls_a is not None and tls_a is tls_b)):
+            rc = self.look_at(b, SOCK_STREAM, handles[1].ssl)
+        if rc == 0 and (a == b or (tls_a is not None and handles[0].ssl == handles[1].ssl)):
             rc = -EINVAL
         slot = self.take_slot(operation, rc)
         flow = &self.core.flows[slot]
@@ -537,15 +594,18 @@ cdef class Engine:
             EBADMSG (TLS failed; our alert has been sent), ENODATA (the peer closed), or the
             errno of the socket.
         """
-        cdef int descriptor = fd
+        cdef int descriptor
         cdef int rc
         cdef uint32_t slot
         cdef Flow* flow
         cdef Worker* w
         cdef Handles handles
+        cdef tuple connections = (tls,)
         self.check("handshake")
+        descriptor = _take_int(fd)
         _take_handles("handshake", tls, &handles)
-        rc = sys_check_socket(descriptor, SOCK_STREAM)
+        self.recheck("handshake")
+        rc = self.look_at(descriptor, SOCK_STREAM, handles.ssl)
         w = &self.core.workers[self.core.threads]
         if rc == 0 and not w.is_started:
             rc = worker_start(w)
@@ -560,20 +620,43 @@ cdef class Engine:
         flow_secure(flow, 0, &handles)
         flow.kind = KIND_HANDSHAKE
         self.core.handshakes += 1
-        return self.submit(w, flow, slot, (tls,))
+        return self.submit(w, flow, slot, connections)
 
     # Hand a flow over, and keep what its worker uses alive.
     cdef object submit(self, Worker* w, Flow* flow, uint32_t slot, tuple connections):
         cdef object token = token_of(flow, slot)
+        cdef int leg
         if connections:
             self.connections[token] = connections
+            for leg in range(2):
+                if flow.legs[leg].tls != NULL:
+                    _lent.add(<size_t>flow.legs[leg].tls)
             self.tls_in_use += <uint32_t>len(connections)
             if self.pinned == NULL:
                 Py_INCREF(self.connections)
                 self.pinned = <PyObject*>self.connections
         w.load += 1
+        mark_taken(self.core, flow.legs[0].fd, 1)
+        mark_taken(self.core, flow.legs[1].fd, 1)
         order_put(w, flow, slot, ORDER_ADMIT)
         return token
+
+    # -> 0 a descriptor and the TLS on it can be taken, -errno otherwise.
+    cdef int look_at(self, int fd, int kind, void* ssl):
+        cdef int rc = sys_check_socket(fd, kind)
+        if rc == 0 and is_taken(self.core, fd):
+            rc = -EBUSY
+        if rc == 0 and ssl != NULL and <size_t>ssl in _lent:
+            rc = -EBUSY
+        return rc
+
+    cdef int give_back(self, Flow* flow) except -1:
+        cdef int leg
+        for leg in range(2):
+            if flow.legs[leg].tls != NULL:
+                _lent.discard(<size_t>flow.legs[leg].tls)
+                flow.legs[leg].tls = NULL
+        return 0
 
     def udp_serve(self, fd, *, datagram=8192, waiting=512, gso=False):
         """Open a gate: receive on a bound non-blocking UDP socket.
@@ -595,18 +678,25 @@ cdef class Engine:
         After: a Newcomer for each source not known yet comes out of poll(). abort() closes the
             gate with all its peers and relays; one UdpCompletion follows for each.
         """
-        cdef int descriptor = fd
-        cdef int size = datagram
+        cdef int descriptor
+        cdef int size
+        cdef int most
+        cdef bint wants_gso
+        cdef uint64_t seed = int.from_bytes(os.urandom(8), "little")
         cdef int rc
         cdef uint32_t slot
         cdef Flow* flow
         cdef Udp* udp
         self.check("udp_serve")
+        descriptor = _take_int(fd)
+        size = _take_int(datagram)
+        most = _take_int(waiting)
+        wants_gso = gso
         _check_datagram(size)
-        if not 1 <= waiting <= MAX_WAITING:
-            raise ValueError(f"waiting: {waiting} is not within 1..{MAX_WAITING}")
-        seed = int.from_bytes(os.urandom(8), "little")
-        rc = sys_check_socket(descriptor, SOCK_DGRAM)
+        if not 1 <= most <= MAX_WAITING:
+            raise ValueError(f"waiting: {most} is not within 1..{MAX_WAITING}")
+        self.recheck("udp_serve")
+        rc = self.look_at(descriptor, SOCK_DGRAM, NULL)
         slot = self.take_slot("udp_serve", rc)
         flow = &self.core.flows[slot]
         udp = &self.core.udps[slot]
@@ -622,8 +712,8 @@ cdef class Engine:
             slot_give(self.core, slot)
             raise EngineError("udp_serve", -rc)
         udp_set_up(descriptor)
-        udp.own.gso = bool(gso) and udp_has_gso(descriptor)
-        udp.own.waiting = waiting
+        udp.own.gso = wants_gso and udp_has_gso(descriptor)
+        udp.own.waiting = <uint32_t>most
         self.core.gates += 1
         token = self.submit(&self.core.workers[flow.worker], flow, slot, ())
         self.gates[slot] = True
@@ -639,7 +729,7 @@ cdef class Engine:
         Raises:
             EngineClosed: after close(), or in a forked child.
         """
-        self.wish(gate, KIND_GATE, WISH_SHUT)
+        self.wish(_take_token(gate), KIND_GATE, WISH_SHUT)
 
     def udp_relieve(self, gate):
         """End some short exchanges that are over by all appearance, to make room for others.
@@ -654,7 +744,7 @@ cdef class Engine:
             been silent for 30 s; of those with one answer, or whose datagrams all came
             within 2 s, also those silent for 1 s since an answer, or for 5 s without one.
         """
-        self.wish(gate, KIND_GATE, WISH_RELIEVE)
+        self.wish(_take_token(gate), KIND_GATE, WISH_RELIEVE)
 
     def udp_bind(self, peer, fd, *, tls=None, head=b"", idle=0.0, raw=False):
         """Carry the datagrams of a waiting peer over a link, in frames of docs/protocol.md.
@@ -681,13 +771,11 @@ cdef class Engine:
         After: a UdpCompletion with this token comes out of poll(); another one with the peer's,
             as soon as it waits no more.
         """
-        cdef Flow* waiting
         self.check("udp_bind")
-        _check_seconds(idle, "idle")
-        waiting = self.find(peer)
-        if waiting == NULL or waiting.kind != KIND_PEER:
-            raise EngineError("udp_bind", _errno.ENOENT)
-        return self.carry("udp_bind", KIND_BOUND, waiting, fd, -1, tls, head, idle, raw, 0, False)
+        return self.carry(
+            "udp_bind", KIND_BOUND, _take_token(peer), _take_int(fd), -1, tls, head, idle, raw, 0,
+            False,
+        )
 
     def udp_dial(
         self, fd, target, *, tls=None, head=b"", datagram=8192, idle=0.0, raw=False, gso=False
@@ -716,33 +804,42 @@ cdef class Engine:
         After: one UdpCompletion with this token comes out of poll(). A target that refuses
             everything for 2 s ends it with REASON_RESET, side 2, ECONNREFUSED.
         """
-        cdef int rc
+        cdef int size
         self.check("udp_dial")
-        _check_datagram(datagram)
-        _check_seconds(idle, "idle")
-        rc = sys_check_socket(target, SOCK_DGRAM)
-        if rc < 0:
-            raise EngineError("udp_dial", -rc)
+        size = _take_int(datagram)
+        _check_datagram(size)
         return self.carry(
-            "udp_dial", KIND_DIALLED, NULL, fd, target, tls, head, idle, raw, datagram, gso
+            "udp_dial", KIND_DIALLED, 0, _take_int(fd), _take_int(target), tls, head, idle, raw,
+            size, gso,
         )
 
-    # Make and submit a UDP relay; `peer` is the one that a bound relay takes over.
+    # Make and submit a UDP relay; `name` is the token of the peer that a bound relay takes over.
     cdef object carry(
-        self, str operation, int kind, Flow* peer, int link, int target, object tls, bytes head,
-        double idle, bint raw, uint32_t limit, bint gso
+        self, str operation, int kind, uint64_t name, int link, int target, object tls,
+        bytes head, double idle, bint raw, uint32_t limit, bint gso
     ):
         cdef Handles handles
         cdef uint32_t slot
         cdef Flow* flow
+        cdef Flow* peer = NULL
         cdef Udp* udp
         cdef Worker* w
         cdef int side = 0 if kind == KIND_DIALLED else 1
         cdef int rc
         cdef const char* first = head
+        cdef tuple connections = () if tls is None else (tls,)
+        memset(&handles, 0, sizeof(handles))
+        _check_seconds(idle, "idle")
         if tls is not None:
             _take_handles(operation, tls, &handles)
-        rc = sys_check_socket(link, SOCK_STREAM)
+        self.recheck(operation)
+        rc = self.look_at(link, SOCK_STREAM, handles.ssl)
+        if kind == KIND_BOUND:
+            peer = self.find(name)
+            if peer == NULL or peer.kind != KIND_PEER:
+                rc = -ENOENT
+        elif rc == 0:
+            rc = self.look_at(target, SOCK_DGRAM, NULL)
         if rc == 0 and len(head) > UDP_READ_BYTES:
             rc = -EMSGSIZE
         slot = self.take_slot(operation, rc)
@@ -768,7 +865,7 @@ cdef class Engine:
         else:
             udp_set_up(target)
             udp.gso = gso and udp_has_gso(target)
-        return self.submit(w, flow, slot, () if tls is None else (tls,))
+        return self.submit(w, flow, slot, connections)
 
     # A free slot, or the error that there is none, or that a descriptor will not do.
     cdef uint32_t take_slot(self, str operation, int rc) except? 0xFFFFFFFF:
@@ -803,13 +900,19 @@ cdef class Engine:
             EngineClosed: after close(), or in a forked child.
             ValueError: the idle limit is out of range.
         """
+        cdef double seconds
+        cdef uint64_t name
         cdef Flow* flow
         self.check("udp_limit")
-        _check_seconds(idle, "idle")
-        flow = self.find(token)
+        seconds = idle
+        _check_seconds(seconds, "idle")
+        name = _take_token(token)
+        self.recheck("udp_limit")
+        flow = self.find(name)
         if flow != NULL and flow.kind > KIND_PEER:
-            store_relaxed32(&self.core.udps[flow - self.core.flows].wished_ms, _milliseconds(idle))
-            self.wish(token, flow.kind, WISH_LIMIT)
+            store_relaxed32(&self.core.udps[flow - self.core.flows].wished_ms,
+                            _milliseconds(seconds))
+            self.wish(name, flow.kind, WISH_LIMIT)
 
     def udp_counts(self, token):
         """Return the running counts of a gate or a UDP relay.
@@ -820,16 +923,16 @@ cdef class Engine:
         Returns:
             None once its completion was polled.
         """
-        cdef Flow* flow = self.find(token)
+        cdef Flow* flow = self.find(_take_token(token))
         if flow == NULL or flow.kind < KIND_GATE:
             return None
         return _counts(&self.core.udps[flow - self.core.flows])
 
-    cdef int wish(self, object token, int kind, uint32_t bit) except -1:
+    cdef int wish(self, uint64_t name, int kind, uint32_t bit) except -1:
         cdef Flow* flow
         cdef uint32_t slot
-        self.check("udp")
-        flow = self.find(token)
+        self.check("udp")           # the token has been converted
+        flow = self.find(name)
         if flow != NULL and flow.kind == kind:
             slot = <uint32_t>(flow - self.core.flows)
             udp_wish(&self.core.workers[flow.worker], flow, &self.core.udps[slot], slot, bit)
@@ -845,7 +948,7 @@ cdef class Engine:
             (up, down): bytes of plaintext delivered a to b and b to a; None once its
             completion was polled.
         """
-        cdef Flow* flow = self.find(token)
+        cdef Flow* flow = self.find(_take_token(token))
         if flow == NULL:
             return None
         return load_relaxed64(&flow.ways[0].delivered), load_relaxed64(&flow.ways[1].delivered)
@@ -859,8 +962,11 @@ cdef class Engine:
         After: its completion follows, with REASON_ABORTED unless the flow ended first.
         """
         cdef Flow* flow
+        cdef uint64_t name
         self.check("abort")
-        flow = self.find(token)
+        name = _take_token(token)
+        self.recheck("abort")
+        flow = self.find(name)
         if flow != NULL and not flow.abort_asked:
             flow.abort_asked = 1
             order_put(&self.core.workers[flow.worker], flow, <uint32_t>(flow - self.core.flows),
@@ -883,28 +989,32 @@ cdef class Engine:
             REASON_RESET, ETIMEDOUT; also if something is sent only later.
         """
         cdef Flow* flow
+        cdef uint64_t name
+        cdef int which
+        cdef bint is_quiet
         cdef uint32_t bits
         self.check("doubt")
-        if side not in (1, 2):
-            raise ValueError(f"side: {side} is not 1 or 2")
-        bits = (DOUBT_A if side == 1 else DOUBT_B) | (DOUBT_QUIET if quiet else 0)
-        flow = self.find(token)
+        name = _take_token(token)
+        which = _take_int(side)
+        is_quiet = quiet
+        if which not in (1, 2):
+            raise ValueError(f"side: {which} is not 1 or 2")
+        bits = (DOUBT_A if which == 1 else DOUBT_B) | (DOUBT_QUIET if is_quiet else 0)
+        self.recheck("doubt")
+        flow = self.find(name)
         if flow != NULL and not or32(&flow.doubts, bits):
             order_put(&self.core.workers[flow.worker], flow, <uint32_t>(flow - self.core.flows),
                       ORDER_DOUBT)
 
-    cdef Flow* find(self, token):
-        cdef uint64_t value
-        cdef uint32_t slot
+    cdef Flow* find(self, uint64_t token) noexcept:
+        cdef uint32_t slot = <uint32_t>token
         cdef Flow* flow
-        if self.core == NULL or self.is_inherited() or not 0 < token < 1 << 63:
+        if self.core == NULL or self.is_inherited() or not token:
             return NULL
-        value = token
-        slot = <uint32_t>value
         if slot >= self.core.fresh:
             return NULL
         flow = &self.core.flows[slot]
-        return flow if load_relaxed32(&flow.generation) == <uint32_t>(value >> 32) else NULL
+        return flow if load_relaxed32(&flow.generation) == <uint32_t>(token >> 32) else NULL
 
     def poll(self):
         """Collect what has ended, and the sources that gates did not know.
@@ -962,6 +1072,7 @@ cdef class Engine:
                 token, _counts(udp), flow.reason, flow.side, flow.code, flow.detail
             ))
         if flow.legs[0].tls != NULL or flow.legs[1].tls != NULL:
+            self.give_back(flow)
             self.tls_in_use -= <uint32_t>len(self.connections.pop(token))
         if flow.kind == KIND_GATE:
             del self.gates[slot]
@@ -1031,10 +1142,13 @@ cdef class Engine:
         After: poll() once more for the completions of the flows that were open. Stop
             watching fileno() before; its number is free afterwards.
         """
-        cdef double until = time.monotonic() + deadline
+        cdef double seconds = deadline
+        cdef double until = time.monotonic() + seconds
         cdef uint32_t i
         cdef uint32_t left = 0
         cdef int wait_ms
+        if seconds != seconds:
+            raise ValueError("deadline: it is not a number")
         if self.core == NULL or self.is_inherited():
             return True
         if not self.is_closed:
@@ -1044,12 +1158,17 @@ cdef class Engine:
                 worker_stop(&self.core.workers[i])
         while True:
             left = workers_join(self.core)
+            if left == 0 and self.closers:
+                sys_ring(self.core.done)        # another thread waits: the last one out closes it
+                return True
             if left == 0:
                 core_close_events(self.core)
                 return True
             wait_ms = <int>min(max((until - time.monotonic()) * 1000, 0), 1e9)
             if wait_ms == 0:
                 return False
+            self.closers += 1
             with nogil:
                 sys_wait_readable(self.core.done, wait_ms)
                 sys_unring(self.core.done)
+            self.closers -= 1

@@ -37,6 +37,8 @@ ENTRY_POINTS: Final = (
     "BIO_s_mem",
 )
 """C functions that the engine calls, in the order of the table in _openssl.pxd."""
+HANDLES: Final = {"_ssl": "SSL *", "_into_ssl": "BIO *", "_from_ssl": "BIO *"}
+"""Attributes of a Connection, and the C types of what they hold."""
 NAME_FLAGS: Final = 0x4 | 0x20
 """X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS: no `w*.example.org` (RFC 9525, section 6.3), and
 X509_CHECK_FLAG_NEVER_CHECK_SUBJECT: a common name is no host name (section 2)."""
@@ -95,14 +97,21 @@ def handles(connection: Connection) -> tuple[int, int, int]:
 
     Raises:
         Moved: pyOpenSSL keeps them elsewhere now.
+        TypeError: one of them is NULL.
     """
     _, ffi = _binding()
     addresses = []
-    for name in ("_ssl", "_into_ssl", "_from_ssl"):
+    for name, kind in HANDLES.items():
         try:
-            addresses.append(int(ffi.cast("uintptr_t", getattr(connection, name))))
-        except (AttributeError, TypeError) as exc:
+            handle = getattr(connection, name)
+        except (AttributeError, RecursionError) as exc:  # a Connection without __init__ recurses
             raise _moved(f"OpenSSL.SSL.Connection.{name}") from exc
+        # Whatever is called as a pointer must be one: a number would be followed, too.
+        if not isinstance(handle, ffi.CData) or ffi.typeof(handle).cname != kind:
+            raise _moved(f"OpenSSL.SSL.Connection.{name}")
+        addresses.append(int(ffi.cast("uintptr_t", handle)))
+        if not addresses[-1]:
+            raise TypeError("the Connection is empty")
     return addresses[0], addresses[1], addresses[2]
 
 

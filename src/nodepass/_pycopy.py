@@ -18,6 +18,8 @@ from __future__ import annotations
 import atexit
 import errno
 import functools
+import math
+import operator
 import os
 import warnings
 import weakref
@@ -29,10 +31,11 @@ from ._pydesk import (
     STREAM,
     Watched,
     check_head,
-    check_range,
-    check_seconds,
     make_leg,
     take_address,
+    take_float,
+    take_seconds,
+    take_whole,
 )
 from ._pyflow import (
     REASON_ABORTED,
@@ -47,7 +50,7 @@ from ._pyflow import (
 from ._pygate import Newcomer
 from ._pyport import UdpCounts
 from ._pyserve import UdpHalf
-from ._pytls import Handshake, Leg, TlsFault, TlsLeg, is_usable
+from ._pytls import Handshake, Leg, TlsFault, TlsLeg
 from ._pyudp import UdpCompletion
 from .errors import EngineError
 
@@ -141,8 +144,8 @@ class Engine(UdpHalf[Completion]):
         splice: bool = True,
         patience: float = 50.0,
     ) -> None:
-        check_range("threads", threads, MAX_THREADS)
-        del splice
+        take_whole("threads", threads, MAX_THREADS)
+        bool(splice)
         super().__init__(flows, patience)
         self._flows: dict[int, Flow] = {}
         self._shakes: dict[int, Handshake] = {}
@@ -179,21 +182,22 @@ class Engine(UdpHalf[Completion]):
     ) -> int:
         """Join two connected non-blocking stream sockets; own both on success."""
         self._check("relay")
-        self._require_tls("relay", tls_a, tls_b)
-        check_seconds(idle)
+        limit = take_seconds(idle)
         for head in (head_a, head_b):
             check_head(head)
-        sockets = self._adopt("relay", (fd_a, STREAM), (fd_b, STREAM))
-        token = self._require_token("relay", sockets)
-        legs = make_leg(sockets[0], tls_a), make_leg(sockets[1], tls_b)
-        flow = Flow(self, token, legs, idle)
-        try:
-            flow.start((head_a, head_b))
-        except (OSError, NotImplementedError) as exc:
-            flow.is_over = True
-            raise self._refuse("relay", sockets, exc) from exc
+        a, b, tls = operator.index(fd_a), operator.index(fd_b), (tls_a, tls_b)
+        with self._admit("relay", (a, STREAM), (b, STREAM), tls=tls) as sockets:
+            token = self._require_token("relay")
+            legs = make_leg(sockets[0], tls_a), make_leg(sockets[1], tls_b)
+            flow = Flow(self, token, legs, limit)
+            try:
+                flow.start((head_a, head_b))
+            except BaseException:
+                flow.is_over = True
+                raise
         for sock in sockets:
             arm_reset(sock, True)
+        self._lend(token, *tls)
         self._counts["flows"] += 1
         self._flows[token] = flow
         self._keep_watch()
@@ -211,22 +215,23 @@ class Engine(UdpHalf[Completion]):
     ) -> int:
         """Connect a stream socket, and join a connected one with it; own both on success."""
         self._check("dial")
-        self._require_tls("dial", tls)
-        check_seconds(timeout, "timeout")
+        limit = take_seconds(timeout, "timeout")
         check_head(head)
         goal = take_address(address)
-        sockets = self._adopt("dial", (fd, STREAM), (target, STREAM))
-        token = self._require_token("dial", sockets)
-        flow = Flow(self, token, (make_leg(sockets[0], tls), Leg(sockets[1])), 0.0)
-        self._flows[token] = flow
-        try:
-            flow.dial(goal, timeout, head)
-        except (OSError, NotImplementedError) as exc:
-            flow.is_over = True
-            del self._flows[token]
-            raise self._refuse("dial", sockets, exc) from exc
+        a, b = operator.index(fd), operator.index(target)
+        with self._admit("dial", (a, STREAM), (b, STREAM), tls=(tls,)) as sockets:
+            token = self._require_token("dial")
+            flow = Flow(self, token, (make_leg(sockets[0], tls), Leg(sockets[1])), 0.0)
+            self._flows[token] = flow
+            try:
+                flow.dial(goal, limit, head)
+            except BaseException:
+                flow.is_over = True
+                del self._flows[token]
+                raise
         for sock in sockets:
             arm_reset(sock, True)
+        self._lend(token, tls)
         self._counts["flows"] += 1
         self._keep_watch()
         return token
@@ -234,21 +239,23 @@ class Engine(UdpHalf[Completion]):
     def handshake(self, fd: int, tls: Connection) -> int:
         """Do a TLS handshake on a borrowed non-blocking stream socket."""
         self._check("handshake")
-        if not is_usable(tls):
+        descriptor = operator.index(fd)
+        if tls is None:
             raise EngineError("handshake", errno.EOPNOTSUPP)
-        sockets = self._adopt("handshake", (fd, STREAM))
-        token = self._next
-        report = functools.partial(self._end_handshake, token)
-        try:
+        with self._admit("handshake", (descriptor, STREAM), tls=(tls,)) as sockets:
+            token = self._next
+            report = functools.partial(self._end_handshake, token)
             self._shakes[token] = Handshake(self.loop, sockets[0], tls, report)
-        except (OSError, NotImplementedError) as exc:
-            raise self._refuse("handshake", sockets, exc) from exc
         self._next += 1
+        self._lend(token, tls)
         self._counts["handshakes"] += 1
         return token
 
     def _watched(self) -> list[Watched]:
         return [*self._flows.values(), *self._udp_watched()]
+
+    def _is_over(self, token: int) -> bool:
+        return not (token in self._flows or token in self._shakes or token in self._udp_relays)
 
     def _places_taken(self) -> int:
         return len(self._flows) + self._waiting + self._udp_places()
@@ -282,6 +289,7 @@ class Engine(UdpHalf[Completion]):
 
     def live(self, token: int) -> tuple[int, int] | None:
         """Return (up, down) of a flow; None once its completion was polled."""
+        token = operator.index(token)
         flow = self._flows.get(token)
         if flow is not None:
             return flow.ways[0].delivered, flow.ways[1].delivered
@@ -291,6 +299,8 @@ class Engine(UdpHalf[Completion]):
 
     def abort(self, token: int) -> None:
         """Reset both sides of a flow, or give up a handshake; others are left alone."""
+        self._check("abort")
+        token = operator.index(token)
         self._check("abort")
         self._abort(token)
 
@@ -306,12 +316,14 @@ class Engine(UdpHalf[Completion]):
     def doubt(self, token: int, side: int, *, quiet: bool = False) -> None:
         """Take it that the far end of one side may be gone; others are left alone."""
         self._check("doubt")
+        token, side, is_quiet = operator.index(token), operator.index(side), bool(quiet)
         if side not in (1, 2):
             raise ValueError(f"side: {side} is not 1 or 2")
+        self._check("doubt")
         if token in self._flows:
-            self._flows[token].doubt(side, quiet=quiet)
+            self._flows[token].doubt(side, quiet=is_quiet)
         else:
-            self._doubt_udp(token, side, quiet=quiet)
+            self._doubt_udp(token, side, quiet=is_quiet)
 
     def poll(self) -> list[Completion | UdpCompletion | Newcomer]:
         """Collect what has ended, and the sources that gates did not know; also after close()."""
@@ -360,7 +372,8 @@ class Engine(UdpHalf[Completion]):
 
     def close(self, deadline: float = 5.0) -> bool:
         """Reset every flow and leave the event loop; never waits, hence always True."""
-        del deadline
+        if math.isnan(take_float(deadline)):
+            raise ValueError("deadline: it is not a number")
         if self._is_closed or self._pid != os.getpid():
             return True
         for token in [*self._flows, *self._shakes]:

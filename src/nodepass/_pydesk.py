@@ -9,9 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import math
+import operator
 import os
 import socket
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
 from ._pytls import Leg, TlsLeg, is_usable
@@ -40,6 +43,9 @@ class Watched(Protocol):
 
 News = TypeVar("News")
 
+_lent: weakref.WeakSet[Connection] = weakref.WeakSet()
+"""Connections that an engine holds, from their admission until their end is polled."""
+
 
 class Desk(Generic[News]):
     """Descriptors come in here, and news go out.
@@ -52,8 +58,10 @@ class Desk(Generic[News]):
     _is_closed = True  # until everything is open; __del__ also runs after a refused argument
 
     def __init__(self, flows: int, patience: float) -> None:
-        check_patience(patience)
-        check_range("flows", flows, MAX_FLOWS)
+        patience = take_patience(patience)
+        flows = take_whole("flows", flows, MAX_FLOWS)
+        if hasattr(self, "loop"):
+            raise EngineError("init", errno.EALREADY)
         self.loop = asyncio.get_running_loop()
         self.buffer = memoryview(bytearray(BUFFER_BYTES))
         self.turns = 0
@@ -70,6 +78,12 @@ class Desk(Generic[News]):
             raise EngineError("start", exc.errno or errno.EIO) from exc
         self._bell.setblocking(False)
         self._ear.setblocking(False)
+        self._held: weakref.WeakValueDictionary[int, socket.socket] = weakref.WeakValueDictionary()
+        """Sockets by the number that they had at admission; closed ones have none any more."""
+        self._lent: dict[int, list[Connection]] = {}
+        """By token, until its end is polled."""
+        for sock in (self._bell, self._ear):
+            self._held[sock.fileno()] = sock
         self._is_closed = False
 
     def _check(self, operation: str) -> None:
@@ -88,39 +102,71 @@ class Desk(Generic[News]):
 
     # --- what comes in ---
 
-    def _require_tls(self, operation: str, *tls: Connection | None) -> None:
-        if not all(one is None or is_usable(one) for one in tls):
-            raise EngineError(operation, errno.EOPNOTSUPP)
+    # As in the native engine each argument is converted once, and before anything is looked at: to
+    # convert one may run code of the caller's, which may call this very engine. `_admit` comes
+    # behind that, and is left with the sockets either taken or untouched.
 
-    def _adopt(self, operation: str, *wanted: tuple[int, int]) -> list[socket.socket]:
-        """Return the sockets of descriptors; each comes with the type that it must have."""
+    @contextlib.contextmanager
+    def _admit(
+        self, operation: str, *wanted: tuple[int, int], tls: Iterable[Connection | None] = ()
+    ) -> Iterator[list[socket.socket]]:
+        """Lend the sockets of descriptors, whose they stay if anything fails inside.
+
+        Args:
+            wanted: descriptors, and which type each must have.
+            tls: Connections that must be fit and free.
+        """
         sockets: list[socket.socket] = []
-        fds = [fd for fd, _ in wanted]
+        used = [one for one in tls if one is not None]
+        is_begun = False
         try:
-            for fd, kind in wanted:
-                if fd < 0:
-                    raise OSError(errno.EBADF, "")
-                sockets.append(socket.socket(fileno=fd))
-                if sockets[-1].type != kind:
-                    raise OSError(errno.EPROTOTYPE, "")
-                if os.get_blocking(fd) or fds.count(fd) > 1:
-                    raise OSError(errno.EINVAL, "")
-                sockets[-1].setblocking(False)
-        except OSError as exc:
-            raise self._refuse(operation, sockets, exc) from exc
-        return sockets
+            if not all(map(is_usable, used)):
+                raise EngineError(operation, errno.EOPNOTSUPP)
+            self._check(operation)
+            self._adopt(wanted, sockets)
+            if len({id(one) for one in used}) < len(used):
+                raise OSError(errno.EINVAL, "")
+            if any(one in _lent for one in used):
+                raise OSError(errno.EBUSY, "")
+            is_begun = True
+            yield sockets
+        except BaseException as exc:
+            if is_begun:
+                self._leave_loop(sockets)  # else what the loop watches there is somebody else's
+            for sock in sockets:
+                sock.detach()
+            if isinstance(exc, NotImplementedError):
+                raise EngineError(operation, errno.EOPNOTSUPP) from exc
+            if isinstance(exc, OSError) and not isinstance(exc, EngineError):
+                raise EngineError(operation, exc.errno or errno.EIO) from exc
+            raise
+        for sock in sockets:
+            self._held[sock.fileno()] = sock
 
-    def _refuse(self, operation: str, sockets: list[socket.socket], exc: Exception) -> EngineError:
-        self._disown(sockets)
-        code = exc.errno if isinstance(exc, OSError) else errno.EOPNOTSUPP
-        return EngineError(operation, code or errno.EIO)
+    def _adopt(self, wanted: Iterable[tuple[int, int]], sockets: list[socket.socket]) -> None:
+        for fd, kind in wanted:
+            if fd < 0:
+                raise OSError(errno.EBADF, "")
+            sockets.append(socket.socket(fileno=fd))
+            if sockets[-1].type != kind:
+                raise OSError(errno.EPROTOTYPE, "")
+            if os.get_blocking(fd) or any(sock.fileno() == fd for sock in sockets[:-1]):
+                raise OSError(errno.EINVAL, "")
+            if fd in self._held and self._held[fd].fileno() == fd:
+                raise OSError(errno.EBUSY, "")
+            sockets[-1].setblocking(False)
 
-    def _disown(self, sockets: Iterable[socket.socket]) -> None:
+    def _lend(self, token: int, *tls: Connection | None) -> None:
+        used = [one for one in tls if one is not None]
+        if used:
+            self._lent[token] = used
+            _lent.update(used)
+
+    def _leave_loop(self, sockets: Iterable[socket.socket]) -> None:
         for sock in sockets:
             if sock.fileno() >= 0:
                 self.loop.remove_reader(sock)
                 self.loop.remove_writer(sock)
-                sock.detach()
 
     def _places_taken(self) -> int:
         """Return how many tokens are out: of what is open, and of what nobody has polled yet."""
@@ -133,11 +179,10 @@ class Desk(Generic[News]):
         self._next += 1
         return self._next - 1
 
-    def _require_token(self, operation: str, sockets: list[socket.socket]) -> int:
+    def _require_token(self, operation: str) -> int:
         token = self._take_token()
         if not token:
             self._refused += 1
-            self._disown(sockets)
             raise EngineError(operation, errno.ENOBUFS)
         return token
 
@@ -150,9 +195,15 @@ class Desk(Generic[News]):
 
     def _take_news(self) -> list[News]:
         news, self._news = self._news, []
+        for token in [token for token in self._lent if self._is_over(token)]:
+            _lent.difference_update(self._lent.pop(token))
         if news and not self._is_closed:
             self._ear.recv(1)
         return news
+
+    def _is_over(self, token: int) -> bool:
+        """Tell whether a token is of nothing that is open."""
+        raise NotImplementedError
 
     # --- what the clock does ---
 
@@ -182,27 +233,38 @@ class Desk(Generic[News]):
         self._ear.close()
 
 
-def check_range(name: str, value: int, most: int) -> None:
-    """Raise ValueError if a limit is out of range."""
-    if not 1 <= value <= most:
-        raise ValueError(f"{name}: {value} is not within 1..{most}")
+def take_whole(name: str, value: int, most: int) -> int:
+    """Return a limit as a plain integer; ValueError if it is out of range."""
+    number = operator.index(value)
+    if not 1 <= number <= most:
+        raise ValueError(f"{name}: {number} is not within 1..{most}")
+    return number
 
 
-def check_seconds(seconds: float, name: str = "idle") -> None:
-    """Raise ValueError if an idle limit, or another time, is out of range."""
+def take_float(value: float) -> float:
+    """Return a number as a plain one, and no text as one."""
+    return math.ldexp(value, 0)
+
+
+def take_seconds(value: float, name: str = "idle") -> float:
+    """Return an idle limit, or another time; ValueError if it is out of range."""
+    seconds = take_float(value)
     if not 0.0 <= seconds <= MAX_IDLE:
         raise ValueError(f"{name}: {seconds} is not within 0..4000000 seconds")
+    return seconds
 
 
-def check_patience(seconds: float) -> None:
-    """Raise ValueError if an engine's patience is out of range."""
+def take_patience(value: float) -> float:
+    """Return an engine's patience; ValueError if it is out of range."""
+    seconds = take_float(value)
     if not 1.0 <= seconds <= MAX_IDLE:
         raise ValueError(f"patience: {seconds} is not within 1..4000000 seconds")
+    return seconds
 
 
 def check_head(head: bytes) -> None:
     """Raise TypeError if something is not the start of a stream."""
-    if not isinstance(head, bytes):
+    if type(head) is not bytes:
         raise TypeError(f"heads are bytes, not {type(head).__name__}")
 
 
@@ -213,6 +275,9 @@ def take_address(address: SocketAddress) -> tuple[int, SocketAddress]:
         ValueError: the host is a name, or another part is out of range.
     """
     host, port, label, scope = (*address, 0, 0) if len(address) == 2 else address
+    if not isinstance(host, str):
+        raise TypeError(f"address: a host is text, not {type(host).__name__}")
+    port, label, scope = [operator.index(number) for number in (port, label, scope)]
     if not 0 <= port <= 65535:
         raise ValueError(f"address: port {port} is not within 0..65535")
     if not 0 <= label < 1 << 20:

@@ -6,6 +6,7 @@ Part of `_pycopy`, which describes the whole; nobody else comes here.
 from __future__ import annotations
 
 import errno
+import operator
 import socket
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
@@ -15,9 +16,9 @@ from ._pydesk import (
     Desk,
     Watched,
     check_head,
-    check_range,
-    check_seconds,
     make_leg,
+    take_seconds,
+    take_whole,
 )
 from ._pydial import Dialled, RawDialled
 from ._pyflow import REASON_ABORTED, Ending
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 MAX_DATAGRAM: Final = 65535  # bytes; the native engine's limits, checked alike
 MAX_WAITING: Final = 4096
+MAX_HEAD: Final = 262144  # bytes
 NO_COUNTS: Final = Tally().counts()
 
 Other = TypeVar("Other")
@@ -72,20 +74,18 @@ class UdpHalf(Desk[Other | UdpCompletion | Newcomer]):
     ) -> int:
         """Open a gate on a bound non-blocking UDP socket; own it on success."""
         self._check("udp_serve")
-        check_range("datagram", datagram, MAX_DATAGRAM)
-        check_range("waiting", waiting, MAX_WAITING)
-        del gso
-        sockets = self._adopt("udp_serve", (fd, DATAGRAM))
-        token, tally = self._require_token("udp_serve", sockets), Tally()
-        try:
+        descriptor = operator.index(fd)
+        size = take_whole("datagram", datagram, MAX_DATAGRAM)
+        most = take_whole("waiting", waiting, MAX_WAITING)
+        bool(gso)
+        with self._admit("udp_serve", (descriptor, DATAGRAM)) as sockets:
+            token, tally = self._require_token("udp_serve"), Tally()
             if sockets[0].family not in {socket.AF_INET, socket.AF_INET6}:
                 raise OSError(errno.EAFNOSUPPORT, "")
             if not sockets[0].getsockname()[1]:
                 raise OSError(errno.EINVAL, "it is not bound")
-            gate = Gate(self, token, Port(sockets[0], datagram, tally), tally, waiting)
+            gate = Gate(self, token, Port(sockets[0], size, tally), tally, most)
             self.loop.add_reader(sockets[0], gate.read)
-        except (OSError, NotImplementedError) as exc:
-            raise self._refuse("udp_serve", sockets, exc) from exc
         self._gates[token] = gate
         return token
 
@@ -101,18 +101,20 @@ class UdpHalf(Desk[Other | UdpCompletion | Newcomer]):
     ) -> int:
         """Carry the datagrams of a waiting peer over a link; own it on success."""
         self._check("udp_bind")
-        self._require_tls("udp_bind", tls)
-        check_seconds(idle)
+        name, descriptor = operator.index(peer), operator.index(fd)
+        limit = take_seconds(idle)
         check_head(head)
-        source = self._sources.get(peer)
-        if source is None:
-            raise EngineError("udp_bind", errno.ENOENT)
-        sockets = self._adopt("udp_bind", (fd, STREAM))
-        token = self._require_token("udp_bind", sockets)
-        leg = make_leg(sockets[0], tls)
         kind = RawBound if raw else Bound
-        relay = kind(self, token, leg, idle, head, source=source)
-        self._start(relay)
+        with self._admit("udp_bind", (descriptor, STREAM), tls=(tls,)) as sockets:
+            source = self._sources.get(name)
+            if source is None:
+                raise EngineError("udp_bind", errno.ENOENT)
+            if len(head) > MAX_HEAD:
+                raise EngineError("udp_bind", errno.EMSGSIZE)
+            token = self._require_token("udp_bind")
+            leg = make_leg(sockets[0], tls)
+            relay = kind(self, token, leg, limit, head, source=source)
+        self._start(relay, tls)
         source.gate.bind(source, relay)
         return token
 
@@ -130,24 +132,25 @@ class UdpHalf(Desk[Other | UdpCompletion | Newcomer]):
     ) -> int:
         """Carry the frames of a link as datagrams of a connected socket; own both on success."""
         self._check("udp_dial")
-        self._require_tls("udp_dial", tls)
-        check_range("datagram", datagram, MAX_DATAGRAM)
-        check_seconds(idle)
+        a, b = operator.index(fd), operator.index(target)
+        size = take_whole("datagram", datagram, MAX_DATAGRAM)
+        limit = take_seconds(idle)
         check_head(head)
-        del gso
-        sockets = self._adopt("udp_dial", (fd, STREAM), (target, DATAGRAM))
-        try:
-            sockets[1].getpeername()
-        except OSError as exc:
-            raise self._refuse("udp_dial", sockets, exc) from exc
-        token = self._require_token("udp_dial", sockets)
-        leg = make_leg(sockets[0], tls)
+        bool(gso)
         kind = RawDialled if raw else Dialled
-        self._start(kind(self, token, leg, idle, head, target=sockets[1], datagram=datagram))
+        with self._admit("udp_dial", (a, STREAM), (b, DATAGRAM), tls=(tls,)) as sockets:
+            if len(head) > MAX_HEAD:
+                raise EngineError("udp_dial", errno.EMSGSIZE)
+            sockets[1].getpeername()
+            token = self._require_token("udp_dial")
+            leg = make_leg(sockets[0], tls)
+            relay = kind(self, token, leg, limit, head, target=sockets[1], datagram=size)
+        self._start(relay, tls)
         return token
 
-    def _start(self, relay: Relay) -> None:
+    def _start(self, relay: Relay, tls: Connection | None) -> None:
         self._udp_relays[relay.token] = relay
+        self._lend(relay.token, tls)
         # Not now: the caller must know the token before anything can happen to it.
         self.loop.call_soon(relay.begin)
         self._keep_watch()
@@ -156,12 +159,14 @@ class UdpHalf(Desk[Other | UdpCompletion | Newcomer]):
 
     def udp_shut(self, gate: int) -> None:
         """Let no more sources in at a gate."""
+        gate = operator.index(gate)
         self._check("udp_shut")
         if gate in self._gates:
             self._gates[gate].is_shut = True
 
     def udp_relieve(self, gate: int) -> None:
         """End some short exchanges of a gate that seem to be over."""
+        gate = operator.index(gate)
         self._check("udp_relieve")
         if gate in self._gates:
             self._gates[gate].relieve()
@@ -169,9 +174,10 @@ class UdpHalf(Desk[Other | UdpCompletion | Newcomer]):
     def udp_limit(self, token: int, idle: float) -> None:
         """Change the idle limit of a UDP relay."""
         self._check("udp_limit")
-        check_seconds(idle)
+        token, limit = operator.index(token), take_seconds(idle)
+        self._check("udp_limit")
         if token in self._udp_relays:
-            self._udp_relays[token].idle = idle
+            self._udp_relays[token].idle = limit
 
     def _doubt_udp(self, token: int, side: int, *, quiet: bool) -> None:
         relay = self._udp_relays.get(token)
@@ -180,6 +186,7 @@ class UdpHalf(Desk[Other | UdpCompletion | Newcomer]):
 
     def udp_counts(self, token: int) -> UdpCounts | None:
         """Return the running counts of a gate or a UDP relay; None once that was polled."""
+        token = operator.index(token)
         for open_ones in (self._gates, self._udp_relays):
             if token in open_ones:
                 return open_ones[token].tally.counts()

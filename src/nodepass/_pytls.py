@@ -53,10 +53,16 @@ def trouble() -> str | None:
 
 
 def is_usable(value: object) -> bool:
-    """Tell whether this is a Connection that TLS can run on."""
+    """Tell whether this is a Connection that TLS can run on: one on memory BIOs."""
     from OpenSSL import SSL
 
-    return isinstance(value, SSL.Connection)
+    if not isinstance(value, SSL.Connection):
+        return False
+    try:
+        # It passes on what it has not to its socket, where it has one.
+        return not hasattr(value, "fileno")
+    except RecursionError:  # it was never initialised
+        return False
 
 
 def fault(exc: Exception) -> TlsFault:

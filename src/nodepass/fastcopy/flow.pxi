@@ -157,6 +157,7 @@ cdef void leg_close(Worker* w, Leg* leg, bint reset) noexcept nogil:
         w.doubted -= 1
     leg.fd = -1
     leg.bits = 0
+    mark_taken(w.core, fd, 0)       # before the kernel can give the number to somebody else
     fd_close(w, fd)
 
 
@@ -164,6 +165,7 @@ cdef void leg_close(Worker* w, Leg* leg, bint reset) noexcept nogil:
 cdef void leg_return(Worker* w, Leg* leg) noexcept nogil:
     cdef int rc = sys_epoll_delete(w.epoll, leg.fd)
     NP_BUG(rc == -EBADF, &w.counters.bugs, b"a lent socket was closed")
+    mark_taken(w.core, leg.fd, 0)
     leg.fd = -1
     leg.bits = 0
 

@@ -53,7 +53,7 @@ cdef int flow_park_head(Flow* flow, int index, const char* data, size_t size) no
     return 0
 
 
-# Undo flow_prepare() and flow_park_head() of a flow that was never handed over.
+# Undo flow_prepare(), flow_secure() and flow_park_head() of a flow that was never handed over.
 cdef void flow_undo(Flow* flow) noexcept nogil:
     cdef int i
     for i in range(2):
@@ -61,6 +61,7 @@ cdef void flow_undo(Flow* flow) noexcept nogil:
         head_give(flow.ways[i].head)
         flow.ways[i].parked = NULL
         flow.ways[i].head = NULL
+        flow.legs[i].tls = NULL
     store_relaxed32(&flow.state, FLOW_FREE)
 
 

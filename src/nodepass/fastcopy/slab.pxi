@@ -5,6 +5,7 @@ cdef enum:
     # One recv. Two relays in a row, bulk, copying: CPU seconds per GB at 128 KiB 0.77,
     # 256 KiB 0.65, 512 KiB 0.60, 1 MiB 0.59; throughput best at 512 KiB. docs/engine.md.
     BUFFER_BYTES = 524288
+    MAX_TAKEN = 1 << 20         # descriptors that are looked after: the kernel's fs.nr_open
     MAX_LENT = 16384            # peers without a link, of all gates: 32 gates of the usual 512
     WARM_BUFFERS = 4            # per worker; free buffers that may stay resident (2 MiB)
 
@@ -26,6 +27,7 @@ cdef inline Size slab_sizes(uint32_t threads, uint32_t capacity) noexcept nogil:
     size.cell_links = <size_t>MAX_CELLS * sizeof(uint32_t)
     size.mailbags = <size_t>MAIL_BATCH * MAIL_STRIDE
     size.mail = sizeof(Mail)
+    size.taken = MAX_TAKEN * sizeof(uint32_t)
     return size
 
 
@@ -55,6 +57,8 @@ cdef int core_open(uint32_t threads, uint32_t flows, Core** result) noexcept nog
         rc = sys_map(size.udps, <void**>&core.udps)
     if rc == 0:
         rc = sys_map(size.free_slots, <void**>&core.free_slots)
+    if rc == 0:
+        rc = sys_map(size.taken, <void**>&core.taken)
     if rc == 0:
         for i in range(core.crew):
             w = &core.workers[i]
@@ -142,6 +146,8 @@ cdef void core_unmap(Core* core) noexcept nogil:
         sys_unmap(core.flows, size.flows)
     if core.free_slots != NULL:
         sys_unmap(core.free_slots, size.free_slots)
+    if core.taken != NULL:
+        sys_unmap(core.taken, size.taken)
     free(core)
 
 
@@ -198,6 +204,18 @@ cdef void slot_give(Core* core, uint32_t slot) noexcept nogil:
     core.free_slots[core.free_count] = slot
     core.free_count += 1
     core.open_count -= 1
+
+
+# Note that a descriptor is the engine's, or no more. A page of the table has room for 1024.
+# Runs on: control plane, before a flow is handed over; the worker, before it closes.
+cdef inline void mark_taken(Core* core, int fd, uint32_t is_ours) noexcept nogil:
+    if 0 <= fd < MAX_TAKEN:
+        publish_release32(&core.taken[fd], is_ours)
+
+
+# -> 1 a descriptor is the engine's already: whoever hands it over once more has lost count.
+cdef inline bint is_taken(Core* core, int fd) noexcept nogil:
+    return 0 <= fd < MAX_TAKEN and load_acquire32(&core.taken[fd])
 
 
 # -> 0 and udp.own, or -errno. Runs on: control plane.
