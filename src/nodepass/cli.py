@@ -184,7 +184,7 @@ def _refuse_word(word: str) -> NoReturn:
 
 
 def _read(urls: Sequence[str], environ: Mapping[str, str]) -> tuple[Settings, list[Config]]:
-    from .config import Config, check_together
+    from .config import Config, check_together, label_together
     from .environment import Settings
     from .password import CommonPassword
     from .spelling import suggest
@@ -207,4 +207,4 @@ def _read(urls: Sequence[str], environ: Mapping[str, str]) -> tuple[Settings, li
     common = CommonPassword(environ)
     configs = [Config.parse(url, environ, settings, common) for url in urls]
     check_together(configs)
-    return settings, configs
+    return settings, label_together(configs)

@@ -376,6 +376,7 @@ class Client(Tunnel):
             from .tls import fingerprint_of
 
             fields["fingerprint"] = fingerprint_of(records.connection)
+        self.log.forget("dial", "tls", "auth")
         self.log.info("tunnel up", server=server, **fields)
         if pairing.session.dialect is Dialect.SEED and self.config.tls:
             self.log.warn(

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from .address import PORTS, Address, is_number, overlap, parse_address
@@ -32,6 +32,7 @@ __all__ = [
     "Secret",
     "Settings",
     "check_together",
+    "label_together",
     "parse_host",
 ]
 
@@ -111,6 +112,8 @@ class Config:
     udp: bool
     name: str
     settings: Settings
+    label: str | None = None
+    """What tells this tunnel from the others of its process; None = there are none."""
 
     @property
     def url(self) -> str:
@@ -397,3 +400,21 @@ def check_together(configs: Iterable[Config]) -> None:
                         option, f"{address} is taken by {other} {earlier}; use another port"
                     )
             taken.append((option, protocol, address))
+
+
+def label_together(configs: Sequence[Config]) -> list[Config]:
+    """Give the tunnels of one process names to tell them apart in the log; one needs none.
+
+    A label is the beginning of the tunnel's URL, as short as will do, without a password.
+    """
+    if len(configs) < 2:
+        return list(configs)
+    short = [f"{config.mode}://{config.tunnel}" for config in configs]
+    full = [
+        text if short.count(text) == 1 else f"{text}/{config.target}"
+        for text, config in zip(short, configs, strict=True)
+    ]
+    return [
+        replace(config, label=text if full.count(text) == 1 else f"{text}#{number}")
+        for number, (text, config) in enumerate(zip(full, configs, strict=True), 1)
+    ]

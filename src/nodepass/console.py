@@ -31,10 +31,12 @@ class Console:
 
     Args:
         fmt: "text" or "json".
+        is_shared: whether several tunnels say something.
     """
 
-    def __init__(self, fmt: str = "text") -> None:
+    def __init__(self, fmt: str = "text", *, is_shared: bool = False) -> None:
         self._fmt = fmt
+        self._is_shared = is_shared
         self._outlet: Outlet | None = None
         self._before: TextIO | None = None
 
@@ -44,10 +46,10 @@ class Console:
     def __enter__(self) -> Self:
         fd = descriptor(sys.stderr)
         if fd is None:  # a host's own stream, as in tests
-            setup(self._fmt)
+            setup(self._fmt, is_shared=self._is_shared)
             return self
         self._outlet = Outlet(fd)
-        shape = setup(self._fmt, Face(self._outlet))
+        shape = setup(self._fmt, Face(self._outlet), is_shared=self._is_shared)
         self._outlet.notice = shape.lost
         self._before, sys.stderr = sys.stderr, Face(self._outlet, shape.stray)
         self._hooks = threading.excepthook, sys.unraisablehook

@@ -140,7 +140,11 @@ class DataPort:
         why = outcome.describe_break() or explain(connection, outcome.detail, is_server=True)
         self._counters.strangers += 1
         self._log.repeated(
-            "warn", f"data {client.host}", "TLS failed at the data port", host=client.host, why=why
+            "warn",
+            f"data {client.host} tls",
+            "TLS failed at the data port",
+            host=client.host,
+            why=why,
         )
 
     def _give(self, client: Client, sock: socket.socket, records: Records | None) -> None:

@@ -46,12 +46,27 @@ LINES_A_MINUTE = 60
 REPEAT_KEYS = 1024
 """Most faults watched at once; keys may hold peer addresses, so strangers choose how many."""
 
+CAUSES = 8
+"""Causes of one fault that are told apart at a time; the others are counted together. Strangers
+choose the text of some."""
+
+CAUSE_LENGTH = 200
+"""Characters in which two causes may differ."""
+
+SHARE = LINES_A_MINUTE // 4
+"""Of one kind, for one subject: nobody takes the lines of all others."""
+
 ROOT = logging.getLogger("nodepass")
 ROOT.addHandler(logging.NullHandler())  # silent, not lastResort, where a host program sets nothing
 
 _NAMES = {number: name.upper() for name, number in LEVELS.items()}
 _COLOURS = {"DEBUG": "2", "INFO": "32", "WARN": "33", "ERROR": "31", "FATAL": "1;31"}
 _PASSWORD = re.compile(r'(?<=//)[^/\s"]+(?=@)')
+# What may be another each time though the cause is the same: ports, counts, ids of links. Not
+# addresses, nor what has a dot or a colon at its side otherwise.
+_PASSING = re.compile(
+    r"(?<=[\w\]]:)\d+(?![\w:.\]])|(?<![\w.:])(?:\d+|(?=[a-f]*\d)[0-9a-f]{8,})(?![\w.:])"
+)
 _PLAIN = re.compile(r'[^\s"=]+')
 
 
@@ -60,18 +75,23 @@ def mask(text: str) -> str:
     return _PASSWORD.sub("***", text)
 
 
-def setup(fmt: str = "text", stream: TextIO | io.TextIOBase | None = None) -> Shape:
+def setup(
+    fmt: str = "text", stream: TextIO | io.TextIOBase | None = None, *, is_shared: bool = False
+) -> Shape:
     """Send the lines of this process to a stream; a second call replaces the first.
 
     Args:
         fmt: "text", or "json" for one object a line.
         stream: where to; None = stderr.
+        is_shared: whether several tunnels say something there; lines that are of none of them
+            are then marked as being of all.
 
     Returns:
         What gives lines their shape.
     """
     target = sys.stderr if stream is None else stream
     shape = _Json() if fmt == "json" else _Text(_wants_colour(target))
+    shape.is_shared = is_shared
     handler = logging.StreamHandler(target)
     handler.setFormatter(shape)
     clear()
@@ -101,6 +121,13 @@ def _wants_colour(stream: TextIO | io.TextIOBase) -> bool:
 class Shape(logging.Formatter):
     """How the lines of this process look, whoever writes them."""
 
+    is_shared = False
+
+    def missing(self, record: logging.LogRecord) -> dict[str, object]:
+        """Return the fields that a line of no tunnel gets among those of several."""
+        has_tunnel = "tunnel" in getattr(record, "fields", {})
+        return {"tunnel": "all"} if self.is_shared and not has_tunnel else {}
+
     def lost(self, count: int) -> str:
         """Return the line that stands in the place of lines that were lost."""
         event, fields = "lines lost: nobody read standard error", {"lines": count}
@@ -126,6 +153,8 @@ class _Text(Shape):
             level = f"\x1b[{_COLOURS.get(level, '0')}m{level}\x1b[0m"
         text = f"{stamp:%Y-%m-%d %H:%M:%S}.{stamp.microsecond // 1000:03d}  {level}  "
         text += record.getMessage()
+        if missing := self.missing(record):
+            text += f"  {_pairs(missing)}"
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
         return mask(text)
@@ -140,7 +169,7 @@ class _Json(Shape):
             "logger": record.name,
         }
         fields: dict[str, object] = getattr(record, "fields", {})
-        for key, value in fields.items():
+        for key, value in {**self.missing(record), **fields}.items():
             line.setdefault(key, value)
         if record.exc_info:
             line["traceback"] = mask(self.formatException(record.exc_info))
@@ -160,7 +189,10 @@ class _Json(Shape):
 class Log:
     """Where one object writes its lines; carries a level and the fields they all share."""
 
-    __slots__ = ("_fields", "_kinds", "_level", "_logger", "_repeats", "is_debug", "level", "name")
+    __slots__ = (
+        "_fields", "_kinds", "_level", "_logger", "_repeats", "_subjects", "is_debug", "level",
+        "name",
+    )  # fmt: skip
 
     def __init__(self, name: str, level: str = "info", /, **fields: object) -> None:
         self.name = name
@@ -172,8 +204,9 @@ class Log:
         self._level = LEVELS[level]
         self._logger = logging.getLogger(f"nodepass.{name}")
         self._fields = fields
-        self._repeats: dict[str, tuple[float, int]] = {}
+        self._repeats: dict[str, dict[str, tuple[float, int]]] = {}
         self._kinds: dict[str, tuple[float, int, int]] = {}
+        self._subjects: dict[str, tuple[float, int]] = {}
 
     def __repr__(self) -> str:
         return f"<Log {self.name} {self.level} {_pairs(_values(self._fields))}>"
@@ -183,6 +216,7 @@ class Log:
         log = Log(self.name, self.level, **{**self._fields, **fields})
         log._repeats = self._repeats
         log._kinds = self._kinds
+        log._subjects = self._subjects
         return log
 
     def debug(self, message: str, /, **fields: object) -> None:
@@ -208,6 +242,9 @@ class Log:
     def repeated(self, level: str, key: str, message: str, /, **fields: object) -> None:
         """Report a fault that may come often: at once, then at most one line a minute.
 
+        Another cause of the fault, that is another message or another `why`, is told at once,
+        too; beyond CAUSES of them they share one line a minute.
+
         Args:
             level: one of `LEVELS`.
             key: names the fault; the lines of one key are counted together. Its first word
@@ -215,24 +252,62 @@ class Log:
             message: as for the other methods; a later line adds repeats=N, the
                 times it happened since the line before.
         """
-        now = monotonic()
-        last, count = self._repeats.pop(key, (now - REPEAT_PAUSE, 0))
-        if now - last < REPEAT_PAUSE:
-            self._repeats[key] = (last, count + 1)
+        if LEVELS[level] < self._level:
             return
+        now = monotonic()
+        fault = self._repeats.pop(key, {})
         if len(self._repeats) >= REPEAT_KEYS:
             del self._repeats[next(iter(self._repeats))]
-        self._repeats[key] = (now, 0)
+        self._repeats[key] = fault
+        cause = _cause(message, fields)
+        if cause not in fault and len(fault) >= CAUSES:
+            for old in [c for c, (last, _) in fault.items() if c and now - last >= REPEAT_PAUSE]:
+                del fault[old]
+            cause = cause if len(fault) < CAUSES else ""
+        last, count = fault.get(cause, (now - REPEAT_PAUSE, 0))
+        if now - last < REPEAT_PAUSE:
+            fault[cause] = (last, count + 1)
+            return
+        fault[cause] = (now, 0)
         if count:
             fields = {**fields, "repeats": count + 1}
-        self.bounded(level, key.partition(" ")[0], message, **fields)
+        self._leave(level, key.partition(" ")[0], message, fields, now)
 
-    def bounded(self, level: str, kind: str, message: str, /, **fields: object) -> None:
+    def forget(self, *keys: str) -> None:
+        """Take faults as mended: if they come again they are told at once."""
+        for key in keys:
+            self._repeats.pop(key, None)
+
+    def bounded(self, level: str, key: str, message: str, /, **fields: object) -> None:
         """Report what strangers can cause at will: at most LINES_A_MINUTE of one kind.
 
         The next line that leaves says how many did not: unprinted=N.
+
+        Args:
+            level: one of `LEVELS`.
+            key: its first word names the kind; the rest, if any, whom it is about: about
+                one of them SHARE lines leave, so that the others are heard as well.
+            message: as for the other methods.
         """
         now = monotonic()
+        kind, _, subject = key.partition(" ")
+        if subject:
+            start, count = self._subjects.pop(key, (now, 0))
+            if now - start >= REPEAT_PAUSE:
+                start, count = now, 0
+            if len(self._subjects) >= REPEAT_KEYS:
+                del self._subjects[next(iter(self._subjects))]
+            self._subjects[key] = (start, count + 1)
+            if count >= SHARE:
+                start, count, unprinted = self._kinds.get(kind, (now, 0, 0))
+                self._kinds[kind] = (start, count, unprinted + 1)
+                return
+        self._leave(level, kind, message, fields, now)
+
+    def _leave(
+        self, level: str, kind: str, message: str, fields: dict[str, object], now: float
+    ) -> None:
+        """Write a line unless as many of its kind have left as may."""
         start, count, unprinted = self._kinds.get(kind, (now, 0, 0))
         if now - start >= REPEAT_PAUSE:
             start, count = now, 0
@@ -264,6 +339,11 @@ def _values(fields: dict[str, object]) -> dict[str, object]:
         key: value if isinstance(value, int | float | None) else mask(_text(value))
         for key, value in fields.items()
     }
+
+
+def _cause(message: str, fields: dict[str, object]) -> str:
+    """Return what is the same as long as a fault has the same cause."""
+    return _PASSING.sub("#", f"{message} {fields.get('why', '')}"[:CAUSE_LENGTH])
 
 
 def _text(value: object) -> str:

@@ -48,7 +48,7 @@ def run(configs: Sequence[Config], settings: Settings, exposed: str | None = Non
     Returns:
         The exit code, as `serve` returns it.
     """
-    with Console(settings.log_format) as console:
+    with Console(settings.log_format, is_shared=len(configs) > 1) as console:
         _warn_of_words(configs, exposed)
         tell_remarks(Log("cli", _most_talkative(configs)), settings)
         _warn_of_open_file(configs)

@@ -246,7 +246,7 @@ class Roster:
     def refuse_link(self, sock: socket.socket, client: Client) -> None:
         """Reset a link that there is no room for."""
         net.reset(sock)
-        self._log.repeated("warn", "surplus", "a link too many", client=client.name)
+        self._log.repeated("warn", f"surplus {client.name}", "a link too many", client=client.name)
 
     def _take_hello(self, caller: Caller, hello: Hello) -> None:
         session_id = secrets.token_hex(SESSION_SIZE)
@@ -291,7 +291,7 @@ class Roster:
         """End a session because a newer one takes its place."""
         self._log.bounded(
             "info",
-            "replaced",
+            f"replaced {old.name}",
             "client replaced by a newer one of its name",
             client=old.name,
             host=old.host,
@@ -325,7 +325,7 @@ class Roster:
         self._spawn(self._run_control(client, caller), "a control channel")
         origin = {"from": caller.address}
         self._log.bounded(
-            "info", "connected", "client connected", client=name, dialect=dialect, **origin
+            "info", f"connected {name}", "client connected", client=name, dialect=dialect, **origin
         )
         return client
 
@@ -366,13 +366,15 @@ class Roster:
         if isinstance(event, Fail):
             self._fail(client, event)
         elif isinstance(event, Drain):
-            self._log.bounded("info", "stopping", "client is stopping", client=client.name)
+            self._log.bounded(
+                "info", f"stopping {client.name}", "client is stopping", client=client.name
+            )
             client.shelf.clear()
         elif isinstance(event, Lost):
             self._unseat(client)
             self._log.bounded(
                 "info" if event.is_orderly else "warn",
-                "lost",
+                f"lost {client.name}",
                 "tunnel lost",
                 client=client.name,
                 host=client.host,

@@ -150,9 +150,11 @@ class Server(Tunnel):
         self._rest_timer = self._loop.call_later(self.settings.report_interval, self._rest)
         self.resources.callback(self._stop_resting)
         data = {} if self._data is None else {"data": self._data.address[1]}
+        # Among several tunnels it is the label of each line.
+        tunnel = {"tunnel": net.join_address(*self._tunnel.address)}
         self.log.info(
             "server listening",
-            tunnel=net.join_address(*self._tunnel.address),
+            **({} if self.config.label else tunnel),
             target=net.join_address(*self._target_address),
             carries=self.config.carries,
             **data,

@@ -67,7 +67,8 @@ class Tunnel(ABC):
         if self.config.mode is not self.mode:
             raise ConfigError("scheme", f"must be {self.mode}:// here")
         self.settings = self.config.settings
-        self.log = Log(str(self.mode), self.config.log)
+        label = self.config.label
+        self.log = Log(str(self.mode), self.config.log, **({"tunnel": label} if label else {}))
         if isinstance(url, str):
             tell_remarks(self.log, self.settings)
         self.counters = Counters()

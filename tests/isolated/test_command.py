@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -137,6 +138,77 @@ def test_json_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     with nodepass(server_url()) as process:
         line = read_until(process.stderr, "server listening").splitlines()[-1]
     assert line.startswith('{"time": ')
+
+
+def test_c18_each_line_says_which_tunnel() -> None:
+    dead, target = free_port(), free_port()
+    there = server_url()
+    urls = (
+        there,
+        there.replace("server", "client"),
+        f"client://hunter2@127.0.0.1:{dead}/127.0.0.1:{target}",
+    )
+    with nodepass(*urls, NODEPASS_ENGINE="python", NODEPASS_COMPAT_SWITCH="x") as process:
+        said = read_until(process.stderr, "tunnel up")
+        if "no tunnel" not in said:
+            said += read_until(process.stderr, "no tunnel")
+        process.send_signal(signal.SIGTERM)
+        code, rest = finish(process)
+    assert code == 0
+    lines = (said + rest).splitlines()
+    assert [line for line in lines if "  tunnel=" not in line] == []
+    server, client, other = (url.replace("hunter2@", "").rpartition("/")[0] for url in urls)
+    assert labels(lines, "server listening") == {server}
+    assert labels(lines, "tunnel up") == {client}
+    assert labels(lines, "no tunnel") == {other}
+    assert labels(lines, "stopped") == {server, client, other}
+    assert labels(lines, "the slow Python engine runs") == {"all"}
+
+
+def labels(lines: list[str], message: str) -> set[str]:
+    """Return which tunnels the lines with a message are about."""
+    found = [line for line in lines if line[23:].split("  ")[2].startswith(message)]
+    return {line.partition("  tunnel=")[2].split("  ")[0] for line in found}
+
+
+def test_c18_a_tunnel_that_is_alone_needs_no_label() -> None:
+    with nodepass(f"client://127.0.0.1:{free_port()}/127.0.0.1:1") as process:
+        said = read_until(process.stderr, "no tunnel")
+        process.send_signal(signal.SIGTERM)
+        code, rest = finish(process)
+    assert code == 0
+    assert "tunnel=" not in said + rest
+
+
+@pytest.mark.parametrize("name", ["LOG_FORMAT", "NODEPASS_LOG_FORMAT"])
+@pytest.mark.parametrize(
+    ("words", "environ", "code"),
+    [
+        ((), {}, 2),
+        (("bench",), {}, 2),
+        (("kygen",), {}, 2),
+        (("keygen", "a", "b"), {}, 2),
+        (("server://:1/:1",), {}, 2),
+        (("--nonsense",), {}, 2),
+        (("server://:1/:2?lgo=x",), {}, 2),
+        (("server://:1/:2",), {"NODEPASS_DIAL_TIMEOUT": "soon"}, 2),
+        (("server://:1/:2",), {"NODEPASS_PASSWORD_FILE": "/no/such/file"}, 2),
+        (("server://192.0.2.1:1000/:2",), {}, 1),
+        (("server://:1/:2?tls=2&crt=/no&key=/no",), {}, 1),
+        (("client://a:1/b:2?ca=/no",), {"DIAL_TIMEOUT": "soon", "NODEPASS_PASWORD": "x"}, 1),
+    ],
+)
+def test_c18_json_from_the_first_line_on(
+    words: tuple[str, ...], environ: dict[str, str], code: int, name: str
+) -> None:
+    with nodepass(*words, **environ, **{name: "json"}) as process:
+        ended, said = finish(process)
+    lines = [json.loads(line) for line in said.splitlines()]
+    assert ended == code, said
+    assert all({"time", "level", "message", "logger"} <= line.keys() for line in lines)
+    assert [line["level"] for line in lines] == ["warn"] * (len(lines) - 1) + ["fatal"]
+    assert not lines[-1]["message"].startswith("nodepass")
+    assert len(lines) == (3 if "DIAL_TIMEOUT" in environ else 1)
 
 
 @pytest.mark.parametrize("words", [(), ("bench",), ("server://:1/:1",), ("--nonsense",)])

@@ -18,6 +18,7 @@ from nodepass.config import (
     Secret,
     Settings,
     check_together,
+    label_together,
     parse_host,
 )
 from nodepass.errors import ConfigError
@@ -493,3 +494,29 @@ def test_one_table_for_the_log_levels() -> None:
     from nodepass.log import LEVELS
 
     assert tuple(LEVELS) == module.LEVELS
+
+
+@pytest.mark.parametrize(
+    ("urls", "labels"),
+    [
+        (["client://pw@a:1/b:2"], [None]),
+        (
+            ["client://pw@a:1/b:2", "client://a2:1/b:2", "server://:1/:2"],
+            ["client://a:1", "client://a2:1", "server://:1"],
+        ),
+        (
+            ["client://a:1/b:2", "client://a:1/b:3?log=debug", "client://[::1]:1/b:2"],
+            ["client://a:1/b:2", "client://a:1/b:3", "client://[::1]:1"],
+        ),
+        (
+            ["client://a:1/b:2?name=x", "client://a:1/b:2?name=y"],
+            ["client://a:1/b:2#1", "client://a:1/b:2#2"],
+        ),
+        (["server://a:1/b:2", "client://a:1/b:2"], ["server://a:1", "client://a:1"]),
+    ],
+)
+def test_c18_labels_tell_tunnels_apart(urls: list[str], labels: list[str | None]) -> None:
+    configs = [parse(url) for url in urls]
+    labelled = label_together(configs)
+    assert [config.label for config in labelled] == labels
+    assert [config.url for config in labelled] == [config.url for config in configs]

@@ -330,6 +330,7 @@ LIMITS = {
     "docs/operations.md": (
         f"From {tls.EXPIRY_WARNING.days} days before",
         f"less than {tls.EXPIRY_WARNING.days} days are left",
+        f"at most {log.LINES_A_MINUTE} lines a minute of one kind, a quarter of them",
         f"in a queue of {outlet.ROOM >> 20} MiB",
         f"written within {console.SHORT_WORDS:g} s",
     ),
@@ -340,6 +341,7 @@ LIMITS = {
 def test_figures_are_those_of_the_code(name: str) -> None:
     text = " ".join(read(name).split())
     assert [figure for figure in LIMITS[name] if figure not in text] == []
+    assert (log.CAUSES, log.LINES_A_MINUTE // log.SHARE) == (8, 4)  # "the ninth", "a quarter"
     assert (certificate.OWN_NAME, log.REPEAT_PAUSE) == ("nodepass", 60)  # "once a minute"
     assert entrance.KNOWN_SHARE == 2  # "twice as many"
 

@@ -6,7 +6,8 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterator
+import string
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -192,6 +193,182 @@ def test_repeat_keys_are_bounded() -> None:
         log.repeated("warn", str(number), "x")
     assert len(log._repeats) == module.REPEAT_KEYS
     assert str(number) in log._repeats
+
+
+Clock = Callable[[float], None]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Let a test say what time it is; it begins at 1000 s."""
+    now = 1000.0
+
+    def set_to(time: float) -> None:
+        nonlocal now
+        now = time
+
+    monkeypatch.setattr(module, "monotonic", lambda: now)
+    return set_to
+
+
+class Said(io.StringIO):
+    """A stream whose lines can be asked for, each once."""
+
+    def lines(self) -> list[str]:
+        said = [rest(line).split("  ", 1)[1] for line in self.getvalue().splitlines(True)]
+        self.seek(0)
+        self.truncate()
+        return said
+
+
+@pytest.fixture
+def said() -> Said:
+    stream = Said()
+    setup("text", stream)
+    return stream
+
+
+NO_NAME = "cannot reach a.example:10101: name does not resolve"
+DEAD = "cannot reach a.example:10101: timed out"
+
+
+def test_c18_another_cause_is_told_at_once(clock: Clock, said: Said) -> None:
+    """And each is counted by itself, so that two that take turns do not fill the log."""
+    log = Log("client")
+    for second in range(30):
+        clock(1000 + second)
+        log.repeated("warn", "dial", "no tunnel", why=DEAD if second % 2 else NO_NAME)
+    assert said.lines() == [f'no tunnel  why="{why}"' for why in (NO_NAME, DEAD)]
+    clock(1060)
+    log.repeated("warn", "dial", "no tunnel", why=NO_NAME)
+    assert said.lines() == [f'no tunnel  why="{NO_NAME}"  repeats=15']
+
+
+def test_c18_two_messages_of_one_key_are_two_faults(clock: Clock, said: Said) -> None:
+    log = Log("server")
+    log.repeated("warn", "data 10.0.0.1", "turned away", host="10.0.0.1")
+    log.repeated("warn", "data 10.0.0.1", "TLS failed", host="10.0.0.1")
+    assert said.lines() == ["turned away  host=10.0.0.1", "TLS failed  host=10.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        ("127.0.0.1:50312 left", "127.0.0.1:4 left", True),
+        ("[2001:db8::1]:50312", "[2001:db8::1]:4", True),
+        ("a.example:50312 left", "a.example:4 left", True),
+        ("link 5f3dd280 is gone", "link 0b42ccaa is gone", True),
+        ("link 17 is gone", "link 4 is gone", True),
+        ("no idle link within 5 s", "no idle link within 6 s", True),
+        ("10.0.0.1:80", "10.0.0.2:80", False),
+        ("10.0.0.1", "10.0.0.2", False),
+        ("[2001:db8::1]:80", "[2001:db8::2]:80", False),
+        ("[2001:db8::1:1]:80", "[2001:db8::1:2]:80", False),
+        ("a1.example:80", "a2.example:80", False),
+        ("refused", "timed out", False),
+        ("x" * 300 + "a", "x" * 300 + "b", True),
+    ],
+)
+def test_c18_what_is_another_cause(
+    one: str, other: str, is_same: bool, clock: Clock, said: Said
+) -> None:
+    log = Log("test")
+    log.repeated("warn", "key", "fault", why=one)
+    log.repeated("warn", "key", "fault", why=other)
+    assert len(said.lines()) == (1 if is_same else 2)
+
+
+def test_c18_strangers_choose_causes_in_vain(clock: Clock, said: Said) -> None:
+    """So many are told apart, the rest shares a line a minute, and nothing grows."""
+    log = Log("server")
+    for turn in range(2):
+        clock(1000 + 60 * turn)
+        for letter in string.ascii_letters:
+            log.repeated("warn", "stranger 10.0.0.1", "turned away", why=letter)
+        lines = said.lines()
+        assert len(lines) == module.CAUSES + 1
+        assert lines[-1].endswith(f"repeats={52 - module.CAUSES}") == bool(turn)
+        assert len(log._repeats["stranger 10.0.0.1"]) == module.CAUSES + 1
+    log.repeated("warn", "stranger 10.0.0.2", "turned away", why="a")
+    assert said.lines() == ["turned away  why=a"]
+
+
+def test_c12_a_noisy_health_checker_does_not_silence_its_neighbour(
+    clock: Clock, said: Said
+) -> None:
+    """Behind one address there may be both a load balancer that looks and a client that fails."""
+    log = Log("server")
+    for second in range(50):
+        clock(1000 + second)
+        log.repeated("warn", "stranger 10.0.0.1", "turned away", why="it left at once")
+    log.repeated("warn", "stranger 10.0.0.1", "turned away", why="it does not speak TLS")
+    assert said.lines() == [
+        'turned away  why="it left at once"',
+        'turned away  why="it does not speak TLS"',
+    ]
+
+
+def test_c18_a_mended_fault_is_told_at_once_again(clock: Clock, said: Said) -> None:
+    log = Log("client")
+    log.repeated("warn", "dial", "no tunnel", why=DEAD)
+    log.forget("dial", "tls")
+    log.repeated("warn", "dial", "no tunnel", why=DEAD)
+    assert len(said.lines()) == 2
+
+
+def test_c18_one_client_does_not_take_the_lines_of_all(clock: Clock, said: Said) -> None:
+    log = Log("server")
+    for _ in range(500):
+        log.bounded("info", "lost a", "tunnel lost", client="a")
+    log.bounded("warn", "lost b", "tunnel lost", client="b")
+    lines = said.lines()
+    assert len(lines) == module.SHARE + 1
+    assert lines[-1] == f"tunnel lost  client=b  unprinted={500 - module.SHARE}"
+    clock(1060)
+    log.bounded("info", "lost a", "tunnel lost", client="a")
+    assert said.lines() == ["tunnel lost  client=a"]
+
+
+def test_subjects_are_bounded(clock: Clock, said: Said) -> None:
+    log = Log("server")
+    for number in range(2 * module.REPEAT_KEYS):
+        log.bounded("info", f"lost {number}", "tunnel lost")
+    assert len(log._subjects) == module.REPEAT_KEYS
+    assert len(said.lines()) == module.LINES_A_MINUTE
+
+
+def test_below_the_level_nothing_is_kept(said: Said) -> None:
+    log = Log("server", "error")
+    log.repeated("warn", "key", "x")
+    assert log._repeats == {}
+
+
+# --- several tunnels -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_c18_lines_of_no_tunnel_are_of_all(is_shared: bool) -> None:
+    stream = io.StringIO()
+    setup("text", stream, is_shared=is_shared)
+    Log("client", tunnel="client://a:1").error("bug", error=raised("x"), a=1)
+    Log("cli").info("stopping", a=1)
+    logging.getLogger("asyncio").warning("died")
+    lines = [line for line in stream.getvalue().splitlines() if line[:1] == "2"]
+    assert lines[0].endswith('ERROR  bug  tunnel=client://a:1  error="ValueError: x"  a=1')
+    end = "  tunnel=all" if is_shared else ""
+    assert [line[25:] for line in lines[1:]] == [f"INFO  stopping  a=1{end}", f"WARN  died{end}"]
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_c18_and_as_json(is_shared: bool) -> None:
+    stream = io.StringIO()
+    shape = setup("json", stream, is_shared=is_shared)
+    Log("client", tunnel="client://a:1").info("up")
+    Log("cli").info("stopping")
+    stream.write(shape.stray("nodepass: error: x\n") + shape.lost(3))
+    tunnels = [json.loads(line).get("tunnel") for line in stream.getvalue().splitlines()]
+    other = "all" if is_shared else None
+    assert tunnels == ["client://a:1", other, other, other]
 
 
 def test_json() -> None:

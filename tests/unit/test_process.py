@@ -321,8 +321,8 @@ async def test_the_real_parts() -> None:
 class QuietConsole(contextlib.AbstractContextManager["QuietConsole", None]):
     """Leaves standard error and `logging` as they are."""
 
-    def __init__(self, fmt: str) -> None:
-        self.fmt = fmt
+    def __init__(self, fmt: str, *, is_shared: bool) -> None:
+        self.words = fmt, is_shared
 
     def __exit__(self, *error: object) -> None:
         return
@@ -334,9 +334,10 @@ class QuietConsole(contextlib.AbstractContextManager["QuietConsole", None]):
 def test_run_sets_the_process_up(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[object] = []
 
-    def noted(fmt: str) -> QuietConsole:
+    def noted(fmt: str, *, is_shared: bool) -> QuietConsole:
         done.append(fmt)
-        return QuietConsole(fmt)
+        assert is_shared
+        return QuietConsole(fmt, is_shared=is_shared)
 
     async def fake_serve(*words: object) -> int:
         done.append(type(asyncio.get_running_loop()).__module__.split(".")[0])
