@@ -48,7 +48,8 @@ class Console:
         if fd is None:  # a host's own stream, as in tests
             setup(self._fmt, is_shared=self._is_shared)
             return self
-        self._outlet = Outlet(fd)
+        is_text = self._fmt == "text"  # JSON is UTF-8 whatever the terminal is
+        self._outlet = Outlet(fd, (is_text and sys.stderr.encoding) or "utf-8")
         shape = setup(self._fmt, Face(self._outlet), is_shared=self._is_shared)
         self._outlet.notice = shape.lost
         self._before, sys.stderr = sys.stderr, Face(self._outlet, shape.stray)

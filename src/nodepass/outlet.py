@@ -60,10 +60,12 @@ class Outlet:
 
     Args:
         fd: where to; borrowed.
+        encoding: of the text; what it has no character for is written with a backslash.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, encoding: str = "utf-8") -> None:
         self.fd = fd
+        self.encoding = encoding
         self.notice: Callable[[int], str] = "{} lines lost\n".format
         """Makes the line that says how many were lost."""
         self._begin()
@@ -86,7 +88,7 @@ class Outlet:
 
     def put(self, text: str) -> None:
         """Queue one or more whole lines; never waits. Without room they are lost, and counted."""
-        data = _encoded(text)
+        data = self._encoded(text)
         with self._changed:
             if self._end is not None:
                 return
@@ -104,13 +106,16 @@ class Outlet:
             elif self._thread is None:
                 self._start()
 
+    def _encoded(self, text: str) -> bytes:
+        return text.encode(self.encoding, "backslashreplace")
+
     def _append(self, data: bytes) -> None:
         self._lines.append(data)
         self._size += len(data) + ENTRY
 
     def _append_notice(self) -> None:
         lost, self._lost = self._lost, 0
-        self._append(_encoded(self.notice(lost)))
+        self._append(self._encoded(self.notice(lost)))
 
     def _start(self) -> None:
         thread = threading.Thread(target=self._work, name="nodepass-log", daemon=True)
@@ -214,10 +219,6 @@ class Outlet:
             return True
 
 
-def _encoded(text: str) -> bytes:
-    return text.encode("utf-8", "backslashreplace")
-
-
 def _block_signals() -> None:
     """Leave signals to the main thread, which is not held up by a write."""
     if hasattr(signal, "pthread_sigmask"):
@@ -246,7 +247,6 @@ class Face(io.TextIOBase):
         shape: what becomes of each text that ends with a line end.
     """
 
-    encoding = "utf-8"
     errors = "backslashreplace"
 
     def __init__(self, outlet: Outlet, shape: Callable[[str], str] | None = None) -> None:
@@ -254,6 +254,11 @@ class Face(io.TextIOBase):
         self._shape = shape
         self._lock = threading.RLock()
         self._begun = ""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # the base has it as a slot
+        """What the text is written in."""
+        return self._outlet.encoding
 
     def write(self, text: str, /) -> int:
         """Pass on whole lines, keep what is begun until its line end comes."""
@@ -294,6 +299,6 @@ def tell(text: str) -> None:
     if fd is None:
         sys.stderr.write(text)
         return
-    outlet = Outlet(fd)
+    outlet = Outlet(fd, sys.stderr.encoding or "utf-8")
     outlet.put(text)
     outlet.close(LAST_WORDS)

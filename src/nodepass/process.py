@@ -179,6 +179,12 @@ async def serve(
         asked.set()
 
     tunnels: list[Tunnel] = []
+    starting: Config | None = None
+
+    def note(config: Config) -> Config:
+        nonlocal starting
+        starting = config
+        return config
 
     def on_reload() -> None:
         _reload(tunnels, log)
@@ -188,12 +194,12 @@ async def serve(
         try:
             relays = house.relays(settings)
         except (NodePassError, OSError) as exc:
-            return _complain(exc)
+            return _complain(exc, settings)
         try:
-            made = (house.tunnel(config, relays) for config in configs)
+            made = (house.tunnel(config, relays) for config in map(note, configs))
             code = await _live(made, tunnels, asked, log)
         except (NodePassError, OSError) as exc:
-            code = _complain(exc)
+            code = _complain(exc, settings, starting)
         finally:
             if not await _unless(hurried, _stop(tunnels, log)):
                 log.warn("stopped at once by a second signal, open relays are reset")
@@ -291,10 +297,14 @@ async def _unless(event: asyncio.Event, work: Coroutine[object, object, None]) -
         await asyncio.gather(task, waiter, return_exceptions=True)
 
 
-def _complain(exc: NodePassError | OSError) -> int:
-    """Say on stderr in one line why the start failed."""
+def _complain(exc: NodePassError | OSError, settings: Settings, of: Config | None = None) -> int:
+    """Say in one line why the start failed; in JSON also of which tunnel."""
     reason = str(exc)
     if isinstance(exc, OSError) and not isinstance(exc, NodePassError):
         reason = exc.strerror or reason  # without "[Errno 98]"
-    print(f"{COMPLAINT}{mask(reason)}", file=sys.stderr)
+    if settings.log_format == "json":
+        fields = {} if of is None or of.label is None else {"tunnel": of.label}
+        Log("cli").fatal(reason, **fields)
+    else:
+        print(f"{COMPLAINT}{mask(reason)}", file=sys.stderr)
     return FAILED

@@ -61,7 +61,7 @@ class Reader:
         """Return all, once the other end is closed."""
         self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
-        return self.data.decode().splitlines()
+        return self.data.decode(errors="replace").splitlines()
 
 
 class Street:
@@ -406,6 +406,17 @@ def test_text_that_is_no_text() -> None:
         street.reader.begin()
         Face(street.outlet).write("名字 \udc80\n")
         assert street.finish() == ["名字 \\udc80"]
+
+
+def test_a_terminal_of_another_encoding() -> None:
+    with Street() as street:
+        street.reader.begin()
+        street.outlet.encoding = "latin-1"
+        face = Face(street.outlet)
+        face.write("größer €\n")
+        assert face.encoding == "latin-1"
+        street.finish()
+        assert street.reader.data == b"gr\xf6\xdfer \\u20ac\n"
 
 
 # --- one text at the end -------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 
 from nodepass import process
 from nodepass.client import Client
-from nodepass.config import Config
+from nodepass.config import Config, label_together
 from nodepass.environment import Settings
 from nodepass.errors import EngineError, ListenError
 from nodepass.log import LEVELS
@@ -223,6 +223,19 @@ async def test_a_failed_start_stops_what_started(
     assert await run(house) == 1
     assert house.events == ALL_STARTED + ALL_STOPPED
     assert capsys.readouterr() == ("", f"nodepass: error: {line}\n")
+
+
+@pytest.mark.parametrize("place", [1, 2])
+async def test_c18_json_says_which_tunnel_failed(
+    place: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = FakeHouse({f"start {place}": ListenError("a:1", errno.EADDRINUSE)})
+    with caplog.at_level("DEBUG", "nodepass"):
+        code = await serve(label_together(CONFIGS), Settings(log_format="json"), house)
+    assert code == 1
+    (record,) = (r for r in caplog.records if r.levelname == "CRITICAL")
+    label = ("server://127.0.0.1:10101", "client://127.0.0.1:10101")[place - 1]
+    assert record.getMessage() == f"cannot listen on a:1: address already in use  tunnel={label}"
 
 
 async def test_no_engine(capsys: pytest.CaptureFixture[str]) -> None:
