@@ -191,7 +191,7 @@ class Log:
 
     __slots__ = (
         "_fields", "_kinds", "_level", "_logger", "_repeats", "_subjects", "is_debug", "level",
-        "name",
+        "name", "tunnel",
     )  # fmt: skip
 
     def __init__(self, name: str, level: str = "info", /, **fields: object) -> None:
@@ -201,6 +201,8 @@ class Log:
         """One of `LEVELS`."""
         self.is_debug = LEVELS[level] <= logging.DEBUG
         """Whether debug lines leave; read it before building a costly one."""
+        self.tunnel = "all"
+        """Which tunnel the lines are about; in each record, for handlers of a host program."""
         self._level = LEVELS[level]
         self._logger = logging.getLogger(f"nodepass.{name}")
         self._fields = fields
@@ -214,6 +216,7 @@ class Log:
     def child(self, **fields: object) -> Log:
         """Return a Log whose lines also carry these fields; repeats are counted together."""
         log = Log(self.name, self.level, **{**self._fields, **fields})
+        log.tunnel = self.tunnel
         log._repeats = self._repeats
         log._kinds = self._kinds
         log._subjects = self._subjects
@@ -328,7 +331,7 @@ class Log:
             level,
             f"{event}  {_pairs(values)}" if values else event,
             exc_info=_failure(fields) if level >= logging.ERROR else None,
-            extra={"event": event, "fields": values},
+            extra={"event": event, "fields": values, "tunnel": self.tunnel},
             stacklevel=3,
         )
 

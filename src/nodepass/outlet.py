@@ -156,15 +156,21 @@ class Outlet:
 
     def _work(self) -> None:
         _block_signals()
-        while True:
-            with self._changed:
-                if not self._wait_for_lines():
+        try:
+            while True:
+                with self._changed:
+                    if not self._wait_for_lines():
+                        return
+                    piece, charge = self._take()
+                if not self._write(piece):
                     return
-                piece, charge = self._take()
-            if not self._write(piece):
-                return
+                with self._changed:
+                    self._size -= charge
+        finally:
             with self._changed:
-                self._size -= charge
+                if self._end is None:  # a fault, such as no memory: the next line begins anew
+                    self._thread = None
+                    self._size = sum(len(line) + ENTRY for line in self._lines)
 
     def _wait_for_lines(self) -> bool:
         """Return whether there are any; if not, it is the end."""

@@ -69,6 +69,7 @@ class Tunnel(ABC):
         self.settings = self.config.settings
         label = self.config.label
         self.log = Log(str(self.mode), self.config.log, **({"tunnel": label} if label else {}))
+        self.log.tunnel = label or f"{self.mode}://{self.config.tunnel}"
         if isinstance(url, str):
             tell_remarks(self.log, self.settings)
         self.counters = Counters()

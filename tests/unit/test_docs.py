@@ -305,6 +305,8 @@ LIMITS = {
         f"forgotten after {penalty.FORGET_AFTER:g} s",
         f"| sources remembered for that | {penalty.MAX_SOURCES} |",
         f"some {entrance.MAX_CALLERS_PER_SOURCE / penalty.LONGEST_DELAY:g} guesses a second",
+        f"all others, with `repeats=`; of one kind {log.LINES_A_MINUTE} a minute",
+        f"| log lines that wait for a slow reader | {outlet.ROOM >> 20} MiB;",
         f"| sessions of one server | {roster.MAX_CLIENTS} |",
         f"| first line | {wire.MAX_LINE} bytes |",
         f"takes {dataport.MAX_SHAKES} TLS handshakes",

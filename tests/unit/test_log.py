@@ -437,6 +437,7 @@ def test_lines_reach_a_host_program(caplog: pytest.LogCaptureFixture) -> None:
     (record,) = caplog.records
     assert record.getMessage() == "tunnel up  a=1"
     assert record.name == "nodepass.test"
+    assert record.__dict__["tunnel"] == "all"
     assert record.funcName == "test_lines_reach_a_host_program"
 
 

@@ -175,7 +175,7 @@ def test_c3_losses_are_told_by_the_last_line() -> None:
 def test_one_gap_rather_than_many() -> None:
     """After a loss even a short line waits until half of the room is free again."""
     with Street() as street:
-        put(street.outlet, ["x" * 1000] * (ROOM // 1000))
+        put(street.outlet, ["x" * 1000] * (2 * ROOM // 1000))
         lost = street.outlet._lost
         assert lost > 0
         street.outlet.put("y\n")
@@ -341,6 +341,21 @@ def test_as_many_threads_as_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None
         street._read = os.open(os.devnull, os.O_RDONLY)
 
 
+def test_a_fault_in_the_thread_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as no memory: the next line begins anew, with those that still wait."""
+    faults: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", faults.append)
+    with Street() as street:
+        with street.outlet._changed:
+            street.outlet.put("lost\n")
+            monkeypatch.setattr(street.outlet, "_take", lambda: 1 / 0)
+        until(lambda: bool(faults) and street.outlet._thread is None)
+        monkeypatch.undo()
+        street.outlet.put("x\n")
+        street.reader.begin()
+        assert street.finish() == ["lost", "x"]
+
+
 def test_signals_are_for_the_main_thread() -> None:
     with Street() as street:
         street.reader.begin()
@@ -358,13 +373,11 @@ def test_signals_are_for_the_main_thread() -> None:
 def test_a_fork_begins_anew() -> None:
     """What waits is the parent's to write; the child has a thread once it needs one."""
     with Street() as street:
-        with street.outlet._changed:
-            street.outlet.put("parent\n")
-            module._begin_again()
-        street.outlet.put("child\n")
-        until(lambda: street.outlet._thread is not None)
         street.reader.begin()
-        assert "child" in street.finish()
+        street.outlet._append(b"parent\n")
+        module._begin_again()
+        street.outlet.put("child\n")
+        assert street.finish() == ["child"]
 
 
 # --- the stream before it ------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import logging
 import socket
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 from tests.engine.rig import tcp_pair
@@ -109,6 +110,17 @@ async def read(sock: socket.socket) -> bytes:
 def test_mode_must_fit() -> None:
     with pytest.raises(ConfigError, match="must be server://"):
         Toy("client://127.0.0.1:1/127.0.0.1:2")
+
+
+def test_c18_records_say_which_tunnel(caplog: pytest.LogCaptureFixture) -> None:
+    """A host program may have several tunnels, too, and shapes its lines itself."""
+    one = config(log="info")
+    with caplog.at_level("INFO", "nodepass"):
+        for tunnel in (Toy(one), Toy(replace(one, label="mine"))):
+            tunnel.log.child().info("x")
+    address = f"server://{one.tunnel}"
+    said = [(record.getMessage(), record.__dict__["tunnel"]) for record in caplog.records]
+    assert said == [("x", address), ("x  tunnel=mine", "mine")]
 
 
 def test_url_is_read_with_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
