@@ -2,7 +2,7 @@
 
 Owns: three child processes (an HTTP target, a server, a client) and one temporary folder for
 their logs. Must never leave any of them behind, whatever happens. Called by `cli`; imports
-nothing of ours, so that it sees the program as a user does: as two commands.
+nothing of ours but `outlet`, so that it sees the program as a user does: as two commands.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import PIPE
 from typing import IO, TYPE_CHECKING, Final, NamedTuple
+
+from .outlet import tell
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -386,10 +388,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         run(options.size * MEGABYTE, options.connections)
     except KeyboardInterrupt:
-        print("nodepass demo: interrupted", file=sys.stderr)
+        tell("nodepass demo: interrupted\n")
         return 130
     except (DemoError, OSError) as error:
-        print(f"nodepass demo: {error}", file=sys.stderr)
+        tell(f"nodepass demo: {error}\n")
         return 1
     finally:
         for number, handler in previous.items():

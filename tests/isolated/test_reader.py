@@ -184,6 +184,24 @@ def test_c3_a_failed_start_ends_where_nobody_reads(kind: str, word: str, code: i
             assert process.wait(PATIENCE) == code
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for children in /proc")
+def test_c3_a_demo_that_nobody_reads_can_be_stopped() -> None:
+    with Stuck("pipe") as out, Stuck("pipe") as errors:
+        command = [sys.executable, "-m", "nodepass", "demo", "--size", "1"]
+        process = subprocess.Popen(command, stdout=out.fd, stderr=errors.fd)
+        try:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            end = time.monotonic() + PATIENCE
+            while not children.read_text():
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE) == 130
+        finally:
+            process.kill()
+            process.wait()
+
+
 BOOM = """
 import sys
 from nodepass import cli, process

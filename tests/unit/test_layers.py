@@ -115,7 +115,7 @@ ALLOWED: dict[str, set[str]] = {
         "tunnel", "watch", "wire",
     },
     # the program
-    "demo": set(),
+    "demo": {"outlet"},
     "title": set(),
     "console": {"log", "outlet"},
     "process": {
