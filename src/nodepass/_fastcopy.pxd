@@ -31,6 +31,7 @@ cdef enum:                      # Udp.wishes
     WISH_LIMIT = 1              # take over Udp.wished_ms
     WISH_SHUT = 2
     WISH_RELIEVE = 4
+    WISH_TARGET = 8             # take over Udp.fresh
 
 cdef enum:                      # Flow.doubts; the first two are the sides, 1 << index
     DOUBT_A = 1
@@ -212,6 +213,7 @@ cdef struct Gate:               # of a gate's flow; made and freed by [c]
 cdef struct Udp:                # beside the Flow of the same slot, for the UDP kinds
     uint32_t wishes             # atomic: [c] sets bits, [w] takes them
     uint32_t wished_ms          # atomic: behind WISH_LIMIT
+    uint32_t fresh              # atomic: behind WISH_TARGET, descriptor + 1; its taker owns it
     uint64_t tally[TALLIES]     # atomic: [w] writes, udp_counts() reads
     Gate* own                   # of a gate
     uint64_t peer               # of a fresh bound relay: token of its peer
@@ -239,6 +241,7 @@ cdef struct Udp:                # beside the Flow of the same slot, for the UDP 
     uint8_t is_grown            # among the grown ones of its gate
     uint8_t is_closing          # of a gate
     uint8_t gso
+    uint8_t is_retried          # the error before may have been an earlier datagram's
 
 cdef enum:
     MAIL_BATCH = 64             # datagrams per system call: engine.md, targets.md

@@ -404,6 +404,24 @@ class Engine:
             EngineClosed: after close(), or in a forked child.
             ValueError: the idle limit is out of range.
         """
+    def udp_retarget(self, token: int, target: int) -> bool:
+        """Go on with another UDP socket towards the target of a dialled relay.
+
+        Args:
+            token: what udp_dial() returned.
+            target: descriptor of a connected non-blocking UDP socket.
+
+        Returns:
+            True: the descriptor is the engine's from now on, and the one before is closed soon.
+            False: the relay is over, raw or no dialled one; the caller still owns it.
+
+        Raises:
+            EngineError: refused; the caller still owns it.
+            EngineClosed: after close(), or in a forked child.
+
+        After: datagrams that wait leave by the new socket; answers that the old one has and
+            nobody has read are lost.
+        """
     def udp_counts(self, token: int) -> UdpCounts | None:
         """Return the running counts of a gate or a UDP relay.
 

@@ -76,7 +76,7 @@ include "fastcopy/out.pxi"
 include "fastcopy/raw.pxi"
 include "fastcopy/order.pxi"
 
-ABI = 6
+ABI = 7
 REASON_FINISHED = R_FINISHED
 REASON_RESET = R_RESET
 REASON_ABORTED = R_ABORTED
@@ -410,6 +410,10 @@ cdef class Engine:
             if self.core.workers[i].is_started and not self.core.workers[i].is_joined:
                 pthread_detach(self.core.workers[i].thread)
                 is_joined = False
+        if is_joined:
+            for i in range(self.core.fresh):
+                if self.core.flows[i].kind == KIND_DIALLED:
+                    self.drop_fresh(exchange32(&self.core.udps[i].fresh, 0))
         if self.pinned != NULL and is_joined:
             # What a thread may still use stays lent for ever, and alive.
             for i in range(self.core.fresh):
@@ -914,6 +918,57 @@ cdef class Engine:
                             _milliseconds(seconds))
             self.wish(name, flow.kind, WISH_LIMIT)
 
+    def udp_retarget(self, token, target):
+        """Go on with another UDP socket towards the target of a dialled relay.
+
+        Args:
+            token: what udp_dial() returned.
+            target: descriptor of a connected non-blocking UDP socket.
+
+        Returns:
+            True: the descriptor is the engine's from now on, and the one before is closed soon.
+            False: the relay is over, raw or no dialled one; the caller still owns it.
+
+        Raises:
+            EngineError: refused; the caller still owns it.
+            EngineClosed: after close(), or in a forked child.
+
+        After: datagrams that wait leave by the new socket; answers that the old one has and
+            nobody has read are lost.
+        """
+        cdef uint64_t name
+        cdef int fd
+        cdef int rc
+        cdef uint32_t old
+        cdef uint32_t slot
+        cdef Flow* flow
+        self.check("udp_retarget")
+        name = _take_token(token)
+        fd = _take_int(target)
+        self.recheck("udp_retarget")
+        rc = self.look_at(fd, SOCK_DGRAM, NULL)
+        if rc < 0:
+            raise EngineError("udp_retarget", -rc)
+        flow = self.find(name)
+        if flow == NULL or flow.kind != KIND_DIALLED or load_acquire32(&flow.state) > FLOW_OPEN:
+            return False
+        slot = <uint32_t>(flow - self.core.flows)
+        if self.core.udps[slot].is_raw:
+            return False
+        udp_set_up(fd)
+        mark_taken(self.core, fd, 1)
+        old = exchange32(&self.core.udps[slot].fresh, <uint32_t>fd + 1)
+        self.drop_fresh(old)
+        self.wish(name, KIND_DIALLED, WISH_TARGET)
+        return True
+
+    # A socket that was handed over and that no worker has taken: it came too late, or another one
+    # came behind it.
+    cdef void drop_fresh(self, uint32_t fresh) noexcept:
+        if fresh:
+            mark_taken(self.core, <int>fresh - 1, 0)
+            sys_close(<int>fresh - 1)
+
     def udp_counts(self, token):
         """Return the running counts of a gate or a UDP relay.
 
@@ -1074,6 +1129,8 @@ cdef class Engine:
         if flow.legs[0].tls != NULL or flow.legs[1].tls != NULL:
             self.give_back(flow)
             self.tls_in_use -= <uint32_t>len(self.connections.pop(token))
+        if flow.kind == KIND_DIALLED:
+            self.drop_fresh(exchange32(&udp.fresh, 0))
         if flow.kind == KIND_GATE:
             del self.gates[slot]
             self.core.gates -= 1

@@ -65,7 +65,7 @@ __all__ = [
     "alpn_selector", "tls_trouble",
 ]  # fmt: skip
 
-ABI: Final = 6
+ABI: Final = 7
 
 MAX_THREADS: Final = 256  # the native engine's limit, checked alike
 

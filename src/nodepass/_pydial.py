@@ -45,11 +45,25 @@ class Dialled(Relay):
     ) -> None:
         super().__init__(host, token, leg, idle, head)
         self.target = target
+        self._datagram = datagram
         self.port = Port(target, datagram, self.tally)
         self._refused = 0.0
         """When the target began to refuse, on the monotonic clock; 0 = it does not."""
 
+    def retarget(self, target: socket.socket) -> None:
+        """Go on with another socket; what waits leaves by that."""
+        old = self.target
+        self.target, self.port = target, Port(target, self._datagram, self.tally)
+        self._refused = 0.0
+        self.host.loop.remove_reader(old)
+        self.host.loop.remove_writer(old)
+        old.close()
+        if self.is_blocked:
+            self.call_step()
+        self.watch_target()
+
     def emit(self, data: bytes) -> bool:
+        is_retried = False
         for _ in range(ATTEMPTS):
             try:
                 self.port.send(data)
@@ -60,6 +74,9 @@ class Dialled(Relay):
                 if self._refuse(exc):
                     return False
             except OSError:
+                if not is_retried:
+                    is_retried = True  # it may have been an earlier datagram's
+                    continue
                 self.tally.lose()
                 return True
             else:

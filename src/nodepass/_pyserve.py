@@ -179,6 +179,19 @@ class UdpHalf(Desk[Other | UdpCompletion | Newcomer]):
         if token in self._udp_relays:
             self._udp_relays[token].idle = limit
 
+    def udp_retarget(self, token: int, target: int) -> bool:
+        """Go on with another UDP socket towards the target; own it on success."""
+        self._check("udp_retarget")
+        name, descriptor = operator.index(token), operator.index(target)
+        with self._admit("udp_retarget", (descriptor, DATAGRAM)) as sockets:
+            relay = self._udp_relays.get(name)
+            if not isinstance(relay, Dialled) or isinstance(relay, RawDialled):
+                sockets.pop().detach()
+                return False
+            sockets[0].getpeername()
+            relay.retarget(sockets[0])
+        return True
+
     def _doubt_udp(self, token: int, side: int, *, quiet: bool) -> None:
         relay = self._udp_relays.get(token)
         if relay is not None and relay.side == side:

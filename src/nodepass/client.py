@@ -15,7 +15,7 @@ import secrets
 import socket
 from typing import TYPE_CHECKING, Final
 
-from . import datagram, net, wire
+from . import net, wire
 from .config import Config, Mode
 from .errors import AuthError, NodePassError, PoolTimeout, TlsError, TunnelError
 from .handshake import ClientHandshake
@@ -23,10 +23,10 @@ from .message import NONCE_SIZE, Dialect, Greeting
 from .pairing import LINK, Pairing
 from .record import Records
 from .relay import Relays
-from .resolver import SocketAddress
 from .session import Backoff, Lost
 from .slot import Queue
 from .stats import TunnelStatistics
+from .target import UdpTarget
 from .tunnel import Tunnel
 from .watch import Watch
 
@@ -65,7 +65,11 @@ class Client(Tunnel):
         self.resources.callback(self._close_pairing)
         shares = self.share_descriptors()
         self._limit, self.most_idle = shares.visitors, shares.idle
-        self._avoided: set[SocketAddress] = set()
+        target = self.config.target
+        timeout = self.settings.dial_timeout
+        self.udp_target = UdpTarget(target.host, target.port, timeout, self.log, self.spawn)
+        """Where the datagrams of visitors go."""
+        self.resources.callback(self.udp_target.close)
         self._slots = Queue(self._limit)
         self._serving = 0
         self._is_idle = asyncio.Event()
@@ -168,23 +172,6 @@ class Client(Tunnel):
                 await self._slots.take()
         except TimeoutError as exc:
             raise PoolTimeout("no slot of SEMAPHORE_LIMIT came free in time") from exc
-
-    async def dial_udp(self) -> tuple[socket.socket, SocketAddress]:
-        """Connect a UDP socket to the target; an address that has refused is tried last.
-
-        Returns:
-            The socket, the caller's own, and where it is connected to.
-
-        Raises:
-            DialError: see `datagram.dial`.
-        """
-        target = self.config.target
-        timeout = self.settings.dial_timeout
-        return await datagram.dial(target.host, target.port, timeout, self._avoided)
-
-    def avoid_udp(self, address: SocketAddress) -> None:
-        """Take it that nobody listens at one of the target's addresses."""
-        self._avoided = {address}
 
     def free_slot(self) -> None:
         """Give back what `take_slot` or `wait_slot` has taken."""

@@ -34,6 +34,9 @@ _SO_SNDBUFFORCE: Final = 32
 _SO_RCVBUFFORCE: Final = 33
 """Linux' include/uapi/asm-generic/socket.h; the socket module does not have them, and elsewhere
 the numbers mean something else."""
+_IP_MTU_DISCOVER: Final = 10
+_IP_PMTUDISC_DONT: Final = 0
+"""Linux' include/uapi/linux/in.h."""
 
 
 async def listen(host: str, port: int) -> list[socket.socket]:
@@ -60,11 +63,24 @@ def _bind(family: int, address: SocketAddress, is_dual: bool) -> socket.socket:
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not is_dual)
         _set_buffers(sock, GATE_BUFFER)
+        _allow_fragments(sock)
         sock.bind(address)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _allow_fragments(sock: socket.socket) -> None:
+    """Let routers cut what is too large for their next hop, in IPv4; in IPv6 they never do.
+
+    Linux forbids them that, so that it hears how much a path takes. Where the answer of the router
+    is filtered, every datagram above that is lost. Who has sent a datagram may have forbidden it
+    as well, but no kernel tells its receiver.
+    """
+    if sys.platform == "linux":  # an option of IPv4 for sockets of both families
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT)
 
 
 def _set_buffers(sock: socket.socket, size: int) -> None:
@@ -104,17 +120,55 @@ async def dial(
     Raises:
         DialError: the name does not resolve, or there is no route to any of its addresses.
     """
-    host = host or "localhost"
-    shown = f"udp {net.join_address(host, port)}"
+    return connect(shown_target(host, port), await look_up(host, port, timeout), avoid)
+
+
+def shown_target(host: str, port: int) -> str:
+    """Return a target as errors and log lines name it."""
+    return f"udp {net.join_address(host or 'localhost', port)}"
+
+
+async def look_up(host: str, port: int, timeout: float) -> list[Candidate]:  # noqa: ASYNC109
+    """Resolve a target afresh.
+
+    Args:
+        host: address or name; empty = this machine.
+        timeout: seconds.
+
+    Returns:
+        Its addresses, at least one.
+
+    Raises:
+        DialError: the name does not resolve.
+    """
+    shown = shown_target(host, port)
     try:
         async with asyncio.timeout(timeout):
-            candidates = await resolve(host, port)
+            return await resolve(host or "localhost", port)
     except TimeoutError as exc:
         text = f"the name lookup took longer than {timeout:g} s"
         raise DialError(shown, errno.ETIMEDOUT, 0, text) from exc
     except socket.gaierror as exc:
         text = f"the name does not resolve ({exc.strerror})"
         raise DialError(shown, errno.EHOSTUNREACH, 0, text) from exc
+
+
+def connect(
+    shown: str, candidates: Collection[Candidate], avoid: Collection[SocketAddress] = ()
+) -> tuple[socket.socket, SocketAddress]:
+    """Connect a UDP socket to the first address that there is a route to.
+
+    Args:
+        shown: the target in an error.
+        candidates: addresses, at least one.
+        avoid: those that are taken only if there is no other.
+
+    Returns:
+        As `dial`.
+
+    Raises:
+        DialError: there is no route to any of them.
+    """
     failure = OSError(errno.EHOSTUNREACH, "no address")
     for family, address in sorted(candidates, key=lambda c: _rank(c, avoid)):
         try:
@@ -134,6 +188,7 @@ def _connect(family: int, address: SocketAddress) -> socket.socket:
     try:
         sock.setblocking(False)
         _set_buffers(sock, TARGET_BUFFER)
+        _allow_fragments(sock)
         sock.connect(address)
     except BaseException:
         sock.close()

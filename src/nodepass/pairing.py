@@ -311,7 +311,7 @@ class Pairing:
             if kind is Kind.TCP:
                 sock = await net.dial(target.host, target.port, self._settings.dial_timeout)
             else:
-                sock, address = await client.dial_udp()
+                sock, address = await client.udp_target.dial()
             is_joined = self._join(kind, link, visitor, sock, address)
         except DialError as exc:
             net.reset(link.sock)
@@ -347,7 +347,10 @@ class Pairing:
             if kind is Kind.TCP:
                 relay = client.relays.join(link.sock, sock, tls_a=link.tls, head_a=link.head)
             else:
+                source = sock.getsockname()[0]
                 relay = self._join_udp(link, sock)
+                if address is not None:
+                    client.udp_target.watch(relay, address, source)
         except EngineError as exc:
             net.reset(link.sock)
             net.reset(sock)
@@ -356,23 +359,15 @@ class Pairing:
         except BaseException:
             net.reset(sock)
             raise
-        self._hold(relay, link.name, visitor, address)
+        self._hold(relay, link.name, visitor)
         return True
 
-    def _hold(
-        self,
-        relay: Relay | UdpRelay,
-        name: int | str,
-        visitor: str,
-        address: SocketAddress | None = None,
-    ) -> None:
+    def _hold(self, relay: Relay | UdpRelay, name: int | str, visitor: str) -> None:
         client = self._client
         client.hold(relay)
         if client.is_stopping:
             client.hurry()  # its launch was on its way when the others were hurried
-        relay.result.add_done_callback(
-            functools.partial(self._part, relay, name, visitor, address)
-        )
+        relay.result.add_done_callback(functools.partial(self._part, relay, name, visitor))
 
     def _join_udp(self, link: Link, sock: socket.socket) -> UdpRelay:
         settings = self._settings
@@ -428,7 +423,6 @@ class Pairing:
         relay: Relay | UdpRelay,
         name: int | str,
         visitor: str,
-        address: SocketAddress | None,
         result: asyncio.Future[RelayResult] | asyncio.Future[UdpResult],
     ) -> None:
         self._client.free_slot()
@@ -442,8 +436,6 @@ class Pairing:
             if outcome.side == TARGET:  # or the visitor has gone, which the server knows
                 self._miss(name, self._dial_error(outcome.code))
             return
-        if address is not None and outcome.code == errno.ECONNREFUSED:
-            self._client.avoid_udp(address)
         self._client.release(relay, outcome)
         if self._client.log.is_debug:
             self._client.log.debug(

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import socket
 from collections.abc import Callable
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final, Generic, NamedTuple, Protocol, TypeVar
@@ -195,6 +196,7 @@ class Engine(Protocol):
         gso: bool = False,
     ) -> int: ...
     def udp_limit(self, token: int, idle: float) -> None: ...
+    def udp_retarget(self, token: int, target: int) -> bool: ...
     def udp_counts(self, token: int) -> UdpCounts | None: ...
     def live(self, token: int) -> tuple[int, int] | None: ...
     def abort(self, token: int) -> None: ...
@@ -303,6 +305,23 @@ class UdpRelay(_UdpWork):
         """Return bytes carried so far, up and down."""
         datagrams = self.datagrams()
         return datagrams.bytes_up, datagrams.bytes_down
+
+    def retarget(self, target: socket.socket) -> bool:
+        """Go on with another UDP socket towards the target, if it is not over.
+
+        Args:
+            target: connected, non-blocking.
+
+        Returns:
+            Whether the socket is the engine's now; otherwise it is still the caller's.
+
+        Raises:
+            EngineError: refused; the socket is still the caller's.
+        """
+        if self.result.done() or not self._engine.udp_retarget(self.token, target.fileno()):
+            return False
+        target.detach()
+        return True
 
     def limit(self, idle: float) -> None:
         """Change how many seconds of silence end it."""

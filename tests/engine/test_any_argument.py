@@ -50,7 +50,7 @@ def good(here: Stage, method: str) -> dict[str, Any]:
         what: Any = choice[0]
         if kind == "socket" and name != "target":
             what, used = choice[used], used + 1
-        elif name == "target" and method == "udp_dial":
+        elif name == "target" and method in {"udp_dial", "udp_retarget"}:
             what = "udp"
         found[name] = here.value(Word(kind, what))
     if method == "handshake":

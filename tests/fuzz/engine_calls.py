@@ -509,6 +509,8 @@ class Stage:
         else:
             if call.method in {"relay", "dial", "udp_serve", "udp_bind", "udp_dial", "handshake"}:
                 self._admitted(call, arguments, result, ports)
+            elif call.method == "udp_retarget" and result:
+                self._disown(call, arguments, 0, ports)
         arguments.clear()
         for name, looks in before.items():
             if self.here.get(name) is looks.sock:
@@ -558,6 +560,11 @@ class Stage:
         assert token not in self.tokens
         self.tokens.append(token)
         self.connections += [value for name, value in arguments.items() if name.startswith("tls")]
+        self._disown(call, arguments, token, ports)
+
+    def _disown(
+        self, call: Call, arguments: dict[str, Any], token: int, ports: dict[int, int]
+    ) -> None:
         for name in ("fd", "fd_a", "fd_b", "target"):
             if name not in arguments:
                 continue

@@ -14,7 +14,7 @@ import pytest
 from OpenSSL.SSL import Connection
 from tests.engine.udp_words import frame, frames
 from tests.system.rig.authority import Authority
-from tests.system.rig.datagram import Handler, UdpTarget, echo, listen_only
+from tests.system.rig.datagram import Address, Handler, UdpTarget, echo, listen_only
 from tests.system.rig.peer import NativeServer
 from tests.system.rig.stream import Stream
 from tests.system.rig.timing import free_port, limit, until, within
@@ -31,6 +31,7 @@ from tests.unit.client_desk import (
 from tests.unit.engines import both, engines
 
 from nodepass import datagram, pairing
+from nodepass import target as targets
 from nodepass.environment import Settings
 from nodepass.relay import Reason, Relays, UdpRelay, UdpResult
 from nodepass.stats import NOTHING, Datagrams
@@ -536,3 +537,50 @@ async def test_launches_without_a_slot_do_not_pile_up(monkeypatch: pytest.Monkey
         assert await signal(server) == "fail://4?why=limit"
         assert await signal(server) == "fail://5?why=limit"
         assert desk.figures.visitors_waiting == 2
+
+
+# --- a target that moves -------------------------------------------------------------------------
+
+
+@both
+@engines
+async def test_c1_a_session_follows_its_target(
+    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The machine is gone without a word, and the name stands for another one."""
+    for name in ("PERIOD", "SILENCE"):
+        monkeypatch.setattr(targets, name, getattr(targets, name) / 10)
+    teach(monkeypatch, service=["127.0.0.1"])
+    port = free_port()
+    with caplog.at_level(logging.INFO, "nodepass"):
+        async with paired("log=info", target=f"service:{port}", engine=kind) as (
+            server,
+            desk,
+            links,
+        ):
+            is_gone = False
+
+            def answer(target: UdpTarget, data: bytes, source: Address) -> None:
+                if not is_gone:
+                    echo(target, data, source)
+
+            target(desk, answer)
+            spare = target(desk, host="127.0.0.2")
+            await server.say(f"udp://1?{VISITOR}")
+            assert await ask(links[1], b"one") == b"one"
+            is_gone = True
+            teach(monkeypatch, service=["127.0.0.2"])
+            count = 0
+            async with within(10):
+                while not spare.sources:  # a visitor that never pauses
+                    count += 1
+                    await links[1].write(frame(b"%d" % count))
+                    await asyncio.sleep(0.05)
+            heard = await read(links[1])
+            assert 1 <= int(heard) <= count
+            while int(heard) < count:  # in order, none twice
+                later = await read(links[1])
+                assert int(later) == int(heard) + 1
+                heard = later
+            assert desk.figures.visitors == 1, "it is the same session"
+    assert "was=127.0.0.1  now=127.0.0.2" in caplog.text

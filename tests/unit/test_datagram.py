@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -367,3 +368,20 @@ def test_link_that_has_died_cannot_be_tuned() -> None:
     near.close()
     with closing(far), pytest.raises(OSError, match="Bad file descriptor"):
         datagram.tune_link(near, 7.5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="an option of Linux")
+async def test_c13_routers_may_cut_what_leaves() -> None:
+    """Nobody knows whether its sender has forbidden it, and a path may filter what tells."""
+    ip_mtu_discover = 10
+    for host in ("127.0.0.1", "::1", ""):
+        if host == "::1" and not has_ipv6():
+            continue
+        for sock in await datagram.listen(host, 0):
+            with sock:
+                assert sock.getsockopt(socket.IPPROTO_IP, ip_mtu_discover) == 0
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as there:
+        there.bind(("127.0.0.1", 0))
+        sock, _ = await datagram.dial("127.0.0.1", there.getsockname()[1], 1.0)
+        with sock:
+            assert sock.getsockopt(socket.IPPROTO_IP, ip_mtu_discover) == 0

@@ -85,6 +85,7 @@ ALLOWED: dict[str, set[str]] = {
         "relay", "stats", "tls", "watch", "wire",
     },
     "linkdial": {"errors", "handshake", "net", "patience", "pool", "proof", "wire"},
+    "target": {"datagram", "errors", "log", "relay", "resolver"},
     # lifecycles
     "tunnel": {
         "config", "drop", "environment", "errors", "log", "net", "proof", "relay", "stats",
@@ -110,8 +111,8 @@ ALLOWED: dict[str, set[str]] = {
         "tunnel", "watch", "wire",
     },
     "client": {
-        "config", "datagram", "environment", "errors", "handshake", "log", "message",
-        "net", "pairing", "record", "relay", "resolver", "session", "slot", "stats", "tls",
+        "config", "environment", "errors", "handshake", "log", "message",
+        "net", "pairing", "record", "relay", "session", "slot", "stats", "target", "tls",
         "tunnel", "watch", "wire",
     },
     # the program

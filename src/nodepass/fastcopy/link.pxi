@@ -300,8 +300,10 @@ cdef ssize_t udp_deliver(
             return -1
     # Blocked and out of cells: whole frames are lost, the half one is not.
     while at < end and not queue_put(w, &udp.rest, at, end - at):
-        size = FRAME_HEAD + (<size_t><uint8_t>at[0] << 8) + <uint8_t>at[1]
-        if end - at < FRAME_HEAD or <size_t>(end - at) < size:
+        size = FRAME_HEAD
+        if end - at >= FRAME_HEAD:
+            size += (<size_t><uint8_t>at[0] << 8) + <uint8_t>at[1]
+        if <size_t>(end - at) < size:
             flow_reset(w, flow, slot, udp_link(flow), ENOBUFS)
             return -1
         tally_drop(w, udp, T_UNSENT, 1)

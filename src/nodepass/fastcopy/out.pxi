@@ -65,6 +65,9 @@ cdef int udp_send(
             if udp_refused(w, flow, slot) < 0:
                 return -1
             continue            # the error was an earlier datagram's: this one is still here
+        if n < 0 and flow.kind == KIND_DIALLED and not udp.is_retried:
+            udp.is_retried = 1
+            continue            # the same may be true of any error: once more tells
         if n < 0:
             n = udp_forgive(w, udp, done, -n)
             if n == 0:
@@ -72,6 +75,7 @@ cdef int udp_send(
             at[0] += mail_bytes(w, done) + FRAME_HEAD * w.mail.frames[done]
             done += 1
             continue
+        udp.is_retried = 0
         frames = 0
         size = 0
         for i in range(done, done + <uint32_t>n):

@@ -194,10 +194,40 @@ cdef void udp_touch(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
             udp.own.is_shut = 1
         if wishes & WISH_RELIEVE:
             gate_relieve(w, udp.own)
-    elif wishes & WISH_LIMIT and flow.kind != KIND_PEER:
+        return
+    if wishes & WISH_LIMIT and flow.kind != KIND_PEER:
         udp.raw_ms = load_relaxed32(&udp.wished_ms)
         if not raw_is_collecting(flow, udp):
             udp_set_limit(w, flow, slot, udp.raw_ms)
+    if wishes & WISH_TARGET:
+        udp_retarget(w, flow, slot)
+
+
+# Go on with another socket towards the target; what waits for room or for the link stays. An
+# event of the old one that is still in this batch tells of nothing, which is no harm.
+cdef void udp_retarget(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
+    cdef Udp* udp = &w.core.udps[slot]
+    cdef Leg* leg = &flow.legs[1]
+    cdef int old = leg.fd
+    cdef int fd = <int>exchange32(&udp.fresh, 0) - 1
+    cdef int rc
+    if fd < 0:
+        return
+    add_own64(&w.counters.fds_open, 1)
+    if sys_epoll_watch(w.epoll, fd, flow_tag(flow, slot) | 1, EPOLL_CTL_ADD, 0) < 0:
+        old = fd                # no room in the kernel: it stays as it was
+    else:
+        rc = sys_epoll_delete(w.epoll, old)
+        NP_BUG(rc == -EBADF, &w.counters.bugs, b"a socket was closed by a stranger")
+        leg.fd = fd
+        leg.bits = MAY_READ | MAY_WRITE
+        udp.is_blocked = 0
+        udp.is_retried = 0
+        udp.refused_ms = 0
+        udp.socket_lost = 0
+        flow_want_turn(w, flow, slot)
+    mark_taken(w.core, old, 0)
+    fd_close(w, old)
 
 
 cdef void udp_set_limit(Worker* w, Flow* flow, uint32_t slot, uint32_t idle_ms) noexcept nogil:
