@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
+from . import fork
 from ._pytls import Leg, TlsLeg, is_usable
 from .errors import EngineClosed, EngineError
 
@@ -85,6 +86,11 @@ class Desk(Generic[News]):
         for sock in (self._bell, self._ear):
             self._held[sock.fileno()] = sock
         self._is_closed = False
+        fork.own(self)
+
+    def disown(self) -> list[int]:
+        """Return what a forked child must not touch; it is in one."""
+        return [sock.fileno() for sock in self._held.values()]
 
     def _check(self, operation: str) -> None:
         self._check_process(operation)

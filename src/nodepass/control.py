@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable
 from typing import Final, cast
 
+from . import fork
 from .errors import TlsError
 from .net import disarm, finish, is_stalled, limit_silence
 from .record import Records
@@ -42,7 +43,14 @@ class Control(asyncio.Protocol):
         self._head = b""
         self._records: Records | None = None
         self._is_opening = False
+        self._forks = fork.count()
         session.on_output = self._flush_soon
+        fork.own(self)
+
+    def disown(self) -> list[int]:
+        """Return what a forked child must not touch; it is in one."""
+        sock = None if self._transport is None else self._transport.get_extra_info("socket")
+        return [] if sock is None else [sock.fileno()]
 
     async def open(
         self,
@@ -157,6 +165,8 @@ class Control(asyncio.Protocol):
 
     def _tick(self) -> None:
         self._timer = None
+        if self._forks != fork.count():
+            return  # the session is the parent's
         self._deliver(self._session.tick(self._loop.time()))
         if self._session.is_open:
             self._timer = self._loop.call_at(self._session.next_tick(), self._tick)

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, Final
 
+from . import fork
 from .errors import ListenError
 from .net import arm, join_address, plain_host, tune
 from .resolver import Candidate, SocketAddress, resolve
@@ -166,6 +167,11 @@ class Listener:
         self._is_reading = False
         self._is_paused = True
         self._retry: asyncio.TimerHandle | None = None
+        fork.own(self)
+
+    def disown(self) -> list[int]:
+        """Return what a forked child must not touch; it is in one."""
+        return [sock.fileno() for sock in self._socks]
 
     @property
     def is_paused(self) -> bool:

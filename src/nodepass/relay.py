@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
+from . import fork
 from .advisory import outdated
 from .environment import Settings
 from .log import Log
@@ -67,10 +68,22 @@ class _Crew:
         self._loop = asyncio.get_running_loop()
         self.engine = engine
         self._newcomer = newcomer
+        self._forks = fork.count()
         self.open: dict[int, Relay | Handshake | UdpRelay | Gate] = {}
         self._loop.add_reader(engine.fileno(), self.drain)
+        fork.own(self)
+
+    def disown(self) -> list[int]:
+        """Give up, in a forked child, what only the parent's engine could end."""
+        works = list(self.open.values())
+        self.open.clear()
+        for work in works:
+            work.result.cancel()
+        return []
 
     def drain(self, *, is_last: bool = False) -> None:
+        if self._forks != fork.count():
+            return  # a forked child: the news are the parent's
         newcomers: list[Newcomer] = []
         for report in self.engine.poll():
             if isinstance(report, self._newcomer):
@@ -115,6 +128,8 @@ class Relays:
         self._tls_module: _Module | None = None
         self._tls_crew: _Crew | None = None
         self._is_closed = False
+        self._forks = fork.count()
+        fork.shield(self._loop)
 
     def __len__(self) -> int:
         works = [work for crew in self._crews() for work in crew.open.values()]
@@ -228,7 +243,7 @@ class Relays:
             return await asyncio.shield(handshake.result)
         except asyncio.CancelledError:
             handshake.abort()
-            while not handshake.result.done():
+            while not handshake.result.done() and self._forks == fork.count():
                 # An abort takes one turn of the engine; the number must not be reused before.
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait({handshake.result})
@@ -381,6 +396,8 @@ class Relays:
         if self._is_closed:
             return True
         self._is_closed = True
+        if self._forks != fork.count():
+            return True  # threads and descriptors are those of the parent
         is_joined = True
         for crew in self._crews():
             crew.leave_loop()

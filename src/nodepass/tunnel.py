@@ -15,7 +15,7 @@ from collections.abc import Coroutine
 from types import TracebackType
 from typing import Final, Self
 
-from . import net
+from . import fork, net
 from .config import Config, Mode
 from .drop import DropReport
 from .environment import Settings
@@ -90,6 +90,7 @@ class Tunnel(ABC):
         self._reload_timer: asyncio.TimerHandle | None = None
         self._last_report: dict[str, object] = {}
         self.is_stopping = False
+        self._forks = fork.count()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.config.url} relays={len(self._open_relays)}>"
@@ -140,6 +141,9 @@ class Tunnel(ABC):
             if self._closed.is_set() or not self._has_begun:
                 return
             self.is_stopping = True
+            if self._forks != fork.count():
+                self._leave()
+                return
             cut = 0
             try:
                 await self._drain()
@@ -320,10 +324,7 @@ class Tunnel(ABC):
     async def _end(self) -> None:
         """Give everything back, whatever has been taken so far."""
         try:
-            for timer in (self._report_timer, self._reload_timer, self._drop_timer):
-                if timer is not None:
-                    timer.cancel()
-            self._report_timer = self._reload_timer = self._drop_timer = None
+            self._cancel_timers()
             self.resources.close()
             if self._main is not None:
                 self._main.cancel()
@@ -339,6 +340,21 @@ class Tunnel(ABC):
                 await self._close_relays()
             finally:
                 self._closed.set()
+
+    def _leave(self) -> None:
+        """Let go in a forked child, where nothing of all this is ours."""
+        self._cancel_timers()
+        self.resources.close()
+        if self._main is not None:
+            self._main.cancel()
+        self._open_relays.clear()
+        self._closed.set()
+
+    def _cancel_timers(self) -> None:
+        for timer in (self._report_timer, self._reload_timer, self._drop_timer):
+            if timer is not None:
+                timer.cancel()
+        self._report_timer = self._reload_timer = self._drop_timer = None
 
     async def _close_relays(self) -> None:
         if self._relays is not None and self._shared_relays is None:

@@ -14,6 +14,8 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
+from . import fork
+
 OnReady = Callable[[], None]
 
 HANGUP: Final = 0x2000 | 1 << 31
@@ -40,6 +42,14 @@ class Watch:
         self._epoll = select.epoll() if hasattr(select, "epoll") else None
         if self._epoll is not None:
             self._loop.add_reader(self._epoll.fileno(), self._drain, self._epoll)
+        fork.own(self)
+
+    def disown(self) -> list[int]:
+        """Return what a forked child must not touch, and forget it; it is in one."""
+        own = [] if self._epoll is None or self._epoll.closed else [self._epoll.fileno()]
+        own += self._callbacks
+        self._callbacks.clear()
+        return own
 
     def __len__(self) -> int:
         return len(self._callbacks)

@@ -6,6 +6,7 @@ standard error empty: no warning, no traceback, no "Exception ignored".
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -33,10 +34,10 @@ NATIVE = [
 NEEDS_FORK = {"engine_in_child", "fork", "killed"}
 
 
-def run(name: str, module: str) -> None:
+def run(name: str, *words: str) -> None:
     environ = dict(os.environ, PYTHONPATH=os.pathsep.join([str(SOURCE), str(ROOT)]))
     done = subprocess.run(
-        [sys.executable, "-X", "dev", str(SCRIPTS / f"{name}.py"), module],
+        [sys.executable, "-X", "dev", str(SCRIPTS / f"{name}.py"), *words],
         env=environ,
         capture_output=True,
         text=True,
@@ -64,3 +65,21 @@ def test_on_native(name: str) -> None:
     if not HAS_NATIVE:
         pytest.skip(WHY_NOT)
     run(name, "_fastcopy")
+
+
+WAYS = [
+    "exit_here", "pause_and_exit", "raise_here", "stop_here", "exit_hard", "exec_another",
+    "run_a_loop_of_its_own", "fork_once_more", "be_signalled", "preexec",
+]  # fmt: skip
+"""How a forked child goes on and leaves."""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("module", "loop"), [("_fastcopy", "uvloop"), ("_pycopy", "asyncio")])
+def test_c26_a_program_with_a_tunnel_forks(module: str, loop: str, way: str) -> None:
+    if module == "_fastcopy" and not HAS_NATIVE:
+        pytest.skip(WHY_NOT)
+    if loop == "uvloop" and importlib.util.find_spec("uvloop") is None:
+        loop = "asyncio"
+    run("fork_embedding", module, loop, way)

@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "log": set(),
     "outlet": set(),
+    "fork": set(),
     "stats": set(),
     "message": set(),
     "hostname": set(),
@@ -41,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "_pyudp": {"_pyflow", "_pyport", "_pytls"},
     "_pydial": {"_pyflow", "_pyport", "_pytls", "_pyudp"},
     "_pygate": {"_pyflow", "_pyport", "_pytls", "_pyudp"},
-    "_pydesk": {"_pyflow", "_pytls", "errors"},
+    "_pydesk": {"_pyflow", "_pytls", "errors", "fork"},
     "_pyserve": {
         "_pydesk", "_pydial", "_pyflow", "_pygate", "_pyport", "_pytls", "_pyudp", "errors",
     },
@@ -62,10 +63,10 @@ ALLOWED: dict[str, set[str]] = {
     "penalty": set(),
     # sockets, and beside them certificates and contexts
     "resolver": {"hostname"},
-    "watch": set(),
+    "watch": {"fork"},
     "patience": set(),
     "net": {"errors", "hostname", "resolver"},
-    "listener": {"errors", "net", "resolver"},
+    "listener": {"errors", "fork", "net", "resolver"},
     "certificate": {"errors"},
     "verdict": {"_openssl", "certificate", "hostname"},
     "tls": {
@@ -75,8 +76,8 @@ ALLOWED: dict[str, set[str]] = {
     "slot": set(),
     "datagram": {"errors", "listener", "net", "resolver"},
     "work": {"errors", "stats"},
-    "relay": {"_pycopy", "advisory", "environment", "errors", "log", "work"},
-    "control": {"errors", "log", "message", "net", "record", "session"},
+    "relay": {"_pycopy", "advisory", "environment", "errors", "fork", "log", "work"},
+    "control": {"errors", "fork", "log", "message", "net", "record", "session"},
     "pool": {"errors", "log", "message", "net", "record", "session", "watch"},
     "filler": {"errors", "log", "net", "pool", "session"},
     "caller": {"handshake", "net", "record", "relay"},
@@ -88,7 +89,8 @@ ALLOWED: dict[str, set[str]] = {
     "target": {"datagram", "errors", "log", "relay", "resolver"},
     # lifecycles
     "tunnel": {
-        "config", "drop", "environment", "errors", "log", "net", "proof", "relay", "stats",
+        "config", "drop", "environment", "errors", "fork", "log", "net", "proof", "relay",
+        "stats",
     },
     "roster": {
         "caller", "control", "environment", "errors", "log", "message", "net",
