@@ -19,6 +19,8 @@ from .session import Backoff
 MAX_DIALS: Final = 60
 """Dials under way at once, handshakes included: a server bears 64 from one address. Fills 200
 links in half a second at 50 ms."""
+MAX_CLAIMS: Final = 2 * MAX_DIALS
+"""Launches that wait for their link: it is being dialled, or it will never come."""
 QUIET_FAILURES: Final = 3
 """Failed dials in a row that stay at debug level: a server that stops refuses a few."""
 
@@ -83,18 +85,22 @@ class Filler:
         """Return the link of this name, waiting for one whose launch came first.
 
         Raises:
-            PoolTimeout: it did not come within `timeout` seconds.
+            PoolTimeout: it did not come within `timeout` seconds, or too many wait behind it.
         """
         link = self._shelf.claim(name)
         if link is not None:
             return link
         if name in self._claims:
             raise PoolTimeout(f"link {name} is asked for twice")
+        if len(self._claims) >= MAX_CLAIMS:
+            self._give_up(next(iter(self._claims)))
         place: asyncio.Future[Link] = self._loop.create_future()
         self._claims[name] = place
         try:
             async with asyncio.timeout(timeout):
                 return await place
+        except PoolTimeout:
+            raise
         except TimeoutError as exc:
             if has_result(place):
                 return place.result()  # it came in the very turn in which the time ran out
@@ -104,7 +110,14 @@ class Filler:
                 net.reset(place.result().sock)
             raise
         finally:
-            self._claims.pop(name, None)
+            if self._claims.get(name) is place:
+                del self._claims[name]
+
+    def _give_up(self, name: int | str) -> None:
+        place = self._claims.pop(name)
+        if not place.done():
+            place.set_exception(PoolTimeout(f"link {name} never came, and too many others wait"))
+            place.exception()  # whoever waited may be gone in this very turn
 
     def close(self) -> None:
         """Dial no more; a link that is made nevertheless is reset."""

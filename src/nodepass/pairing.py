@@ -46,6 +46,8 @@ TARGET: Final = 2
 TLS_READ_SIZE: Final = 16384
 """Bytes per read of a TLS link's first bytes: a handshake's end and an id are well below it."""
 
+OVERTAKERS: Final = 64
+"""Launches that may come before we know of their link: of each one that is being dialled."""
 IDLE_MARGIN: Final = 5.0
 """Seconds that a UDP session lives longer here than on the server, where the visitor is: one side
 alone should close it, or a datagram could meet a link that is just being closed."""
@@ -85,6 +87,8 @@ class Pairing:
         self.tls = tls
         """TLS mode that the server greeted us with, and every link is to have."""
         self._is_closed = False
+        self._is_server_stopping = False
+        self._launches = 0
         self.session = Session(
             Role.CLIENT, dialect, now=self._loop.time(), interval=settings.report_interval
         )
@@ -212,8 +216,10 @@ class Pairing:
                 self._want(count)
                 self.filler.fill()
             case Drain():
-                self._client.log.info("the server is stopping")
-                self.filler.close()
+                if not self._is_server_stopping:
+                    self._is_server_stopping = True
+                    self._client.log.info("the server is stopping")
+                    self.filler.close()
             case Lost():
                 if not self.lost.done():
                     self.lost.set_result(event)
@@ -221,6 +227,14 @@ class Pairing:
     def _launch(self, kind: Kind, name: int | str, visitor: str) -> None:
         """Serve a visitor: in a task only if something but a connect is to be waited for."""
         client = self._client
+        self._launches += 1
+        if self._launches > self.filler.made + OVERTAKERS:
+            self.session.waste(self._loop.time())
+        if name not in self.shelf and isinstance(name, int):
+            # A native server launches only what has introduced itself: it was here and died.
+            client.counters.visitors += 1
+            self._give_up(name, Failure.UNKNOWN, f"link {name} is not here any more")
+            return
         if kind is Kind.TCP and client.config.tcp and self._target and client.take_slot():
             link = self._claim_nowait(name)
             if link is not None:
@@ -395,8 +409,7 @@ class Pairing:
         return link
 
     async def _claim(self, name: int | str) -> Link:
-        if self.session.dialect is Dialect.NATIVE:
-            # A native server launches only what has introduced itself: it was here and died.
+        if isinstance(name, int):  # it died in the turn that its launch took
             raise PoolTimeout(f"link {name} is not here any more")
         return await self.filler.claim(name, self._settings.handshake_timeout)
 

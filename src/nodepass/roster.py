@@ -69,6 +69,8 @@ class Client(Member):
     key: LinkKey | None = field(default=None, repr=False)
     """None = its links prove nothing: it speaks the seed dialect."""
     control: Control | None = None
+    has_drained: bool = False
+    """Whether it has said that it is stopping."""
     launched: dict[int | str, tuple[Relay | UdpRelay, float]] = field(default_factory=dict)
     """Open relays by link, each with the time of its launch in seconds of the loop."""
     parted: deque[int | str] = field(default_factory=lambda: deque(maxlen=PARTED))
@@ -366,12 +368,17 @@ class Roster:
         if isinstance(event, Fail):
             self._fail(client, event)
         elif isinstance(event, Drain):
+            if client.has_drained:
+                return
+            client.has_drained = True
             self._log.bounded(
                 "info", f"stopping {client.name}", "client is stopping", client=client.name
             )
             client.shelf.clear()
         elif isinstance(event, Lost):
             self._unseat(client)
+            if event.is_flood:  # it would be back at once
+                self._penalties.fail(net.source_of(client.host), self._loop.time())
             self._log.bounded(
                 "info" if event.is_orderly else "warn",
                 f"lost {client.name}",

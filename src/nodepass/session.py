@@ -46,6 +46,16 @@ RTT_WEIGHT: Final = 0.125
 """Share of a new sample in the smoothed round-trip time: RFC 6298, alpha."""
 MAX_UNSENT: Final = 1024 * 1024
 """Bytes of signals a peer may leave unread (over 20,000 launches): beyond it, it is lost."""
+TALK_BURST: Final = 4096
+"""Signals that carry nothing which a peer may send at once: heartbeats that have waited for a
+process that stood still, an hour of them with a period of a second."""
+TALK_RATE: Final = 250.0
+"""The same a second, all the time: a hundred times what any of our programs says. To hear so many
+costs a thousandth of a processor's time."""
+ALL: Final = 1 << 62
+"""Lines: more than ever come."""
+PINGS_HEARD: Final = 4
+"""What is added to that for each of our own periods, which may be a few milliseconds long."""
 BACKOFF_FIRST: Final = 0.1
 """Seconds, ceiling of the first reconnect pause: below what a person notices."""
 
@@ -85,6 +95,8 @@ class Lost:
     """The server ended it because another client came with the same name."""
     silent_since: float | None = None
     """When the last byte came, if it was silence that ended the session."""
+    is_flood: bool = False
+    """The other side sent more signals that carry nothing than anybody needs to."""
 
 
 Event = Launch | SeedLaunch | Fail | Idle | Drain | Lost
@@ -120,6 +132,14 @@ class Session:
         self._has_said_drain = False
         self._beat_heard_at: float | None = None
         self._longest_gap: float | None = None
+        self._launches = 0
+        """Those sent that have not been answered by a `fail`."""
+        self._talk = float(TALK_BURST)
+        """Signals that carry nothing which the peer may still send, as of `_talked_at`."""
+        self._talked_at = now
+        self._talk_rate = TALK_RATE + PINGS_HEARD / interval
+        self.has_more = False
+        """Whether what has come may hold another line: call `read_on`."""
 
     def __repr__(self) -> str:
         return f"<Session {self.role.value} {self.dialect} {self.state.value}>"
@@ -128,21 +148,46 @@ class Session:
     def is_open(self) -> bool:
         return self.state is not State.CLOSED
 
-    def receive_data(self, data: bytes, now: float) -> list[Event]:
-        """Take bytes from the peer; empty bytes are the end of the stream."""
+    def receive_data(self, data: bytes, now: float, most: int = ALL) -> list[Event]:
+        """Take bytes from the peer; empty bytes are the end of the stream.
+
+        Args:
+            most: lines to read; the rest is for `read_on`, and comes before any further bytes.
+        """
         if self.state is State.CLOSED:
             return []
         if not data:
             return [self._lose("the other side closed the connection")]
         self._heard_at = now
         self._lines.feed(data)
+        return self.read_on(now, most)
+
+    def read_on(self, now: float, most: int = ALL) -> list[Event]:
+        """Read more lines of what has come, at most so many."""
         events: list[Event] = []
+        self.has_more = False
         try:
-            while self.is_open and (line := self._lines.next_line()) is not None:
+            while self.state is not State.CLOSED:
+                line = self._lines.next_line()
+                if line is None:
+                    break
                 self._take_line(line, now, events)
+                most -= 1
+                if not most:
+                    self.has_more = self.is_open
+                    break
         except PeerWireError as exc:
             events.append(self._lose(f"the other side broke the protocol: {exc}"))
         return self._bound(events)
+
+    def waste(self, now: float) -> None:
+        """Take it that a signal of the peer's was good for nothing; with too many, it is lost.
+
+        Whoever acts on events calls it for those that name nothing known. The end comes with the
+        events of the next call that returns some.
+        """
+        self._talk = min(TALK_BURST, self._talk + self._talk_rate * (now - self._talked_at)) - 1.0
+        self._talked_at = now
 
     def cut(self, reason: str, now: float, *, is_silence: bool = False) -> list[Event]:
         """Take it that the connection is gone, for a reason that the socket gave.
@@ -195,6 +240,7 @@ class Session:
 
     def launch(self, kind: Kind, link: int | str, visitor: str) -> None:
         """Ask the client to join a link; a number is native, an id is seed."""
+        self._launches += 1
         if isinstance(link, str):
             self.send(SeedLaunch(link, kind))
         else:
@@ -225,15 +271,25 @@ class Session:
         signal = wire.parse_signal(line, self.dialect)
         is_client = self.role is Role.CLIENT
         match signal:
-            case Launch() | SeedLaunch() | Idle() if is_client:
-                events.append(signal)
+            case Launch() | SeedLaunch() if is_client:
+                events.append(signal)  # who knows the links knows whether it was any good
             case Fail() if not is_client:
+                if self._launches:
+                    self._launches -= 1  # an answer, and nobody can give more than were asked for
+                else:
+                    self.waste(now)
+                events.append(signal)
+            case Idle() if is_client:
+                self.waste(now)
                 events.append(signal)
             case Ping(number):
+                self.waste(now)
                 self.send(Pong(number))
             case Pong(number):
+                self.waste(now)
                 self._take_pong(number, now)
             case Drain():
+                self.waste(now)
                 self._move(State.DRAINING)
                 events.append(signal)
             case Bye(reason):
@@ -242,9 +298,10 @@ class Session:
                     Lost(f"the other side said bye: {reason}", True, reason == "replaced")
                 )
             case Heartbeat():
+                self.waste(now)
                 self._take_heartbeat(now)
             case _:
-                pass  # from a later release, or not for our role: the protocol says ignore
+                self.waste(now)  # a later release's, or another role's: the protocol says ignore
 
     def _take_pong(self, number: int, now: float) -> None:
         if self._ping_sent_at is None or number != self._ping_timed:
@@ -274,8 +331,14 @@ class Session:
         return SILENT_PERIODS * max(self._interval, self._longest_gap)
 
     def _bound(self, events: list[Event]) -> list[Event]:
-        if self.is_open and len(self._out) > MAX_UNSENT:
-            events.append(self._lose("the other side reads no signals"))
+        is_flood = self._talk < 0
+        if self.is_open and (is_flood or len(self._out) > MAX_UNSENT):
+            reason = "the other side reads no signals"
+            if is_flood:
+                rate = f"{self._talk_rate:.0f} signals a second"
+                reason = f"the other side sends over {rate} that mean nothing"
+            self._move(State.CLOSED)
+            events.append(Lost(reason, is_flood=is_flood))
             self._out.clear()
         return events
 

@@ -369,5 +369,6 @@ async def test_answers_to_a_peer_that_only_asks_are_bounded() -> None:
                     break
                 await asyncio.sleep(0)
             await until(wire.losses, 10, "the loss")
-        assert wire.losses() == ["the other side reads no signals"]
+        assert len(wire.losses()) == 1
+        assert "signals a second that mean nothing" in wire.losses()[0]
         assert Pong(1).number == 1
