@@ -38,6 +38,7 @@ from .hostname import readable, tls_name
 from .log import Log
 from .password import is_exposed
 from .record import reason_of
+from .trial import doubt_of, failure_of
 from .verdict import Asked, explain
 
 __all__ = ["ALPN", "ClientTls", "ServerTls", "check_alpn", "explain", "fingerprint_of"]
@@ -198,6 +199,9 @@ class ServerTls:
             )
         else:
             _openssl.set_alpn_selector(native, self._alpn_selector)
+        why = failure_of(native, _context(SSL.TLS_CLIENT_METHOD), certificate.chain)
+        if why is not None:
+            raise ConfigError("key", f"{self._paths[1]!r} is of no use for TLS 1.3: {why}")
         return _Contexts(native, seed)
 
     def _complain(self) -> None:
@@ -211,6 +215,12 @@ class ServerTls:
         if not names_of(leaf):
             self._warn_once("the certificate has no subjectAltName; clients refuse it", crt=crt)
         now, end = self._now(), self._certificate.expires
+        if now < end:
+            context, fresh = self._contexts.native, _context(SSL.TLS_CLIENT_METHOD)
+            why = doubt_of(context, fresh, self._certificate.chain, now)
+            if why is not None:
+                text = "clients that verify may refuse the certificate"
+                self._warn_once(text, crt=crt, why=why)
         if end - now > min(EXPIRY_WARNING, (end - leaf.not_valid_before_utc) / 3):
             return
         level = "warn" if now < end else "error"
