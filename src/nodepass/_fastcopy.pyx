@@ -190,6 +190,7 @@ def _find_openssl():
     try:
         from nodepass import _openssl
 
+        _openssl.rehearse()
         addresses = _openssl.table()
     except ImportError as exc:          # among them _openssl.Moved
         return str(exc)

@@ -44,6 +44,22 @@ NAME_FLAGS: Final = 0x4 | 0x20
 X509_CHECK_FLAG_NEVER_CHECK_SUBJECT: a common name is no host name (section 2)."""
 
 
+FUNCTIONS: Final = (
+    "SSL_get0_param",
+    "X509_VERIFY_PARAM_set_hostflags",
+    "X509_VERIFY_PARAM_set1_host",
+    "X509_VERIFY_PARAM_set1_ip",
+    "SSL_get_verify_result",
+    "X509_verify_cert_error_string",
+    "ERR_reason_error_string",
+    "SSL_CTX_set_alpn_select_cb",
+)
+"""C functions that are called from Python, on either engine."""
+LIBRARY: Final = "OpenSSL "
+"""How the version of the one library begins whose rules of ownership the engine knows: AWS-LC,
+BoringSSL and LibreSSL have the same names, and may free other things at other times."""
+
+
 class Moved(ImportError):
     """A name that is not public API has gone from the installed release."""
 
@@ -56,6 +72,36 @@ def _moved(what: str) -> Moved:
         f"{what} is not where it was (cryptography {cryptography.__version__}, "
         f"pyOpenSSL {OpenSSL.__version__})"
     )
+
+
+def rehearse() -> None:
+    """Use every name of this module once, on a Context and a Connection made for it.
+
+    Raises:
+        Moved: one of them is not to be had, or the library is another one.
+    """
+    try:
+        from OpenSSL import SSL
+
+        library = SSL.OpenSSL_version(SSL.OPENSSL_VERSION).decode("ascii", "replace")
+        if not library.startswith(LIBRARY):
+            raise Moved(f"the TLS library is {library}, not OpenSSL")
+        table()
+        for name in FUNCTIONS:
+            _function(name)
+        context = SSL.Context(SSL.TLS_METHOD)
+        set_alpn_selector(context, 0)
+        connection = SSL.Connection(context, None)
+        connection.set_connect_state()
+        handles(connection)
+        require_name(connection, "localhost")
+        require_name(connection, "127.0.0.1")
+        verify_failure(connection)
+        describe(1)
+    except Moved:
+        raise
+    except Exception as exc:  # whatever a release that does not fit brings up
+        raise Moved(f"pyOpenSSL and cryptography do not fit together ({exc!r})") from exc
 
 
 @functools.cache
@@ -180,6 +226,8 @@ def set_alpn_selector(context: Context, address: int) -> None:
         pointer = context._context
     except AttributeError as exc:
         raise _moved("OpenSSL.SSL.Context._context") from exc
+    if not isinstance(pointer, ffi.CData) or ffi.typeof(pointer).cname != "SSL_CTX *":
+        raise _moved("OpenSSL.SSL.Context._context")
     kind = (
         "int (*)(SSL *, unsigned char **, unsigned char *, const unsigned char *, unsigned int,"
         " void *)"

@@ -47,7 +47,7 @@ def trouble() -> str | None:
     """Say in a clause what TLS lacks here, or None."""
     try:
         importlib.import_module("OpenSSL.SSL")
-    except ImportError as exc:
+    except (ImportError, AttributeError) as exc:  # the latter: beside another cryptography
         return f"pyOpenSSL cannot be loaded ({exc})"
     return None
 

@@ -60,6 +60,8 @@ class Client(Tunnel):
         self._key = await self.stretch_password()
         if self.config.tls:  # what cannot work is to be known at the start
             await asyncio.to_thread(self._load_tls)
+            if self._tls is not None and self.config.tls == 2:
+                self._tls.require_verification()
         self.watch = Watch()
         self.resources.callback(self.watch.close)
         self.resources.callback(self._close_pairing)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final, Protocol, cast
 from . import fork
 from .advisory import outdated
 from .environment import Settings
+from .errors import TlsError
 from .log import Log
 from .work import (
     Engine,
@@ -367,11 +368,15 @@ class Relays:
         if trouble is None:
             self._tls_module = self._module
             return
+        twin = _twin()
+        hopeless = twin.tls_trouble()
+        if hopeless is not None:
+            raise TlsError(f"TLS cannot be used here: {hopeless}")
         Log("relay").warn(
             "TLS cannot run on the native engine; it runs on the slow Python engine instead",
             cause=trouble,
         )
-        self._tls_module = _twin()
+        self._tls_module = twin
 
     @property
     def alpn_selector(self) -> int | None:

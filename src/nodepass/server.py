@@ -168,9 +168,9 @@ class Server(Tunnel):
     def _load_tls(self) -> ServerTls | None:
         if not self.config.tls:
             return None
+        selector = self.relays.alpn_selector  # first: it says what is wrong with OpenSSL
         from .tls import ServerTls
 
-        selector = self.relays.alpn_selector
         return ServerTls(self.config.tls, self.config.crt, self.config.key, self.log, selector)
 
     def _reload(self, *, force: bool) -> bool:

@@ -272,6 +272,13 @@ class ClientTls:
         self._verified = None if ca is None else self._build()
         """None = to be made when it is wanted: reading the system's anchors takes a while."""
 
+    def require_verification(self) -> None:
+        """Raise TlsError if the installed libraries cannot check a name at all."""
+        try:
+            _openssl.require_name(SSL.Connection(self._unverified, None), "localhost")
+        except _openssl.Moved as exc:
+            raise TlsError(f"this side cannot check the server's name: {exc}") from exc
+
     def connect(self, mode: int, *, is_native: bool) -> SSL.Connection:
         """Return a connection on memory BIOs that is about to greet the server.
 

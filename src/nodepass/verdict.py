@@ -106,7 +106,7 @@ def explain(connection: SSL.Connection, detail: int, is_server: bool) -> str:
     is_ssl = detail >> LIBRARY_SHIFT == SSL_LIBRARY
     reason = detail - (SSL_LIBRARY << LIBRARY_SHIFT) if is_ssl else 0
     if connection.get_verify_mode() & SSL.VERIFY_PEER and (reason == VERIFY_FAILED or not detail):
-        failure = _openssl.verify_failure(connection)
+        failure = _verify_failure(connection)
         if failure is not None:
             try:
                 return _refusal(connection, *failure)
@@ -116,9 +116,9 @@ def explain(connection: SSL.Connection, detail: int, is_server: bool) -> str:
     if known is not None:
         return known.format(peer=peer)
     if reason >= ALERT_BASE:
-        words = _openssl.describe(detail).rpartition("alert ")[2]
+        words = _describe(detail).rpartition("alert ")[2]
         return f"the {peer} broke off: {words or f'alert {reason - ALERT_BASE}'}"
-    return f"TLS with the {peer} failed: {_openssl.describe(detail) or 'no reason is known'}"
+    return f"TLS with the {peer} failed: {_describe(detail) or 'no reason is known'}"
 
 
 def _refusal(connection: SSL.Connection, code: int, text: str) -> str:
@@ -199,3 +199,17 @@ def _untrusted(chain: Sequence[x509.Certificate], ca: str | None, *, is_self_sig
 
 def _cut(name: str) -> str:
     return name if len(name) <= SHOWN_LETTERS else name[:SHOWN_LETTERS] + "…"
+
+
+def _verify_failure(connection: SSL.Connection) -> tuple[int, str] | None:
+    try:
+        return _openssl.verify_failure(connection)
+    except _openssl.Moved:
+        return None  # said at the first use of TLS
+
+
+def _describe(detail: int) -> str:
+    try:
+        return _openssl.describe(detail)
+    except _openssl.Moved:
+        return ""

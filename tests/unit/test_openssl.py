@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import cryptography
@@ -28,11 +30,7 @@ from tests.engine.tls_rig import HOST, authority, leaf, our_context, our_end
 from nodepass import _openssl
 
 BINDING = "cryptography.hazmat.bindings._rust"
-FUNCTIONS = (
-    "SSL_get0_param", "X509_VERIFY_PARAM_set_hostflags", "X509_VERIFY_PARAM_set1_host",
-    "X509_VERIFY_PARAM_set1_ip", "SSL_get_verify_result", "X509_verify_cert_error_string",
-    "ERR_reason_error_string", "SSL_CTX_set_alpn_select_cb",
-)  # fmt: skip
+FUNCTIONS = _openssl.FUNCTIONS
 """What is called from Python, besides the engine's table."""
 HTTP_REQUEST = 20 << 23 | 156
 """SSL_R_HTTP_REQUEST of ERR_LIB_SSL, packed."""
@@ -217,6 +215,57 @@ def test_moved_names_a_missing_function(monkeypatch: pytest.MonkeyPatch, name: s
     }
     with pytest.raises(_openssl.Moved, match=name):
         calls[name]()
+
+
+def test_c27_every_private_name_is_listed() -> None:
+    """Found in the text itself: a name that is used and not rehearsed has no way back."""
+    text = Path(_openssl.__file__).read_text()
+    assert set(re.findall(r'_function\("(\w+)"\)', text)) == set(FUNCTIONS)
+    assert set(re.findall(r"(?:connection|context)\.(_\w+)", text)) == {"_ssl", "_context"}
+    for path in Path(_openssl.__file__).parent.glob("*.py"):
+        if path.name != "_openssl.py":
+            assert not re.search(r"\b(connection|context|tls)\._(ssl|context|into_ssl|from_ssl)\b",
+                                 path.read_text()), path  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _openssl.ENTRY_POINTS + FUNCTIONS)
+def test_c27_rehearsal_names_a_function(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    _openssl.rehearse()
+    lose(monkeypatch, name)
+    with pytest.raises(_openssl.Moved, match=name):
+        _openssl.rehearse()
+
+
+@pytest.mark.parametrize("name", ["_ssl", "_into_ssl", "_from_ssl", "_context"])
+def test_c27_rehearsal_names_an_attribute(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    owner = SSL.Context if name == "_context" else SSL.Connection
+
+    class Gone(owner):  # type: ignore[misc, valid-type]  # one of two
+        def __getattribute__(self, asked: str) -> Any:
+            if asked == name and sys._getframe(1).f_code.co_filename == _openssl.__file__:
+                raise AttributeError(asked)
+            return super().__getattribute__(asked)
+
+    monkeypatch.setattr(SSL, owner.__name__, Gone)
+    with pytest.raises(_openssl.Moved, match=rf"SSL\.{owner.__name__}\.{name}"):
+        _openssl.rehearse()
+
+
+@pytest.mark.parametrize("library", ["AWS-LC 1.40.0", "BoringSSL", "LibreSSL 4.0.0"])
+def test_c27_another_library_is_named(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    """It has the same names, and may have other rules of ownership behind them."""
+    monkeypatch.setattr(SSL, "OpenSSL_version", lambda _: library.encode())
+    with pytest.raises(_openssl.Moved, match=library):
+        _openssl.rehearse()
+
+
+def test_c27_libraries_that_do_not_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AttributeError("module 'lib' has no attribute 'X509_V_FLAG_NOTIFY_POLICY'")
+
+    monkeypatch.setattr(SSL, "Context", fail)
+    with pytest.raises(_openssl.Moved, match=r"do not fit together.*NOTIFY_POLICY"):
+        _openssl.rehearse()
 
 
 # --- what they do --------------------------------------------------------------------------------

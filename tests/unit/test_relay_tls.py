@@ -24,7 +24,7 @@ from tests.unit.street import oldest, outside
 
 from nodepass import _pycopy, tls
 from nodepass.environment import Settings
-from nodepass.errors import EngineClosed, EngineError
+from nodepass.errors import EngineClosed, EngineError, TlsError
 from nodepass.log import Log
 from nodepass.record import Records
 from nodepass.relay import Handshake, HandshakeResult, Reason, Relay, RelayResult, Relays
@@ -530,6 +530,18 @@ def moved_engine() -> ModuleType:
         alpn_selector=refuse,
     )
     return module
+
+
+async def test_c27_nothing_can_speak_tls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One clear error, for the start to end with."""
+    monkeypatch.setitem(sys.modules, "nodepass._fastcopy", moved_engine())
+    monkeypatch.setattr(_pycopy, "tls_trouble", lambda: "pyOpenSSL cannot be loaded (why)")
+    relays = Relays(Settings(engine="native"))
+    try:
+        with pytest.raises(TlsError, match=r"TLS cannot be used here: pyOpenSSL cannot"):
+            relays.load_tls()
+    finally:
+        await relays.close()
 
 
 @both
