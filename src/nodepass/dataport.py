@@ -106,6 +106,9 @@ class DataPort:
         except EngineError:
             net.reset(sock)
             return
+        except BaseException:
+            net.reset(sock)
+            raise
         self._shakes.add(shake)
         deadline = self._loop.call_later(self._timeout, shake.abort)
         shake.result.add_done_callback(

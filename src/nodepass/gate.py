@@ -206,5 +206,9 @@ class Gates:
             asyncio.get_running_loop().call_soon(give)
             self._turn_away(_Waiting(gate, newcomer, 0.0), str(exc))
             return
+        except BaseException:
+            net.reset(link.sock)
+            server.slots.give(is_udp=True)
+            raise
         visitor = net.join_address(newcomer.host, newcomer.port)
         server.launch(relay, member, link.name, visitor)

@@ -333,6 +333,11 @@ class Server(Tunnel):
             net.reset(link.sock)
             self._turn_away(sock, "error", "engine", exc)
             return
+        except BaseException:
+            net.reset(link.sock)
+            net.reset(sock)
+            self.slots.give()
+            raise
         self.launch(relay, member, link.name, visitor)
 
     def launch(

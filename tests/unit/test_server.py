@@ -81,6 +81,31 @@ async def test_visitor_waits_for_a_link() -> None:
 
 
 @both
+async def test_fault_in_joining_leaves_no_socket_and_no_slot_behind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving("log=error") as desk:
+        client = await desk.client()
+
+        def fail(*_: object, **__: object) -> Relay:
+            raise RuntimeError("on purpose")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Relays, "join", fail)
+            visitor = await desk.visit()
+            await until(lambda: desk.figures.visitors_waiting == 1, 5, "the visitor")
+            link = await desk.link(client, 1)
+            assert await is_reset(visitor)
+            assert await is_reset(link)
+        assert desk.figures.visitors_open == 0
+        link = await desk.link(client, 2)
+        visitor = await desk.visit()
+        await visitor.write(b"others")
+        assert await link.read_exactly(6) == b"others"
+    assert "a fault of ours in waiting for a link" in caplog.text
+
+
+@both
 @pytest.mark.parametrize("has_client", [True, False])
 async def test_visitor_without_a_link_is_reset_in_time(
     has_client: bool, caplog: pytest.LogCaptureFixture
