@@ -91,16 +91,15 @@ class Client(Tunnel):
     async def _drain(self) -> None:
         self.hurry()
         pairing = self.pairing
-        if pairing is None:
-            await self.wait_relays(self.settings.shutdown_timeout)
-            return
-        pairing.drain()
+        if pairing is not None:
+            pairing.drain()
         if self._open_relays:
             self.log.info("waiting for open relays", relays=len(self._open_relays))
         try:
             async with asyncio.timeout(self.settings.shutdown_timeout):
-                await pairing.is_drained.wait()
-                # A relay may be opened by a launch that was on its way.
+                if pairing is not None:
+                    await pairing.is_drained.wait()
+                # Not only relays: a launch that was on its way has none yet.
                 while self._serving:
                     await self._is_idle.wait()
         except TimeoutError:

@@ -77,6 +77,7 @@ class LinkDials:
         """Those that got no greeting in the time that a connect may take, and are connected."""
         self._open: set[_Dial] = set()
         """Those that wait for a greeting."""
+        self._is_closed = False
 
     def begin(self, on_end: OnEnd) -> None:
         """Make a link.
@@ -103,7 +104,8 @@ class LinkDials:
             self._fail(dial, self._error(exc))
 
     def close(self) -> None:
-        """Drop what is on its way; idempotent. A TLS handshake ends by itself."""
+        """Drop what is on its way; idempotent. A TLS handshake ends by itself, without a claim."""
+        self._is_closed = True
         for dial in list(self._open):
             self._release(dial)
             net.finish(dial.sock)  # it has claimed nothing: nobody's stream
@@ -165,6 +167,8 @@ class LinkDials:
         sock = dial.sock
         try:
             records = await self._client.secure(sock, self._tls, is_native=True)
+            if self._is_closed:
+                raise TunnelError("it is not wanted any more")
             self._number += 1
             number = self._number
             line = dial.handshake.claim_link(self._key, number, records.binding())

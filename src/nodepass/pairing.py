@@ -35,7 +35,7 @@ from .pool import Demand, Link, Shelf
 from .record import Records
 from .relay import Relay, RelayResult, UdpRelay, UdpResult
 from .resolver import Candidate, SocketAddress
-from .session import SILENT_PERIODS, Event, Lost, Role, Session
+from .session import SILENT_PERIODS, Drained, Event, Lost, Role, Session
 
 if TYPE_CHECKING:
     from .client import Client
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 LINK: Final = 1
 TARGET: Final = 2
 """Sides of a relay."""
+LAUNCH_DELAY: Final = 1.0
+"""Seconds that the launch of a link may come behind the link's end: a round trip of any path."""
 TLS_READ_SIZE: Final = 16384
 """Bytes per read of a TLS link's first bytes: a handshake's end and an id are well below it."""
 
@@ -116,9 +118,13 @@ class Pairing:
     def drain(self) -> None:
         """Ask for no more launches."""
         self.filler.close()
+        if self._links is not None:
+            self._links.close()  # a link that is claimed behind the drain could get a visitor
         self.session.drain()
         if self.session.dialect is Dialect.SEED:
             self.is_drained.set()  # the seed dialect has no word for it
+        else:
+            self.session.await_drained()
         self._check_drained()
 
     def close(self, reason: str) -> None:
@@ -200,9 +206,12 @@ class Pairing:
         self._check_drained()
 
     def _check_drained(self) -> None:
-        # A server that has taken note of our drain drops our idle links: none is left to launch.
+        # Without a link there is none to launch; else the server's answer tells (`Drained`).
         if self._client.is_stopping and not len(self.shelf):
-            self.is_drained.set()
+            if self.shelf.has_any:  # ended by the server: their launches may be on their way
+                self._loop.call_later(LAUNCH_DELAY, self.is_drained.set)
+            else:
+                self.is_drained.set()
 
     # --------------------------------------------------------------------- launches
 
@@ -220,6 +229,8 @@ class Pairing:
                     self._is_server_stopping = True
                     self._client.log.info("the server is stopping")
                     self.filler.close()
+            case Drained():
+                self.is_drained.set()
             case Lost():
                 if not self.lost.done():
                     self.lost.set_result(event)
@@ -406,6 +417,7 @@ class Pairing:
                 self._demand.take(self._loop.time())
                 self._want(self._demand.wanted)
             self.filler.fill()
+            self._check_drained()
         return link
 
     async def _claim(self, name: int | str) -> Link:

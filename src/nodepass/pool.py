@@ -97,6 +97,11 @@ class Shelf:
     def __contains__(self, name: int | str) -> bool:
         return name in self._idle or name in self._ending
 
+    @property
+    def has_any(self) -> bool:
+        """Whether there is a link that can be claimed."""
+        return bool(self._idle or self._ending)
+
     def put(self, link: Link) -> None:
         """Keep a link; its name must not be here already."""
         self._idle[link.name] = link
@@ -278,6 +283,8 @@ class Member:
     demand: Demand
     relays: int = 0
     """Open relays: what "least loaded" means."""
+    turn: int = 0
+    """When it was last given a visitor, as a number that grows; among equals the first is next."""
     handed: set[int | str] = field(default_factory=set)
     """Links on their way to who has waited for one: on no shelf, and not launched yet."""
 
@@ -287,7 +294,7 @@ class Member:
 
 
 class Pool:
-    """Give each visitor an idle link of the least loaded live session.
+    """Give each visitor an idle link of the least loaded live session, equals by turns.
 
     Visitors that find none wait their turn, first come first served; links that arrive go to
     them before they go to a shelf.
@@ -296,6 +303,7 @@ class Pool:
     def __init__(self) -> None:
         self._members: list[Member] = []
         self._waiting: deque[asyncio.Future[tuple[Member, Link]]] = deque()
+        self._turns = 0
         self._is_closed = False
 
     def __iter__(self) -> Iterator[Member]:
@@ -329,7 +337,12 @@ class Pool:
             member = min(able, key=_load) if len(able) > 1 else able[0]
             link = member.shelf.take()
             if link is not None:
+                self._take_turn(member)
                 return member, link
+
+    def _take_turn(self, member: Member) -> None:
+        self._turns += 1
+        member.turn = self._turns
 
     async def take(self, timeout: float) -> tuple[Member, Link]:  # noqa: ASYNC109
         """Return a live idle link and its session, waiting for one if need be.
@@ -383,6 +396,7 @@ class Pool:
             place = self._waiting.popleft()
             if not place.done():
                 member.handed.add(link.name)
+                self._take_turn(member)
                 place.set_result((member, link))
                 return
         member.shelf.put(link)
@@ -416,5 +430,5 @@ def has_result(place: asyncio.Future[T]) -> bool:
     return place.done() and not place.cancelled() and place.exception() is None
 
 
-def _load(member: Member) -> int:
-    return member.relays
+def _load(member: Member) -> tuple[int, int]:
+    return member.relays, member.turn

@@ -99,7 +99,12 @@ class Lost:
     """The other side sent more signals that carry nothing than anybody needs to."""
 
 
-Event = Launch | SeedLaunch | Fail | Idle | Drain | Lost
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """The server has seen our drain: no launch is on its way any more."""
+
+
+Event = Launch | SeedLaunch | Fail | Idle | Drain | Drained | Lost
 
 
 class Session:
@@ -130,6 +135,8 @@ class Session:
         self._ping_timed = 0
         self._ping_sent_at: float | None = None
         self._has_said_drain = False
+        self._drain_ping: int | None = None
+        """The ping behind our drain, until its answer."""
         self._beat_heard_at: float | None = None
         self._longest_gap: float | None = None
         self._launches = 0
@@ -255,6 +262,16 @@ class Session:
             self.send(Drain())
         self._move(State.DRAINING)
 
+    def await_drained(self) -> None:
+        """Ask a native server, behind our drain, whether it has seen that.
+
+        After: `Drained`. Lines keep their order, so behind the answer comes no launch any more.
+        """
+        if self.is_open:
+            self._pings += 1
+            self._drain_ping = self._pings
+            self.send(Ping(self._pings))
+
     def bye(self, reason: str) -> None:
         """End the session from our side."""
         if self.dialect is Dialect.NATIVE:
@@ -288,6 +305,9 @@ class Session:
             case Pong(number):
                 self.waste(now)
                 self._take_pong(number, now)
+                if self._drain_ping is not None and number >= self._drain_ping:
+                    self._drain_ping = None
+                    events.append(Drained())
             case Drain():
                 self.waste(now)
                 self._move(State.DRAINING)

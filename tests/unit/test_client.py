@@ -609,6 +609,32 @@ async def test_stop_waits_for_a_launch_on_its_way() -> None:
 
 
 @both
+async def test_c16_stop_ends_with_the_answer_behind_the_drain() -> None:
+    """The links need not go first: the answer comes behind every launch."""
+    async with paired(shutdown_timeout=20.0) as (server, desk, _):
+        stopping = asyncio.create_task(desk.client.stop())
+        assert await signal(server) == "drain://"
+        for number in range(1, 3):  # the session's first ping, and the one behind the drain
+            await server.say(f"pong://{number}")
+        async with within(5):
+            await stopping
+
+
+@both
+async def test_c16_stop_ends_when_the_last_link_was_launched() -> None:
+    async with paired(shutdown_timeout=20.0) as (server, desk, links):
+        stopping = asyncio.create_task(desk.client.stop())
+        assert await signal(server) == "drain://"
+        links[1].reset()
+        await server.say("tcp://2?from=10.0.0.1:1")
+        target = await desk.at_target()
+        links[2].close()
+        target.close()
+        async with within(5):
+            await stopping
+
+
+@both
 async def test_stop_cuts_what_does_not_end(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "nodepass"):
         async with paired("log=info", shutdown_timeout=0.05) as (server, desk, _):

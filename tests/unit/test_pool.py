@@ -413,6 +413,22 @@ async def test_pool_gives_a_link_of_the_least_loaded_session() -> None:
         assert pool.take_nowait() is None
 
 
+async def test_c19_equals_get_visitors_by_turns() -> None:
+    """Also when each visitor has gone before the next one comes."""
+    with House() as house:
+        pool, members = Pool(), [house.member() for _ in range(3)]
+        for at, member in enumerate(members):
+            pool.add(member)
+            for number in range(4):
+                pool.give(member, house.link(10 * at + number))
+        taken = []
+        for _ in range(12):
+            found = pool.take_nowait()
+            assert found is not None
+            taken.append(found[0])
+        assert taken == members * 4
+
+
 async def test_pool_passes_over_sessions_that_cannot_launch() -> None:
     with House() as house:
         pool, stopping, live = Pool(), house.member(), house.member()

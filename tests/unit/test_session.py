@@ -19,7 +19,7 @@ from nodepass.message import (
     Pong,
     SeedLaunch,
 )
-from nodepass.session import Backoff, Event, Lost, Role, Session, State
+from nodepass.session import Backoff, Drained, Event, Lost, Role, Session, State
 
 START = 1000.0
 """A clock begins anywhere."""
@@ -229,6 +229,22 @@ def test_drain_is_said_once() -> None:
     assert session.receive_data(b"tcp://1\ndrain://\n", START) == [Launch(Kind.TCP, 1), Drain()]
     session.bye("stopped")
     assert session.data_to_send() == b"bye://stopped\n"
+
+
+def test_c16_answer_behind_the_drain() -> None:
+    """What the server launched before it saw the drain has come by then."""
+    session = native()
+    session.tick(START)
+    session.drain()
+    session.await_drained()
+    assert session.data_to_send() == b"ping://1\ndrain://\nping://2\n"
+    assert session.receive_data(b"pong://1\n", START) == []
+    heard = session.receive_data(b"tcp://1\npong://2\npong://2\n", START)
+    assert heard == [Launch(Kind.TCP, 1), Drained()]
+    session.bye("stopped")
+    session.data_to_send()
+    session.await_drained()
+    assert session.data_to_send() == b""
 
 
 def test_drain_is_said_also_after_theirs() -> None:
