@@ -4,8 +4,12 @@ Owns: a connection from its accept until it is a link in the pool, its TLS hands
 Here a connection says nothing of itself; its source address is all there is to go by. Called
 by `server`.
 
-    accepted ──from the seed client's address──> [TLS ──] 8-character id sent ──> a link
+    accepted ──from the seed client's address──> [TLS ──] 8-character id sent ──ripe──> a link
         └── from anywhere else ──> reset, counted, told once a minute
+
+The signal that launches a link travels on another connection than its id, and a Go client that
+meets a signal of a link that it does not know yet forgets it without a word. So a link is nobody's
+before the client's kernel has its id, and has had it for a moment.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from .caller import Caller
 from .errors import EngineError, TlsError
 from .log import Log
 from .message import SEED_ID_SIZE
+from .patience import Patience
 from .pool import Link, Pool
 from .record import Records
 from .relay import Handshake, HandshakeResult, Relays
@@ -34,6 +39,25 @@ if TYPE_CHECKING:
 
 MAX_SHAKES: Final = 64
 """TLS handshakes at once: the Go client dials one after another."""
+
+RIPENING: Final = 0.05
+"""Seconds that a client has had a link's id before the link may be launched. The Go client waits
+for the id in the very call that takes it, stores it, and only then dials its next link: what this
+has to cover is that one thread gets a processor. With eight busy processes on two processors that
+took up to 40 ms."""
+
+
+class _Green:
+    """A link whose id has been sent."""
+
+    __slots__ = ("client", "is_acknowledged", "link", "since")
+
+    def __init__(self, client: Client, link: Link, since: float) -> None:
+        self.client = client
+        self.link = link
+        self.since = since
+        self.is_acknowledged = net.is_acknowledged(link.sock)
+        """Whether the client's kernel had the id when we looked last."""
 
 
 class DataPort:
@@ -66,6 +90,8 @@ class DataPort:
         self._relays = relays
         self._tls = tls
         self._shakes: set[Handshake] = set()
+        self._green: dict[str, _Green] = {}
+        self._ripening = Patience[_Green](RIPENING, self._look)
 
     def take(self, sock: socket.socket, host: str, caller: Caller | None) -> None:
         """Take a connection: only from where the seed client is.
@@ -88,7 +114,7 @@ class DataPort:
             net.reset(sock)
             self._counters.strangers += 1
             self._log.repeated("warn", f"data {host}", "turned away at the data port", host=host)
-        elif len(self._shakes) >= MAX_SHAKES or self._roster.is_stocked(current):
+        elif len(self._shakes) >= MAX_SHAKES or self._is_stocked(current):
             self._roster.refuse_link(sock, current)
         elif self._tls is None:
             self._give(current, sock, None)
@@ -99,6 +125,10 @@ class DataPort:
         """Give up the handshakes under way; idempotent."""
         for shake in self._shakes:
             shake.abort()  # its socket is closed when the engine has given it back
+        self._ripening.close()
+        for green in self._green.values():
+            net.reset(green.link.sock)
+        self._green.clear()
 
     def _secure(self, client: Client, sock: socket.socket, connection: Connection) -> None:
         try:
@@ -130,7 +160,7 @@ class DataPort:
         elif not result.result().is_done:
             net.finish(sock)  # not reset: an alert that says why may be on its way
             self._tell_failed(client, shake.connection, result.result())
-        elif self._roster.is_stocked(client):
+        elif self._is_stocked(client):
             self._roster.refuse_link(sock, client)
         else:
             self._give(client, sock, Records(shake.connection))
@@ -160,13 +190,35 @@ class DataPort:
             net.reset(sock)
             return
         self._counters.links += 1
+        client.brought += 1
         tls = None if records is None else records.connection
-        self._pool.give(client, Link(sock, link_id, tls=tls))
+        green = _Green(client, Link(sock, link_id, tls=tls), self._loop.time())
+        self._green[link_id] = green
+        self._ripening.add(green)
+
+    def _look(self, green: _Green) -> None:
+        link = green.link
+        if green.is_acknowledged:
+            del self._green[str(link.name)]
+            if net.has_ended(link.sock):
+                net.reset(link.sock)
+                self._counters.links_lost += 1
+            else:
+                self._pool.give(green.client, link)
+        elif self._loop.time() - green.since > self._timeout:
+            del self._green[str(link.name)]
+            net.reset(link.sock)
+        else:
+            green.is_acknowledged = net.is_acknowledged(link.sock)
+            self._ripening.add(green)
+
+    def _is_stocked(self, client: Client) -> bool:
+        return self._roster.is_stocked(client, len(self._green))
 
     def _fresh_id(self, client: Client) -> str:
         while True:
             link_id = secrets.token_hex(SEED_ID_SIZE // 2)
-            if not client.has_link(link_id):
+            if link_id not in self._green and not client.has_link(link_id):
                 return link_id
 
     def _turn_away_second(self, caller: Caller, current: Client) -> None:

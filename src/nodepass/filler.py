@@ -7,6 +7,7 @@ before their link. The dial itself is the caller's function. Called by `pairing`
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
@@ -23,6 +24,9 @@ MAX_CLAIMS: Final = 2 * MAX_DIALS
 """Launches that wait for their link: it is being dialled, or it will never come."""
 QUIET_FAILURES: Final = 3
 """Failed dials in a row that stay at debug level: a server that stops refuses a few."""
+
+TOO_LATE: Final = 256
+"""Links remembered whose launch came much too early: more than there are dials under way."""
 
 YOUNG: Final = 1.0
 """Seconds that a link must live idle to count as made: several round trips of any path."""
@@ -58,6 +62,8 @@ class Filler:
         self._failures = 0
         self._retry: asyncio.TimerHandle | None = None
         self._claims: dict[int | str, asyncio.Future[Link]] = {}
+        self._too_late: deque[int | str] = deque(maxlen=TOO_LATE)
+        """Links whose launch has been given up: their visitors must not wait on them for ever."""
         self._is_closed = False
         self.dialling = 0
         """Dials under way."""
@@ -104,6 +110,7 @@ class Filler:
         except TimeoutError as exc:
             if has_result(place):
                 return place.result()  # it came in the very turn in which the time ran out
+            self._too_late.append(name)
             raise PoolTimeout(f"link {name} never came") from exc
         except asyncio.CancelledError:
             if has_result(place):
@@ -115,6 +122,7 @@ class Filler:
 
     def _give_up(self, name: int | str) -> None:
         place = self._claims.pop(name)
+        self._too_late.append(name)
         if not place.done():
             place.set_exception(PoolTimeout(f"link {name} never came, and too many others wait"))
             place.exception()  # whoever waited may be gone in this very turn
@@ -157,12 +165,18 @@ class Filler:
         if self._is_closed:
             net.reset(link.sock)  # a visitor may be on it already: no clean end for him
             return
+        if link.name in self._too_late:
+            self._too_late.remove(link.name)
+            net.reset(link.sock)  # here as well
+            return
         self.made += 1
         place = self._claims.pop(link.name, None)
-        if place is not None and not place.done():
+        if place is None:
+            self._shelf.put(link)
+        elif not place.done():
             place.set_result(link)
         else:
-            self._shelf.put(link)
+            net.reset(link.sock)  # its launch is given up in this very turn
 
     def _fail(self, exc: Exception) -> None:
         if self._is_closed:

@@ -73,6 +73,8 @@ def _tuning() -> list[tuple[int, int, int]]:
 _TUNING: Final = _tuning()
 """What every TCP leg of ours has: level, option, value."""
 _TCP_INFO: Final = getattr(socket, "TCP_INFO", None) if sys.platform == "linux" else None
+_UNACKNOWLEDGED: Final = 0x5411 if sys.platform == "linux" else None
+"""SIOCOUTQ of tcp(7): bytes sent and not acknowledged."""
 _TCP_ESTABLISHED: Final = 1
 """Of Linux' struct tcp_info: neither side has ended."""
 _LINGER_SHAPE: Final = "hh" if sys.platform == "win32" else "ii"
@@ -193,6 +195,15 @@ def share_descriptors(visitors: int, idle: int) -> Shares:
         idle=max(1, min(idle, stock // IDLE_ROOM)),
         stock=stock,
     )
+
+
+def is_acknowledged(sock: socket.socket) -> bool:
+    """Tell whether the peer's kernel has everything that was sent; True where nobody can tell."""
+    if _UNACKNOWLEDGED is None:
+        return True
+    from fcntl import ioctl
+
+    return not int.from_bytes(ioctl(sock.fileno(), _UNACKNOWLEDGED, bytes(4)), sys.byteorder)
 
 
 def is_stalled(sock: socket.socket) -> bool:

@@ -71,6 +71,8 @@ class Client(Member):
     control: Control | None = None
     has_drained: bool = False
     """Whether it has said that it is stopping."""
+    brought: int = 0
+    """Links of a seed client that have been given an id."""
     launched: dict[int | str, tuple[Relay | UdpRelay, float]] = field(default_factory=dict)
     """Open relays by link, each with the time of its launch in seconds of the loop."""
     parted: deque[int | str] = field(default_factory=lambda: deque(maxlen=PARTED))
@@ -228,9 +230,13 @@ class Roster:
         link = Link(caller.sock, claim.number, caller.handshake.rest(), caller.tls)
         self._pool.give(client, link)
 
-    def is_stocked(self, client: Client) -> bool:
-        """Tell whether a client has brought as many links as we keep; may drop another's."""
-        if len(client.shelf) >= net.IDLE_ROOM * self._most_idle:
+    def is_stocked(self, client: Client, coming: int = 0) -> bool:
+        """Tell whether a client has brought as many links as we keep; may drop another's.
+
+        Args:
+            coming: links of it that are on no shelf yet.
+        """
+        if len(client.shelf) + coming >= net.IDLE_ROOM * self._most_idle:
             return True
         # Callers are watched along with the links; only where that is too many we count.
         if len(self._watch) < self._stock or self._count_idle() < self._stock:

@@ -27,6 +27,7 @@ from .penalty import Penalties
 from .pool import Link, Member, Pool, announce
 from .relay import Relay, RelayResult, Relays, UdpRelay, UdpResult
 from .roster import Client, Roster
+from .silence import Silences
 from .slot import Slots
 from .stats import Datagrams, TunnelStatistics, least_rtt
 from .tunnel import ABORT_GRACE, Tunnel
@@ -80,6 +81,8 @@ class Server(Tunnel):
         self._clients.on_client_full = self._gates.make_room
         self.resources.callback(self._clients.close, "stopped")
         self.resources.callback(self.pool.close)
+        self._silences = Silences(self.log, self.counters)
+        self.resources.callback(self._silences.close)
         self._entrance = Entrance(
             self.log,
             self.settings.handshake_timeout,
@@ -349,8 +352,10 @@ class Server(Tunnel):
             name: of the link.
             visitor: address, for the client's log.
         """
-        is_udp = isinstance(relay, UdpRelay)
-        client.session.launch(Kind.UDP if is_udp else Kind.TCP, name, visitor)
+        kind = Kind.UDP if isinstance(relay, UdpRelay) else Kind.TCP
+        client.session.launch(kind, name, visitor)
+        if isinstance(name, str):
+            self._silences.begin(relay, client, kind, name)
         now = self._loop.time()
         client.join(name, relay, now)
         if client.demand.take(now):
@@ -368,6 +373,7 @@ class Server(Tunnel):
     ) -> None:
         self.slots.give(is_udp=isinstance(relay, UdpRelay))
         client.part(name)
+        self._silences.end(relay)
         if result.cancelled():
             self.forget(relay)
             return

@@ -99,9 +99,10 @@ ALLOWED: dict[str, set[str]] = {
         "penalty", "pool", "proof", "record", "relay", "session", "stats", "watch", "wire",
     },
     "dataport": {
-        "caller", "errors", "log", "message", "net", "pool", "record", "relay", "roster",
-        "stats", "tls",
+        "caller", "errors", "log", "message", "net", "patience", "pool", "record", "relay",
+        "roster", "stats", "tls",
     },
+    "silence": {"log", "message", "patience", "relay", "roster", "stats"},
     "gate": {
         "datagram", "errors", "message", "net", "pool", "relay", "roster", "session", "stats",
     },
@@ -111,8 +112,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "server": {
         "config", "dataport", "entrance", "environment", "errors", "gate", "listener", "log",
-        "message", "net", "penalty", "pool", "relay", "roster", "session", "slot", "stats", "tls",
-        "tunnel", "watch", "wire",
+        "message", "net", "penalty", "pool", "relay", "roster", "session", "silence", "slot",
+        "stats", "tls", "tunnel", "watch", "wire",
     },
     "client": {
         "config", "environment", "errors", "handshake", "log", "message",
