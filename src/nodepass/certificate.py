@@ -34,7 +34,8 @@ CLOCK_SKEW: Final = timedelta(days=1)
 """How far the certificate made here reaches into the past."""
 
 PEM_BEGIN: Final = b"-----BEGIN "
-PEM_BLOCK: Final = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----.*?-----END \1-----", re.DOTALL)
+PEM_BLOCK: Final = re.compile(rb"-----BEGIN ([ -~]+?)-----.*?-----END \1-----", re.DOTALL)
+"""Labels are printable ASCII (RFC 7468, section 3): X9.42 DH PARAMETERS, PKCS #7 SIGNED DATA."""
 
 UNREADABLE: Final = (
     ValueError,

@@ -201,7 +201,7 @@ def _read(urls: Sequence[str], environ: Mapping[str, str]) -> tuple[Settings, li
                 else suggest(shown, ("--help", "--version"))
             )
             raise ConfigError(shown, f"is not an option; {hint}")
-        if "://" not in word:
+        if "://" not in word and word.isascii():
             _refuse_word(word)
     settings = Settings.from_environment(environ)
     common = CommonPassword(environ)

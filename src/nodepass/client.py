@@ -15,7 +15,7 @@ import secrets
 import socket
 from typing import TYPE_CHECKING, Final
 
-from . import net, wire
+from . import aside, net, wire
 from .config import Config, Mode
 from .errors import AuthError, NodePassError, PoolTimeout, TlsError, TunnelError
 from .handshake import ClientHandshake
@@ -59,7 +59,7 @@ class Client(Tunnel):
     async def _open(self) -> None:
         self._key = await self.stretch_password()
         if self.config.tls:  # what cannot work is to be known at the start
-            await asyncio.to_thread(self._load_tls)
+            await aside.run(self._load_tls)
             if self._tls is not None and self.config.tls == 2:
                 self._tls.require_verification()
         self.watch = Watch()
@@ -285,7 +285,7 @@ class Client(Tunnel):
         """
         async with self._loading:  # many links may ask at once
             if self._tls is None:
-                await asyncio.to_thread(self._load_tls)
+                await aside.run(self._load_tls)
         assert self._tls is not None
         from . import tls
 

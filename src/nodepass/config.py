@@ -54,6 +54,19 @@ class Mode(StrEnum):
 SLIPS = 2
 """Letters that may be wrong in a mode for it to be known again."""
 
+QUOTES = {
+    "\ufeff": "a byte order mark, which some editors put before a text",
+    **dict.fromkeys("'\"`\u201c\u201d\u201e\u2018\u2019\u00ab", "a quotation mark"),
+}
+"""What a URL may stand in where no shell takes it off, and what it is called."""
+
+LINE_ENDS = {
+    "\r": "a carriage return, as a file with the line ends of Windows has it",
+    "\n": "a line end",
+}
+
+NO_URL = "is an address, not a URL: write host:port, without the scheme before it"
+
 BOTH = (Mode.SERVER, Mode.CLIENT)
 LEVELS = ("debug", "info", "warn", "error", "fatal", "none")
 SWITCH = ("0", "1")
@@ -198,6 +211,8 @@ class Config:
 
 
 def _split(url: str) -> tuple[Mode, str, str, str]:
+    if url[:1] in QUOTES:
+        raise ConfigError("url", f"begins with {QUOTES[url[0]]}; leave it out")
     scheme, colon, rest = url.partition("://")
     if not colon:
         raise ConfigError("url", "starts neither with server:// nor with client://")
@@ -208,7 +223,7 @@ def _split(url: str) -> tuple[Mode, str, str, str]:
         hint = f"; did you mean {near[0]}://?" if near else ""
         raise ConfigError("url", f"{shown} is server:// or client://{hint}")
     if any(c.isspace() or not c.isprintable() for c in rest):
-        raise ConfigError("url", "has a blank or a control character in it; write it as %20 …")
+        raise ConfigError("url", _blank_fault(rest))
     if "#" in rest:
         raise ConfigError("url", "has a '#' in it, which means nothing here; write it as %23")
     body, _, query = rest.partition("?")
@@ -219,7 +234,35 @@ def _split(url: str) -> tuple[Mode, str, str, str]:
             "has an '@' behind its first '/' or '?'; in a password write these as %2F and %3F,"
             " elsewhere write the '@' as %40",
         )
+    if authority.endswith(":") and target.startswith("/"):
+        raise ConfigError("tunnel", NO_URL)
+    if "/" in target:
+        raise ConfigError("target", _path_fault(target))
     return Mode(scheme.lower()), authority, target, query
+
+
+def _blank_fault(text: str) -> str:
+    """Say what the first blank or unprintable character is, and what to do about it."""
+    blank = next(c for c in text if c.isspace() or not c.isprintable())
+    place = "ends in" if text.endswith(blank) else "has"
+    if blank in LINE_ENDS:
+        return f"{place} {LINE_ENDS[blank]}; take it off"
+    if not blank.isspace():
+        return f"{place} an invisible or control character; leave it out"
+    if place == "ends in":
+        return "ends in a blank; take it off"
+    return "has a blank in it; in a password or a file's name write it as %20"
+
+
+def _path_fault(target: str) -> str:
+    """Say why there can be no '/' behind the one that begins the target."""
+    if target.startswith("/"):
+        return "begins with a second '/'; one is enough"
+    if "://" in target:
+        return NO_URL
+    if target.endswith("/") and target.count("/") == 1:
+        return "ends in a '/'; leave it out"
+    return "has a path; a tunnel carries all of a port: leave out the '/' and what follows"
 
 
 def _has_stray_at(target: str, query: str) -> bool:

@@ -21,7 +21,14 @@ This module imports nothing of ours; everybody may import it.
 
 from __future__ import annotations
 
+import errno
 import os
+
+TOO_FEW_THREADS = "the system allows too few threads; see ulimit -u, TasksMax=, pids.max"
+"""What is behind EAGAIN of pthread_create(3) and Python's "can't start new thread"."""
+
+THREADED = ("start", "handshake")
+"""Operations of the engine that start a thread."""
 
 
 class NodePassError(Exception):
@@ -115,7 +122,10 @@ class EngineError(NodePassError, OSError):
     """The engine could not do what it was asked."""
 
     def __init__(self, operation: str, code: int) -> None:
-        super().__init__(code, f"engine {operation}: {os.strerror(code)}")
+        text = os.strerror(code)
+        if code == errno.EAGAIN and operation in THREADED:
+            text = TOO_FEW_THREADS
+        super().__init__(code, f"engine {operation}: {text}")
         self.operation = operation
         """Name of the engine method or system call."""
 

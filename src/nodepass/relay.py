@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import os
 import re
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
-from . import fork
+from . import aside, fork
 from .advisory import outdated
 from .environment import Settings
 from .errors import TlsError
@@ -408,7 +409,7 @@ class Relays:
             crew.leave_loop()
             if crew is self._crew and self.kind == "native":
                 # Joining threads blocks for a moment; the twin has none and lives on this loop.
-                is_joined = await asyncio.to_thread(crew.engine.close, deadline)
+                is_joined = await aside.run(functools.partial(crew.engine.close, deadline))
             else:
                 crew.engine.close(deadline)
             crew.forget()

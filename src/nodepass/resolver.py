@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import threading
+from functools import partial
 from typing import cast
 
+from . import aside
+from .errors import TOO_FEW_THREADS
 from .hostname import encode
 
 SocketAddress = tuple[str, int] | tuple[str, int, int, int]
@@ -37,31 +39,45 @@ async def resolve(host: str, port: int, flags: int = 0) -> list[Candidate]:
     Raises:
         socket.gaierror: the name has no address, or nobody could be asked.
     """
+    if _is_address(host):
+        return _ask(host, port, flags | socket.AI_NUMERICHOST)
     loop = asyncio.get_running_loop()
     key = (loop, host, port, flags)
     answer = _under_way.get(key)
     if answer is None:
         answer = _under_way[key] = loop.create_future()
         answer.add_done_callback(lambda done: done.cancelled() or done.exception())
-        name = "nodepass-resolver"
-        thread = threading.Thread(target=_look_up, args=(key, answer), name=name, daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as exc:  # a limit on threads has been reached
+        if not aside.start(partial(_look_up, key, answer), "nodepass-resolver"):
+            # Not here instead: a name server that is gone would hold everybody up for long.
             del _under_way[key]
-            raise socket.gaierror(socket.EAI_AGAIN, str(exc)) from exc
+            raise socket.gaierror(socket.EAI_AGAIN, TOO_FEW_THREADS)
     return await asyncio.shield(answer)
+
+
+def _is_address(host: str) -> bool:
+    """Tell whether no name server is needed: then no thread is, either."""
+    host, _, _zone = host.partition("%")
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, host)
+        except (OSError, ValueError):
+            continue
+        return True
+    return False
+
+
+def _ask(host: str, port: int, flags: int) -> list[Candidate]:
+    name = encode(host)  # ASCII; of other letters Python would make IDNA 2003
+    found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=flags)
+    # dict: a hosts file may list one address twice; cast: typeshed knows builds without IPv6
+    return list(dict.fromkeys((int(f), cast(SocketAddress, a)) for f, _, _, _, a in found))
 
 
 def _look_up(key: _Key, answer: asyncio.Future[list[Candidate]]) -> None:
     """Runs in a thread of its own."""
     loop, host, port, flags = key
     try:
-        name = encode(host)  # ASCII; of other letters Python would make IDNA 2003
-        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=flags)
-        # dict: a hosts file may list one address twice; cast: typeshed knows builds without IPv6
-        unique = dict.fromkeys((int(f), cast(SocketAddress, a)) for f, _, _, _, a in found)
-        result: list[Candidate] | OSError = list(unique)
+        result: list[Candidate] | OSError = _ask(host, port, flags)
     except ValueError:  # from `encode`, or Python has met a label that is too long
         result = socket.gaierror(socket.EAI_NONAME, "not a name")
     except OSError as exc:

@@ -15,7 +15,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from . import net
+from . import aside, net
 from .config import Config, Mode
 from .dataport import DataPort
 from .entrance import Entrance
@@ -53,7 +53,7 @@ class Server(Tunnel):
     async def _open(self) -> None:
         self._loop = asyncio.get_running_loop()
         key = await self.stretch_password()
-        self._tls = await asyncio.to_thread(self._load_tls)
+        self._tls = await aside.run(self._load_tls)
         penalties = Penalties()
         shares = self.share_descriptors()
         self.slots = Slots(

@@ -15,7 +15,7 @@ from collections.abc import Coroutine
 from types import TracebackType
 from typing import Final, Self
 
-from . import fork, net
+from . import aside, fork, net
 from .config import Config, Mode
 from .drop import DropReport
 from .environment import Settings
@@ -215,7 +215,7 @@ class Tunnel(ABC):
         if password is None:
             return None
         # It takes 0.1 s on purpose, and other tunnels of this loop may be at work.
-        return await asyncio.to_thread(stretch_password, password.reveal())
+        return await aside.run(lambda: stretch_password(password.reveal()))
 
     def share_descriptors(self) -> net.Shares:
         """Return how many visitors and idle links fit the limit of open files; warn if few."""

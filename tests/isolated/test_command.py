@@ -11,11 +11,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
 import pytest
 from tests.system.rig.timing import free_port
+
+from nodepass.errors import TOO_FEW_THREADS
 
 PATIENCE = 20.0
 """Seconds for any step on a busy machine; nothing here needs one."""
@@ -345,3 +348,42 @@ def test_the_lines_of_keygen_make_a_tunnel(tmp_path: Path) -> None:
             with started(["sh", "-c", for_client]) as client:
                 assert "tls=1" in read_until(client.stderr, "tunnel up")
                 assert passed(port, target) == b"through"
+
+
+FEW_THREADS = """
+import importlib, importlib.metadata, os, resource, sys
+import encodings.idna, stringprep
+importlib.metadata.requires("nodepass")
+for name in ("cli", "process", "server", "client", "_pycopy", "tls", *sys.argv[2:]):
+    importlib.import_module("nodepass." + name)
+from cryptography.hazmat.bindings._rust import _openssl
+if os.getuid() == 0:  # whom the limit does not bind
+    os.setgroups([])
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+sys.exit(sys.modules["nodepass.cli"].main(sys.argv[1:2]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit counts no threads")
+@pytest.mark.skipif(find_spec("nodepass._fastcopy") is None, reason="the twin has no threads")
+def test_c12_too_few_threads_for_the_engine_are_one_line() -> None:
+    with started([sys.executable, "-c", FEW_THREADS, server_url(), "_fastcopy"]) as process:
+        code, said = finish(process)
+    assert (code, said) == (
+        1,
+        f"nodepass: error: engine start: {TOO_FEW_THREADS}\n",
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit counts no threads")
+def test_c12_what_needs_no_thread_runs_without_one() -> None:
+    """TLS loaded, a password stretched, an engine stopped, addresses bound: all on the loop."""
+    command = [sys.executable, "-c", FEW_THREADS, server_url().replace("//", "//pw@") + "?tls=1"]
+    with started(command, NODEPASS_ENGINE="python") as process:
+        read_until(process.stderr, "server listening")
+        process.terminate()
+        code, said = finish(process)
+    assert code == 0
+    assert "Traceback" not in said

@@ -196,6 +196,20 @@ def test_every_cut_is_noticed(authority: Authority, tmp_path: Path) -> None:
             assert not whole[first_end:length].partition(b"\n")[2], length
 
 
+@pytest.mark.parametrize("label", ["X9.42 DH PARAMETERS", "PKCS #7 SIGNED DATA", "EC PARAMETERS"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_c12_other_blocks_are_passed_over(
+    label: str, is_first: bool, issued: Issued, tmp_path: Path
+) -> None:
+    block = f"-----BEGIN {label}-----\nMIIBCAKCAQEA\n-----END {label}-----\n".encode()
+    paths = []
+    for source in (issued.crt, issued.key):
+        paths.append(tmp_path / Path(source).name)
+        whole = Path(source).read_bytes()
+        paths[-1].write_bytes(block + whole if is_first else whole + block)
+    assert load(str(paths[0]), str(paths[1]), NOW).chain == load(issued.crt, issued.key, NOW).chain
+
+
 def test_cut_says_so(issued: Issued, tmp_path: Path) -> None:
     cut = tmp_path / "cut.crt"
     cut.write_bytes(Path(issued.crt).read_bytes()[:200])

@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "stats": set(),
     "message": set(),
     "hostname": set(),
+    "aside": set(),
     # OpenSSL by its secret doors; its records; neither loads it before it is used
     "advisory": set(),
     "_openssl": {"hostname"},
@@ -62,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     "session": {"errors", "message", "wire"},
     "penalty": set(),
     # sockets, and beside them certificates and contexts
-    "resolver": {"hostname"},
+    "resolver": {"aside", "errors", "hostname"},
     "watch": {"fork"},
     "patience": set(),
     "net": {"errors", "hostname", "resolver"},
@@ -78,7 +79,7 @@ ALLOWED: dict[str, set[str]] = {
     "slot": set(),
     "datagram": {"errors", "listener", "net", "resolver"},
     "work": {"errors", "stats"},
-    "relay": {"_pycopy", "advisory", "environment", "errors", "fork", "log", "work"},
+    "relay": {"_pycopy", "advisory", "aside", "environment", "errors", "fork", "log", "work"},
     "control": {"errors", "fork", "log", "message", "net", "record", "session"},
     "pool": {"errors", "log", "message", "net", "record", "session", "watch"},
     "filler": {"errors", "log", "net", "pool", "session"},
@@ -91,7 +92,7 @@ ALLOWED: dict[str, set[str]] = {
     "target": {"datagram", "errors", "log", "relay", "resolver"},
     # lifecycles
     "tunnel": {
-        "config", "drop", "environment", "errors", "fork", "log", "net", "proof", "relay",
+        "aside", "config", "drop", "environment", "errors", "fork", "log", "net", "proof", "relay",
         "stats",
     },
     "roster": {
@@ -111,12 +112,12 @@ ALLOWED: dict[str, set[str]] = {
         "message", "net", "pool", "record", "relay", "resolver", "session", "stats", "wire",
     },
     "server": {
-        "config", "dataport", "entrance", "environment", "errors", "gate", "listener", "log",
-        "message", "net", "penalty", "pool", "relay", "roster", "session", "silence", "slot",
-        "stats", "tls", "tunnel", "watch", "wire",
+        "aside", "config", "dataport", "entrance", "environment", "errors", "gate", "listener",
+        "log", "message", "net", "penalty", "pool", "relay", "roster", "session", "silence",
+        "slot", "stats", "tls", "tunnel", "watch", "wire",
     },
     "client": {
-        "config", "environment", "errors", "handshake", "log", "message",
+        "aside", "config", "environment", "errors", "handshake", "log", "message",
         "net", "pairing", "record", "relay", "session", "slot", "stats", "target", "tls",
         "tunnel", "watch", "wire",
     },
@@ -125,8 +126,8 @@ ALLOWED: dict[str, set[str]] = {
     "title": set(),
     "console": {"log", "outlet"},
     "process": {
-        "client", "config", "console", "environment", "errors", "log", "password", "relay",
-        "server", "tunnel",
+        "client", "config", "console", "environment", "errors", "log", "password",
+        "relay", "server", "tunnel",
     },
     "help": {"config", "environment"},
     "keygen": {"config", "errors"},

@@ -149,6 +149,13 @@ async def test_limit_on_threads_is_an_answer_and_passes(monkeypatch: pytest.Monk
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
-        with pytest.raises(socket.gaierror, match="can't start"):
-            await resolve("127.0.0.1", 80)
-    assert await resolve("127.0.0.1", 80) == [LOCAL]
+        with pytest.raises(socket.gaierror, match="too few threads"):
+            await resolve("localhost", 80)
+    assert await resolve("localhost", 80)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_c12_an_address_needs_no_thread(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading.Thread, "start", lambda _: pytest.fail("a thread"))
+    ((_, address),) = await resolve(host, 80)
+    assert address[:2] == (host, 80)
