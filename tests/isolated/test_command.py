@@ -351,9 +351,11 @@ def test_the_lines_of_keygen_make_a_tunnel(tmp_path: Path) -> None:
 
 
 FEW_THREADS = """
-import importlib, importlib.metadata, os, resource, sys
+import codecs, importlib, importlib.metadata, os, resource, sys
 import encodings.idna, stringprep
 importlib.metadata.requires("nodepass")
+for codec in ("ascii", "latin-1", "idna", "utf-8"):
+    codecs.lookup(codec)
 for name in ("cli", "process", "server", "client", "_pycopy", "tls", *sys.argv[2:]):
     importlib.import_module("nodepass." + name)
 from cryptography.hazmat.bindings._rust import _openssl
