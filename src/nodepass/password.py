@@ -13,10 +13,12 @@ exceptions it stands for. The one file that is read is NODEPASS_PASSWORD_FILE.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
 import stat
+import sys
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,13 +26,19 @@ from typing import NoReturn
 
 from .errors import ConfigError
 
-__all__ = ["PASSWORD_LIMIT", "CommonPassword", "Secret", "checked", "is_exposed", "utf8"]
+__all__ = [
+    "PASSWORD_LIMIT", "CommonPassword", "Secret", "checked", "is_exposed",
+    "keep_out_of_core_dumps", "utf8",
+]  # fmt: skip
 
 PASSWORD_LIMIT = 1024
 """Bytes of a password; enough for a key file, and an end to reading a device."""
 
 PIPE_PATIENCE = 5.0
 """Seconds that a password may take to come out of a pipe; a start must not hang on it."""
+
+PR_SET_DUMPABLE = 4
+"""include/uapi/linux/prctl.h."""
 
 VARIABLE, FILE_VARIABLE = "NODEPASS_PASSWORD", "NODEPASS_PASSWORD_FILE"
 
@@ -222,3 +230,19 @@ def utf8(data: bytes) -> str | None:
         return data.decode()
     except UnicodeDecodeError:
         return None
+
+
+def keep_out_of_core_dumps() -> None:
+    """Have the kernel write no core dump of this process, which would hold the password.
+
+    Nor can a debugger of the same user look into it any more; root can. A resource limit would not
+    do: a core_pattern that names a program does not heed it. Linux only; never raises.
+
+    Source: prctl(2), PR_SET_DUMPABLE.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)

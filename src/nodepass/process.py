@@ -26,7 +26,7 @@ from .console import Console
 from .environment import Settings
 from .errors import NodePassError
 from .log import COMPLAINT, LEVELS, Log, mask
-from .password import FILE_VARIABLE, is_exposed
+from .password import FILE_VARIABLE, is_exposed, keep_out_of_core_dumps
 from .tunnel import tell_remarks
 
 __all__ = ["run", "serve"]
@@ -52,6 +52,8 @@ def run(configs: Sequence[Config], settings: Settings, exposed: str | None = Non
         _warn_of_words(configs, exposed)
         tell_remarks(Log("cli", _most_talkative(configs)), settings)
         _warn_of_open_file(configs)
+        if any(config.password is not None for config in configs):
+            keep_out_of_core_dumps()
         _raise_descriptor_limit()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             try:

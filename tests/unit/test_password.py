@@ -7,6 +7,8 @@ import copy
 import json
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import traceback
 from pathlib import Path
@@ -307,3 +309,15 @@ def test_is_exposed_says_nothing_elsewhere(
     path.touch(mode=0o644)
     monkeypatch.setattr("nodepass.password.os.name", "nt")
     assert not is_exposed(str(path))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="an option of Linux")
+def test_c29_a_process_with_a_password_leaves_no_core_dump() -> None:
+    """In a process of its own: its debugger, if the tests have one, must not be shut out."""
+    script = (
+        "import ctypes; from nodepass.password import keep_out_of_core_dumps as keep; "
+        "is_dumpable = lambda: ctypes.CDLL(None).prctl(3, 0, 0, 0, 0); "
+        "before = is_dumpable(); keep(); print(before, is_dumpable())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert done.stdout == b"1 0\n"
