@@ -16,7 +16,7 @@ from typing import Final
 
 from . import net
 from .errors import DialError
-from .listener import bind_all
+from .listener import OnAbsent, bind_all
 from .resolver import Candidate, SocketAddress, resolve
 
 GATE_BUFFER: Final = 7 * 1024 * 1024
@@ -39,12 +39,15 @@ _IP_PMTUDISC_DONT: Final = 0
 """Linux' include/uapi/linux/in.h."""
 
 
-async def listen(host: str, port: int) -> list[socket.socket]:
+async def listen(
+    host: str, port: int, on_absent: OnAbsent = lambda _address: None
+) -> list[socket.socket]:
     """Bind UDP sockets to every address of a host.
 
     Args:
         host: address or name; empty = every address, one dual-stack socket where possible.
         port: 0..65535; 0 = the kernel picks one, the same for all.
+        on_absent: as `listener.bind_all`.
 
     Returns:
         At least one non-blocking socket, the caller's own.
@@ -53,7 +56,8 @@ async def listen(host: str, port: int) -> list[socket.socket]:
         ListenError: the name does not resolve, or an address cannot be bound.
     """
     shown = f"udp {net.join_address(host, port)}"
-    return await bind_all(host, port, _bind, shown, "udp=0 goes without UDP")
+    way_out = "udp=0 goes without UDP"
+    return await bind_all(host, port, _bind, shown, on_absent, way_out)
 
 
 def _bind(family: int, address: SocketAddress, is_dual: bool) -> socket.socket:
@@ -169,13 +173,13 @@ def connect(
     Raises:
         DialError: there is no route to any of them.
     """
-    failure = OSError(errno.EHOSTUNREACH, "no address")
+    failures: dict[str, int] = {}
     for family, address in sorted(candidates, key=lambda c: _rank(c, avoid)):
         try:
             return _connect(family, address), address
         except OSError as exc:
-            failure = exc
-    raise DialError(shown, failure.errno or errno.EIO, len(candidates)) from failure
+            failures[address[0]] = exc.errno or errno.EIO
+    raise DialError.of_all(shown, failures)
 
 
 def _rank(candidate: Candidate, avoid: Collection[SocketAddress]) -> tuple[bool, bool]:

@@ -271,7 +271,10 @@ class Entrance:
         self._hear(caller, b"")  # the first line may have come along with the handshake
         if self._callers.get(caller.sock.fileno()) is caller and caller.wait is None:
             assert caller.on_ready is not None
-            self._watch.readable(caller.sock, caller.on_ready)
+            try:
+                self._watch.readable(caller.sock, caller.on_ready)
+            except OSError as exc:
+                self._leave(caller, f"it cannot be watched: {exc.strerror}")
 
     def _hear(self, caller: Caller, data: bytes) -> None:
         try:

@@ -31,6 +31,26 @@ THREADED = ("start", "handshake")
 """Operations of the engine that start a thread."""
 
 
+_TELLING = (
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOBUFS,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ETIMEDOUT,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+)
+"""What tells most comes first: something is wrong here, a machine was met, nobody answered, there
+is no way. A machine without IPv6 has no way to every IPv6 address, which tells nothing."""
+
+SHOWN_ADDRESSES = 4
+"""Of one failure; a name may have dozens."""
+
+
 class NodePassError(Exception):
     """The root: catches everything that the package raises on purpose."""
 
@@ -114,8 +134,38 @@ class DialError(NodePassError, OSError):
         self.attempts = attempts
         """How many resolved addresses were tried; 0 = the name did not resolve."""
 
+    @classmethod
+    def of_all(cls, address: str, failures: dict[str, int]) -> DialError:
+        """Make one error of several failed attempts.
+
+        Args:
+            address: what was dialled, as "host:port".
+            failures: an errno for each address of it.
+
+        Returns:
+            An error with the errno that tells most; its text has every one, each with whom it
+            concerns where they differ.
+        """
+        if not failures:
+            return cls(address, errno.EHOSTUNREACH, 0, "no address")
+        codes = sorted(set(failures.values()), key=_telling)
+        parts = []
+        for code in codes:
+            whose = [host for host, failure in failures.items() if failure == code]
+            shown = ", ".join(whose[:SHOWN_ADDRESSES])
+            more = len(whose) - SHOWN_ADDRESSES
+            if more > 0:
+                shown += f" and {more} more"
+            text = os.strerror(code).lower()
+            parts.append(f"{text} ({shown})" if len(codes) > 1 else text)
+        return cls(address, codes[0], len(failures), ", ".join(parts))
+
     def __str__(self) -> str:
         return str(self.args[1])
+
+
+def _telling(code: int) -> int:
+    return _TELLING.index(code) if code in _TELLING else len(_TELLING)
 
 
 class EngineError(NodePassError, OSError):

@@ -70,7 +70,7 @@ class Gates:
         Raises:
             ListenError: an address cannot be bound.
         """
-        self._socks = await datagram.listen(host, port)
+        self._socks = await datagram.listen(host, port, self._server.tell_absent)
         name = self._socks[0].getsockname()
         self.address = (str(name[0]), int(name[1]))
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from . import fork
 from .errors import ListenError
-from .net import arm, join_address, plain_host, tune
+from .net import arm, join_address, literal, plain_host, tune
 from .resolver import Candidate, SocketAddress, resolve
 
 BACKLOG: Final = 4096
@@ -38,16 +38,26 @@ _PASSING: Final = frozenset(
 )
 """What accept(2) reports of one connection that died in the queue; the next may be fine."""
 
+_ABSENT: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
+"""What an address is that this machine has not got. A port in use is another matter: whoever has
+it may be meant to give it up, so that ends the start."""
+
+OnAbsent = Callable[[str], None]
 OnAccept = Callable[[socket.socket, str, int], None]
 Bind = Callable[[int, SocketAddress, bool], socket.socket]
 
 
-async def listen(host: str, port: int) -> list[socket.socket]:
+def _ignore(_address: str) -> None:
+    pass
+
+
+async def listen(host: str, port: int, on_absent: OnAbsent = _ignore) -> list[socket.socket]:
     """Open listening sockets on every address of a host.
 
     Args:
         host: address or name; empty = every address, one dual-stack socket where possible.
         port: 0..65535; 0 = the kernel picks one, the same for all.
+        on_absent: as `bind_all`.
 
     Returns:
         At least one non-blocking listening socket, the caller's own.
@@ -55,36 +65,62 @@ async def listen(host: str, port: int) -> list[socket.socket]:
     Raises:
         ListenError: the name does not resolve, or an address cannot be bound.
     """
-    return await bind_all(host, port, _bind, join_address(host, port))
+    return await bind_all(host, port, _bind, join_address(host, port), on_absent)
 
 
 async def bind_all(
-    host: str, port: int, bind: Bind, shown: str, way_out: str = ""
+    host: str,
+    port: int,
+    bind: Bind,
+    shown: str,
+    on_absent: OnAbsent = _ignore,
+    way_out: str = "",
 ) -> list[socket.socket]:
-    """Open a socket on every address of a host.
+    """Open a socket on every address of a host that this machine has.
+
+    A name may stand for more: in most containers `localhost` is ::1, too, and there is no IPv6.
 
     Args:
         host: as `listen`; so is port.
         bind: opens one, given its family, its address, and whether it is for both families.
         shown: the address as errors name it.
+        on_absent: called with each address that was passed over.
         way_out: one clause on how to go without it, empty if there is none.
 
     Returns:
         At least one socket, the caller's own.
 
     Raises:
-        ListenError: the name does not resolve, or an address cannot be bound.
+        ListenError: the name does not resolve, this machine has none of its addresses, or another
+            cannot be bound.
     """
     opened: list[socket.socket] = []
+    absent: list[str] = []
+    failure: OSError | None = None
+    at = ""
     try:
         for family, address in await _listen_addresses(host, port):
             if opened and port == 0:
                 address = (address[0], opened[0].getsockname()[1], *address[2:])  # noqa: PLW2901
-            opened.append(bind(family, address, not host))
+            at = join_address(address[0], address[1])
+            try:
+                opened.append(bind(family, address, not host))
+            except OSError as exc:
+                if exc.errno not in _ABSENT:
+                    raise
+                failure = exc
+                absent.append(address[0])
+        if failure is not None and not opened:
+            at = ", ".join(absent)
+            raise failure
     except OSError as exc:
         for sock in opened:
             sock.close()
-        raise _listen_error(shown, exc, way_out) from exc
+        is_name = bool(host) and literal(host, port) is None
+        where = f"{shown} ({at})" if is_name and at else shown
+        raise _listen_error(where, exc, way_out) from exc
+    for address_of_others in absent:
+        on_absent(address_of_others)
     return opened
 
 
@@ -94,7 +130,7 @@ def _listen_error(shown: str, exc: OSError, way_out: str) -> ListenError:
         return ListenError(shown, errno.EADDRNOTAVAIL, text)
     code = exc.errno or errno.EIO
     hint = f"{os.strerror(code).lower()}; {way_out}" if way_out else ""
-    if code == errno.EADDRNOTAVAIL:
+    if code in _ABSENT:
         hint = "this machine has no such address"
     return ListenError(shown, code, hint)
 
@@ -202,11 +238,17 @@ class Listener:
         if wants == self._is_reading:
             return
         self._is_reading = wants
-        for sock in self._socks:
-            if wants:
-                self._loop.add_reader(sock.fileno(), self._accept, sock)
-            else:
+        try:
+            for sock in self._socks:
+                if wants:
+                    self._loop.add_reader(sock.fileno(), self._accept, sock)
+                else:
+                    self._loop.remove_reader(sock.fileno())
+        except OSError as exc:  # no room in the kernel to watch one more (ENOSPC, ENOMEM)
+            for sock in self._socks:
                 self._loop.remove_reader(sock.fileno())
+            self._is_reading = False
+            self._back_off(exc)
 
     def _accept(self, listening: socket.socket) -> None:
         for _ in range(ACCEPT_BATCH):

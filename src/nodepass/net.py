@@ -254,6 +254,8 @@ async def dial(host: str, port: int, timeout: float) -> socket.socket:  # noqa: 
     host = host or "localhost"
     shown = join_address(host, port)
     attempts = 0
+    failures: dict[str, int] = {}
+    candidates: list[Candidate] = []
     try:
         async with asyncio.timeout(timeout):
             candidate = literal(host, port)
@@ -262,13 +264,18 @@ async def dial(host: str, port: int, timeout: float) -> socket.socket:  # noqa: 
                 return await _connect(candidate)
             candidates = _take_turns(await resolve(host, port))
             attempts = len(candidates)
-            return await _race(candidates)
+            return await _race(candidates, failures)
     except TimeoutError as exc:
-        raise DialError(shown, errno.ETIMEDOUT, attempts) from exc
+        if not failures:
+            raise DialError(shown, errno.ETIMEDOUT, attempts) from exc
+        late = {address[0]: errno.ETIMEDOUT for _, address in candidates}
+        raise DialError.of_all(shown, {**late, **failures}) from exc
     except socket.gaierror as exc:
         text = f"the name does not resolve ({exc.strerror})"
         raise DialError(shown, errno.EHOSTUNREACH, 0, text) from exc
     except OSError as exc:
+        if failures:
+            raise DialError.of_all(shown, failures) from exc
         raise DialError(shown, exc.errno or errno.EIO, attempts) from exc
 
 
@@ -280,15 +287,24 @@ def _take_turns(candidates: list[Candidate]) -> list[Candidate]:
     return [candidate for candidate in turns if candidate is not None]
 
 
-async def _race(candidates: list[Candidate]) -> socket.socket:
-    """Try addresses in order, each HAPPY_DELAY after the last or at once when it failed."""
+async def _race(candidates: list[Candidate], failures: dict[str, int]) -> socket.socket:
+    """Try addresses in order, each HAPPY_DELAY after the last or at once when it failed.
+
+    Args:
+        candidates: at least one.
+        failures: gets an errno for each address that has failed.
+    """
     waiting = list(reversed(candidates))
     running: set[asyncio.Task[socket.socket]] = set()
+    hosts: dict[asyncio.Task[socket.socket], str] = {}
     failure: OSError = OSError(errno.EHOSTUNREACH, "no address")
     try:
         while waiting or running:
             if waiting:
-                running.add(asyncio.ensure_future(_connect(waiting.pop())))
+                candidate = waiting.pop()
+                task = asyncio.ensure_future(_connect(candidate))
+                hosts[task] = candidate[1][0]
+                running.add(task)
             done, running = await asyncio.wait(
                 running,
                 timeout=HAPPY_DELAY if waiting else None,
@@ -299,6 +315,7 @@ async def _race(candidates: list[Candidate]) -> socket.socket:
                     sock = task.result()
                 except OSError as exc:
                     failure = exc
+                    failures[hosts[task]] = exc.errno or errno.EIO
                     continue
                 _close_others(done - {task})
                 return sock

@@ -141,7 +141,8 @@ class Server(Tunnel):
             relieve()
             self._tell_trouble(exc)
 
-        listener = Listener(await listen(host, port), on_accept, on_trouble)
+        socks = await listen(host, port, self.tell_absent)
+        listener = Listener(socks, on_accept, on_trouble)
         self.resources.callback(listener.close)
         return listener
 
@@ -403,6 +404,16 @@ class Server(Tunnel):
     def _rest(self) -> None:
         self._clients.rest()
         self._rest_timer = self._loop.call_later(self.settings.report_interval, self._rest)
+
+    def tell_absent(self, address: str) -> None:
+        """Say that an address is not listened on, since this machine has not got it."""
+        # Once, although tunnel, target and data port, TCP and UDP, may all have met it.
+        self.log.repeated(
+            "warn",
+            f"absent {address}",
+            "an address is not listened on: this machine has not got it",
+            address=address,
+        )
 
     def _tell_trouble(self, exc: OSError) -> None:
         hint = "raise the limit of open files (ulimit -n)" if exc.errno == errno.EMFILE else ""

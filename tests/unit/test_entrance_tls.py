@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import select
 import time
@@ -90,6 +91,26 @@ async def test_line_in_one_segment_with_the_end_of_the_handshake(kind: str) -> N
             await far.write(HELLO + b"behind")
         await until(lambda: here.openings, 5, "the opening")
         assert here.openings[0][0].handshake.rest() == b"behind"
+
+
+@both
+@engines
+async def test_c29_without_room_in_the_kernel_a_caller_leaves(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ENOSPC of epoll_ctl(2), when he is watched again behind the TLS handshake."""
+    async with street(kind) as here:
+        far = here.greeted()
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(here.watch, "readable", full)
+        with contextlib.suppress(OSError):
+            async with within(5):
+                await far.shake()
+        await gone(here)
+        assert not here.openings
 
 
 @both

@@ -594,7 +594,7 @@ async def test_gates_of_a_start_that_fails_later_are_closed(
         opened.append(serve(*args, **options))  # type: ignore[arg-type]
         return opened[0]
 
-    async def listen(host: str, port: int) -> list[socket.socket]:
+    async def listen(host: str, port: int, _on_absent: object) -> list[socket.socket]:
         return [udp_socket(host, port), udp_socket("127.0.0.2", port)]
 
     monkeypatch.setattr(relays, "serve", serve_one)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -912,3 +912,139 @@ def test_literal(host: str, wanted: object) -> None:
 def test_literal_with_a_zone() -> None:
     zone = socket.if_nametoindex("lo")
     assert net.literal("fe80::1%lo", 9) == (socket.AF_INET6, ("fe80::1", 9, 0, zone))
+
+
+# --- several addresses, several fates ------------------------------------------------------------
+
+ABSENT = "192.0.2.77"
+"""An address that is nobody's: RFC 5737."""
+
+
+async def test_c5_what_this_machine_has_is_listened_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    teach(monkeypatch, both=[ABSENT, "127.0.0.1"], mixed=["2001:db8::77", "127.0.0.2"])
+    for name, here, missing in (("both", "127.0.0.1", ABSENT), ("mixed", "127.0.0.2", "2001")):
+        told: list[str] = []
+        with closing(await listen(name, 0, told.append)) as socks:
+            assert [sock.getsockname()[0] for sock in socks] == [here]
+        assert len(told) == 1
+        assert told[0].startswith(missing)
+
+
+async def test_c5_a_machine_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the family itself is missing."""
+    teach(monkeypatch, localhost=["::1", "127.0.0.1"])
+    real = socket.socket.__init__
+
+    def refuse(self: socket.socket, family: int = -1, *args: int, **more: int) -> None:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        real(self, family, *args, **more)
+
+    monkeypatch.setattr(socket.socket, "__init__", refuse)
+    told: list[str] = []
+    with closing(await listen("localhost", 0, told.append)) as socks:
+        assert [sock.getsockname()[0] for sock in socks] == ["127.0.0.1"]
+    assert told == ["::1"]
+
+
+async def test_c5_without_any_address_the_error_names_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    teach(monkeypatch, absent=[ABSENT, "192.0.2.78"])
+    told: list[str] = []
+    with pytest.raises(ListenError, match="this machine has no such address") as caught:
+        await listen("absent", 80, told.append)
+    assert f"absent:80 ({ABSENT}, 192.0.2.78)" in str(caught.value)
+    assert told == []
+
+
+async def test_c5_an_address_in_use_ends_the_start_and_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    teach(monkeypatch, twice=["127.0.0.2", "127.0.0.1"])
+    with listening() as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ListenError, match="in use") as caught:
+            await listen("twice", port)
+    assert f"twice:{port} (127.0.0.1:{port})" in str(caught.value)
+
+
+def fates(monkeypatch: pytest.MonkeyPatch, **of: int) -> None:
+    """Let each address of the name "some" fail at once with an errno, or never (0)."""
+    hosts = {f"127.0.0.{place}": code for place, code in enumerate(of.values(), 1)}
+    teach(monkeypatch, some=list(hosts))
+
+    async def connect(candidate: tuple[int, tuple[str, int]]) -> socket.socket:
+        code = hosts[candidate[1][0]]
+        if not code:
+            await asyncio.sleep(60)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(net, "_connect", connect)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "winner"),
+    [
+        (errno.ECONNREFUSED, errno.ENETUNREACH, errno.ECONNREFUSED),
+        (errno.ENETUNREACH, errno.ECONNREFUSED, errno.ECONNREFUSED),
+        (errno.EHOSTUNREACH, errno.ETIMEDOUT, errno.ETIMEDOUT),
+        (errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNREFUSED),
+        (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EHOSTUNREACH),
+        (errno.EMFILE, errno.ECONNREFUSED, errno.EMFILE),
+        (errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.ENETUNREACH),
+    ],
+)
+async def test_c7_the_most_telling_failure_is_reported(
+    monkeypatch: pytest.MonkeyPatch, first: int, second: int, winner: int
+) -> None:
+    fates(monkeypatch, a=first, b=second)
+    with pytest.raises(DialError) as caught:
+        await net.dial("some", 80, 5)
+    assert caught.value.errno == winner
+    assert caught.value.attempts == 2
+    for code, host in ((first, "127.0.0.1"), (second, "127.0.0.2")):
+        assert f"{os.strerror(code).lower()} ({host})" in str(caught.value)
+    text = str(caught.value)
+    assert text.index(os.strerror(winner).lower()) == text.index(": ") + 2, "it comes first"
+
+
+async def test_c7_a_refusal_is_not_forgotten_when_the_time_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fates(monkeypatch, a=errno.ECONNREFUSED, b=0)
+    with pytest.raises(
+        DialError, match=r"refused .127\.0\.0\.1., .*timed out .127\.0\.0\.2."
+    ) as caught:
+        await net.dial("some", 80, 0.3)
+    assert caught.value.errno == errno.ECONNREFUSED
+
+
+async def test_c7_one_failure_of_all_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fates(monkeypatch, a=errno.ECONNREFUSED, b=errno.ECONNREFUSED)
+    with pytest.raises(DialError) as caught:
+        await net.dial("some", 80, 5)
+    assert str(caught.value) == "cannot reach some:80: connection refused"
+
+
+async def test_c29_a_listener_without_room_in_the_kernel_tries_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """ENOSPC of epoll_ctl(2): fs.epoll.max_user_watches."""
+    loop = asyncio.get_running_loop()
+    real, failures = loop.add_reader, [errno.ENOSPC, errno.ENOMEM]
+
+    def add_reader(fd: int, callback: Callable[..., object], *args: object) -> None:
+        if failures:
+            code = failures.pop()
+            raise OSError(code, os.strerror(code))
+        real(fd, callback, *args)
+
+    monkeypatch.setattr(loop, "add_reader", add_reader)
+    with closing(await listen("127.0.0.1", 0)) as socks, Hearer() as hearer:
+        listener = Listener(socks, hearer.accept, hearer.complain)
+        listener.resume()
+        with await net.dial(*listener.address, 5):
+            await until(lambda: hearer.socks, 5, "a connection in spite of that")
+        assert [exc.errno for exc in hearer.complaints] == [errno.ENOMEM, errno.ENOSPC]
+        listener.close()
