@@ -226,7 +226,7 @@ class Engine:
         self,
         fd: int,
         target: int,
-        address: SocketAddress,
+        address: SocketAddress | None,
         *,
         tls: Connection | None = None,
         head: bytes = b"",
@@ -238,7 +238,7 @@ class Engine:
             fd: descriptor of side a, a connected non-blocking stream socket.
             target: descriptor of side b, a non-blocking stream socket that is not connected.
             address: where b is to be connected: host and port, for IPv6 also flow label and
-                scope. The host is an address.
+                scope. The host is an address. None: its connect has begun already.
             tls: of a, see relay().
             head: plaintext already read from a; it reaches b before anything else.
             timeout: seconds that the connect may take; 0 = as long as the kernel tries.

@@ -76,7 +76,7 @@ include "fastcopy/out.pxi"
 include "fastcopy/raw.pxi"
 include "fastcopy/order.pxi"
 
-ABI = 7
+ABI = 8
 REASON_FINISHED = R_FINISHED
 REASON_RESET = R_RESET
 REASON_ABORTED = R_ABORTED
@@ -504,7 +504,7 @@ cdef class Engine:
             fd: descriptor of side a, a connected non-blocking stream socket.
             target: descriptor of side b, a non-blocking stream socket that is not connected.
             address: where b is to be connected: host and port, for IPv6 also flow label and
-                scope. The host is an address.
+                scope. The host is an address. None: its connect has begun already.
             tls: of a, see relay().
             head: plaintext already read from a; it reaches b before anything else.
             timeout: seconds that the connect may take; 0 = as long as the kernel tries.
@@ -526,7 +526,9 @@ cdef class Engine:
         self.check("dial")
         seconds = timeout
         _check_seconds(seconds, "timeout")
-        _take_address(address, &goal)
+        memset(&goal, 0, sizeof(goal))
+        if address is not None:
+            _take_address(address, &goal)
         return self.pair(
             "dial", &goal, _take_int(fd), _take_int(target), tls, None, head, b"",
             _milliseconds(seconds),

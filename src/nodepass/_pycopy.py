@@ -65,7 +65,7 @@ __all__ = [
     "alpn_selector", "tls_trouble",
 ]  # fmt: skip
 
-ABI: Final = 7
+ABI: Final = 8
 
 MAX_THREADS: Final = 256  # the native engine's limit, checked alike
 
@@ -207,7 +207,7 @@ class Engine(UdpHalf[Completion]):
         self,
         fd: int,
         target: int,
-        address: SocketAddress,
+        address: SocketAddress | None,
         *,
         tls: Connection | None = None,
         head: bytes = b"",
@@ -217,7 +217,7 @@ class Engine(UdpHalf[Completion]):
         self._check("dial")
         limit = take_seconds(timeout, "timeout")
         check_head(head)
-        goal = take_address(address)
+        goal = None if address is None else take_address(address)
         a, b = operator.index(fd), operator.index(target)
         with self._admit("dial", (a, STREAM), (b, STREAM), tls=(tls,)) as sockets:
             token = self._require_token("dial")

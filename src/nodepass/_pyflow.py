@@ -210,14 +210,16 @@ class Flow:
         for way, head in zip(self.ways, heads, strict=True):
             way.start(head)
 
-    def dial(self, goal: tuple[int, SocketAddress], timeout: float, head: bytes) -> None:
-        """Connect the second side first; the goal is a family and an address of it."""
+    def dial(self, goal: tuple[int, SocketAddress] | None, timeout: float, head: bytes) -> None:
+        """Connect the second side first; the goal is a family and an address, None: begun."""
         self.is_dialling = True
         self.until = time.monotonic() + timeout if timeout else 0.0
         self.head = head
         sock = self.legs[1].sock
-        family, address = goal
-        code = sock.connect_ex(address) if sock.family == family else errno.EAFNOSUPPORT
+        code = 0
+        if goal is not None:
+            family, address = goal
+            code = sock.connect_ex(address) if sock.family == family else errno.EAFNOSUPPORT
         if code in UNDER_WAY:
             self.engine.loop.add_writer(sock, self.meet)
         else:

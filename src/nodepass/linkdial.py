@@ -88,7 +88,7 @@ class LinkDials:
         """
         family, address = self._address
         try:
-            sock = net.open_stream(family, address[0])
+            sock = net.begin_dial(family, address)
         except OSError as exc:
             on_end(self._error(exc))
             return
@@ -97,7 +97,6 @@ class LinkDials:
         self._open.add(dial)
         self._dialling.add(dial)
         try:
-            net.begin_connect(sock, address)
             # There is no need to hear that it is connected: the server speaks first.
             self._client.watch.readable(sock, dial.on_ready)
         except OSError as exc:

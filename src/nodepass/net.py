@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from .errors import DialError
 from .hostname import readable
+from .localport import LOCAL_PORTS, Need
 from .resolver import Candidate, SocketAddress, resolve
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ UNLIMITED_DESCRIPTORS: Final = 1 << 20
 
 _CONNECTING: Final = frozenset({errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK, errno.EINTR})
 """What connect(2) says while it cannot tell yet."""
+_CONNECTED: Final = frozenset({0, errno.EISCONN})
+_BEGUN: Final = _CONNECTED | _CONNECTING
 _NONBLOCK: Final = getattr(socket, "SOCK_NONBLOCK", 0)
 _STREAM: Final = socket.SOCK_STREAM | _NONBLOCK
 """Non-blocking from the start where the kernel can do that, which saves a system call."""
@@ -338,13 +341,34 @@ def _close_late(task: asyncio.Task[socket.socket]) -> None:
 
 async def _connect(candidate: Candidate) -> socket.socket:
     family, address = candidate
-    sock = open_stream(family, address[0])
+    sock = begin_dial(family, address)
     try:
         await connect(sock, address)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def begin_dial(family: int, address: SocketAddress) -> socket.socket:
+    """Make a tuned non-blocking socket and begin to connect it; what comes of it, reading tells.
+
+    Raises:
+        OSError: the kernel has its answer already, and it is no.
+    """
+    while True:
+        sock, has_begun = open_dial(family, address)
+        try:
+            if not has_begun:
+                begin_connect(sock, address)
+        except BaseException as exc:
+            sock.close()
+            if not (isinstance(exc, OSError) and exc.errno == errno.EADDRNOTAVAIL):
+                raise
+            if not LOCAL_PORTS.miss(address[0], address[1]):
+                raise
+        else:
+            return sock
 
 
 def open_stream(family: int, host: str = "", is_armed: bool = True) -> socket.socket:
@@ -372,6 +396,37 @@ def open_stream(family: int, host: str = "", is_armed: bool = True) -> socket.so
         sock.close()
         raise
     return sock
+
+
+def open_dial(
+    family: int, address: SocketAddress, is_armed: bool = True
+) -> tuple[socket.socket, bool]:
+    """Make a tuned non-blocking socket to dial an address with.
+
+    Args:
+        is_armed: as for `open_stream`.
+
+    Returns:
+        The socket, and whether its connect has begun: where local ports run short, that is how
+        one learns whether it can have a certain port.
+    """
+    need = LOCAL_PORTS.note(address[0], address[1])
+    if need is Need.BOUND:
+        for port in LOCAL_PORTS.choose():
+            if port == address[1]:
+                continue  # on this machine it would be connected with itself
+            sock = open_stream(family, address[0], is_armed)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):  # somebody else has the port
+                sock.bind(("", port))
+                if sock.connect_ex(address) in _BEGUN:
+                    return sock, True
+            sock.close()
+        LOCAL_PORTS.miss(address[0], address[1])
+    sock = open_stream(family, address[0], is_armed)
+    if need is not Need.FRESH:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return sock, False
 
 
 async def connect(sock: socket.socket, address: SocketAddress) -> None:
@@ -442,7 +497,7 @@ def is_connected(sock: socket.socket) -> bool:
 
 def _is_connected(sock: socket.socket, address: SocketAddress) -> bool:
     code = sock.connect_ex(address)
-    if code in (0, errno.EISCONN):
+    if code in _CONNECTED:
         return True
     if code in _CONNECTING:
         return False

@@ -20,6 +20,7 @@ from .control import Control
 from .errors import DialError, EngineError, NodePassError, PeerWireError, PoolError, PoolTimeout
 from .filler import Filler
 from .linkdial import LinkDials
+from .localport import LOCAL_PORTS
 from .message import (
     SEED_ID_SIZE,
     Dialect,
@@ -272,7 +273,7 @@ class Pairing:
         client = self._client
         family, address = target
         try:
-            sock = net.open_stream(family, address[0], False)
+            sock, has_begun = net.open_dial(family, address, False)
         except OSError as exc:
             net.reset(link.sock)
             self._miss(link.name, self._dial_error(exc.errno))
@@ -281,7 +282,7 @@ class Pairing:
             relay = client.relays.connect(
                 link.sock,
                 sock,
-                address,
+                None if has_begun else address,
                 tls=link.tls,
                 head=link.head,
                 timeout=self._settings.dial_timeout,
@@ -458,6 +459,8 @@ class Pairing:
         outcome = result.result()
         if isinstance(outcome, RelayResult) and not outcome.is_met:
             self._client.forget(relay)
+            if outcome.code == errno.EADDRNOTAVAIL and self._target is not None:
+                LOCAL_PORTS.miss(*self._target[1][:2])
             if outcome.side == TARGET:  # or the visitor has gone, which the server knows
                 self._miss(name, self._dial_error(outcome.code))
             return

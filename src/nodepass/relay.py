@@ -178,7 +178,7 @@ class Relays:
         self,
         link: socket.socket,
         sock: socket.socket,
-        address: SocketAddress,
+        address: SocketAddress | None,
         *,
         tls: Connection | None = None,
         head: bytes = b"",
@@ -189,7 +189,7 @@ class Relays:
         Args:
             link: connected, non-blocking, known to no task, transport or watch.
             sock: not connected, otherwise the same.
-            address: where it is to be connected, no name.
+            address: where it is to be connected, no name; None = its connect has begun.
             tls: TLS of the link, its handshake done.
             head: plaintext already read from the link.
             timeout: seconds that the connect may take; no kernel tries for MAX_TIMEOUT.

@@ -161,7 +161,7 @@ class Engine(Protocol):
         self,
         fd: int,
         target: int,
-        address: SocketAddress,
+        address: SocketAddress | None,
         *,
         tls: Connection | None = None,
         head: bytes = b"",

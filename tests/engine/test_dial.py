@@ -66,6 +66,46 @@ both_loops = pytest.mark.loops("asyncio", "uvloop")
 
 
 @every_kind
+@every_host
+async def test_c15_a_connect_that_has_begun_is_gone_on_with(
+    engine: Engine, kind: Kind, host: str
+) -> None:
+    """Whoever binds the socket to a port of his own has to connect it to know that he has it."""
+    async with engine() as rig:
+        listener = rig.listen(host)
+        sock = stream_for(listener.getsockname())
+        assert sock.connect_ex(listener.getsockname()) in (0, errno.EINPROGRESS)
+        visitor, a = rig.ends()
+        token = int(rig.engine.dial(a.fileno(), sock.fileno(), None, timeout=30.0))
+        a.detach()
+        sock.detach()
+        target = await rig.accept(listener)
+        await rig.send(visitor, b"question")
+        assert await rig.receive(target, 8) == b"question"
+        target.close()
+        visitor.close()
+        await rig.ended(token)
+
+
+@every_kind
+async def test_c15_a_connect_that_has_begun_in_vain_is_unmet(engine: Engine, kind: Kind) -> None:
+    async with engine() as rig:
+        with socket.socket() as nobody:
+            nobody.bind(("127.0.0.1", 0))
+            name = nobody.getsockname()
+            sock = stream_for(name)
+            sock.connect_ex(name)
+            visitor, a = rig.ends()
+            token = int(rig.engine.dial(a.fileno(), sock.fileno(), None, timeout=30.0))
+            a.detach()
+            sock.detach()
+            ended = await rig.ended(token)
+        assert ended.reason == kind.module.REASON_UNMET
+        assert (ended.side, ended.code) == (2, errno.ECONNREFUSED)
+        assert await rig.is_reset(visitor)
+
+
+@every_kind
 @every_pair
 @every_host
 @both_loops

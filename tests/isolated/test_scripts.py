@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,14 @@ def test_c26_a_program_with_a_tunnel_forks(module: str, loop: str, way: str) -> 
     if loop == "uvloop" and importlib.util.find_spec("uvloop") is None:
         loop = "asyncio"
     run("fork_embedding", module, loop, way)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="an option of Linux")
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="namespaces take root")
+@pytest.mark.skipif(shutil.which("ip") is None, reason="iproute2 is not installed")
+def test_c15_more_visits_in_a_minute_than_there_are_local_ports() -> None:
+    done = subprocess.run(["ip", "netns", "add", "np-trial"], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("this machine allows no network namespaces")
+    subprocess.run(["ip", "netns", "del", "np-trial"], check=True)
+    run("many_visits")

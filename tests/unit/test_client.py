@@ -519,7 +519,7 @@ async def test_relay_without_a_result_is_no_longer_counted() -> None:
             self,
             link: socket.socket,
             sock: socket.socket,
-            address: SocketAddress,
+            address: SocketAddress | None,
             *,
             tls: Connection | None = None,
             head: bytes = b"",

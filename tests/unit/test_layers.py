@@ -66,7 +66,8 @@ ALLOWED: dict[str, set[str]] = {
     "resolver": {"aside", "errors", "hostname"},
     "watch": {"fork"},
     "patience": set(),
-    "net": {"errors", "hostname", "resolver"},
+    "localport": {"log"},
+    "net": {"errors", "hostname", "localport", "resolver"},
     "listener": {"errors", "fork", "net", "resolver"},
     "certificate": {"errors"},
     "verdict": {"_openssl", "certificate", "hostname"},
@@ -108,8 +109,9 @@ ALLOWED: dict[str, set[str]] = {
         "datagram", "errors", "message", "net", "pool", "relay", "roster", "session", "stats",
     },
     "pairing": {
-        "config", "control", "datagram", "environment", "errors", "filler", "linkdial", "log",
-        "message", "net", "pool", "record", "relay", "resolver", "session", "stats", "wire",
+        "config", "control", "datagram", "environment", "errors", "filler", "linkdial",
+        "localport", "log", "message", "net", "pool", "record", "relay", "resolver", "session",
+        "stats", "wire",
     },
     "server": {
         "aside", "config", "dataport", "entrance", "environment", "errors", "gate", "listener",

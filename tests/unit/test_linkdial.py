@@ -357,7 +357,7 @@ async def test_no_room_to_watch_one_more(monkeypatch: pytest.MonkeyPatch) -> Non
 async def test_never_talks_to_itself(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
     port = free_port()
 
-    def open_there(family: int, _: str) -> socket.socket:
+    def open_there(family: int, *_: object) -> socket.socket:
         # What the kernel does once in a while: it picks the wanted port as our own.
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setblocking(False)

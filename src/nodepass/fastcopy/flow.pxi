@@ -55,7 +55,9 @@ cdef void flow_admit(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
         NP_BUG(rc == -ENOTSOCK, &w.counters.bugs, b"not a socket after all")
         if side and flow.is_dialling:
             # Before it is added: a socket that nobody has dialled yet counts as hung up.
-            rc = sys_connect(flow.legs[side].fd, &flow.goal)
+            rc = 0
+            if flow.goal.sin6_family:           # else it has been begun
+                rc = sys_connect(flow.legs[side].fd, &flow.goal)
             if rc < 0:
                 flow_bury(w, flow, slot, R_UNMET, 2, -rc)
                 return
