@@ -169,22 +169,26 @@ class Entrance:
         return count >= KNOWN_SHARE * MAX_CALLERS_PER_SOURCE or not self._is_known(source)
 
     def make_room(self) -> None:
-        """Drop the oldest caller of the address that holds most, sparing those of clients."""
+        """Drop a caller of the address that holds most, sparing those of clients."""
         if self._per_source:
             strange = [source for source in self._per_source if not self._is_known(source)]
             self._evict(max(strange or self._per_source, key=self._per_source.__getitem__))
 
     def _evict(self, source: str) -> None:
-        # A client needs a round trip, a stranger may stay for HANDSHAKE_TIMEOUT: whoever has
-        # stood here longest is the one least likely to be wanted. Turning the newcomer away
-        # instead would let a silent crowd shut out every client behind its address.
-        crowd = [caller for caller in self._callers.values() if caller.source == source]
-        victim = crowd[0]
-        if victim.wait is not None:
-            # Somebody guesses in a hurry. Whoever has to serve his penalty along with him, for
-            # they share an address, must not always be gone before it is over.
-            waiting = [caller for caller in crowd if caller.wait is not None]
-            victim = waiting[secrets.randbelow(len(waiting))]
+        # Turning the newcomer away instead would let a silent crowd shut out every client behind
+        # its address. The largest of three parts gives way, so that neither those who say nothing,
+        # nor those who begin and do not end, nor those who guess can push the others out. Of the
+        # silent and the guessers anybody: a client may need a round trip longer than a flood
+        # needs for a whole crowd. Of those who have begun the oldest, the least likely to end.
+        silent: list[Caller] = []
+        speaking: list[Caller] = []
+        waiting: list[Caller] = []
+        for caller in self._callers.values():
+            if caller.source == source:
+                part = silent if caller.is_silent else speaking
+                (part if caller.wait is None else waiting).append(caller)
+        crowd = max(silent, speaking, waiting, key=len)
+        victim = crowd[0 if crowd is speaking else secrets.randbelow(len(crowd))]
         self._drop(victim, "too many unfinished handshakes")
 
     def _sweep(self) -> None:
