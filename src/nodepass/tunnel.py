@@ -93,7 +93,10 @@ class Tunnel(ABC):
         self._forks = fork.count()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.config.url} relays={len(self._open_relays)}>"
+        name = type(self).__name__
+        if "_open_relays" not in self.__dict__:  # what it was to be made of was refused
+            return f"<{name} never made>"
+        return f"<{name} {self.config.url} relays={len(self._open_relays)}>"
 
     @property
     def relays(self) -> Relays:

@@ -14,10 +14,12 @@ from tests.engine.rig import tcp_pair
 from tests.system.rig.timing import until, within
 
 from nodepass import tunnel as tunnel_module
+from nodepass.client import Client
 from nodepass.config import Config, Mode
 from nodepass.environment import Settings
 from nodepass.errors import ConfigError, EngineError, TunnelError
 from nodepass.relay import Relay, Relays
+from nodepass.server import Server
 from nodepass.stats import TunnelStatistics
 from nodepass.tunnel import Tunnel
 
@@ -572,3 +574,12 @@ async def test_files_are_looked_at_again_and_again() -> None:
 async def test_tunnel_without_files_has_nothing_to_reload() -> None:
     async with Toy() as toy:
         assert not toy.reload()
+
+
+@pytest.mark.parametrize("side", [Server, Client])
+def test_c29_what_was_refused_can_be_shown(side: type[Server | Client]) -> None:
+    """As a traceback with its locals does."""
+    made = side.__new__(side)
+    with pytest.raises(ConfigError):
+        made.__init__("nonsense")  # type: ignore[misc]  # to keep what was refused
+    assert repr(made) == f"<{side.__name__} never made>"
