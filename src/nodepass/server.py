@@ -26,6 +26,7 @@ from .message import Kind
 from .penalty import Penalties
 from .pool import Link, Member, Pool, announce
 from .relay import Relay, RelayResult, Relays, UdpRelay, UdpResult
+from .relief import Relief
 from .roster import Client, Roster
 from .silence import Silences
 from .slot import Slots
@@ -63,6 +64,8 @@ class Server(Tunnel):
             resume_tcp=self._resume_tcp,
             admit_udp=self._gates.admit_one,
         )
+        self._relief = Relief(shares.visitors, lambda: not self.slots.has_room, self.log)
+        self.resources.callback(self._relief.close)
         self._waiting = Watch()
         self.resources.callback(self._waiting.close)
         idle = Watch()
@@ -271,6 +274,7 @@ class Server(Tunnel):
                 "as many visitors as SEMAPHORE_LIMIT allows; more wait",
                 limit=self.slots.limit,
             )
+            self._relief.press()
         self._gates.make_room()
 
     def _resume_tcp(self) -> bool:
@@ -342,6 +346,7 @@ class Server(Tunnel):
             net.reset(sock)
             self.slots.give()
             raise
+        self._relief.join(relay, visitor)
         self.launch(relay, member, link.name, visitor)
 
     def launch(
@@ -372,6 +377,8 @@ class Server(Tunnel):
         visitor: str,
         result: asyncio.Future[RelayResult] | asyncio.Future[UdpResult],
     ) -> None:
+        if isinstance(relay, Relay):
+            self._relief.part(relay)
         self.slots.give(is_udp=isinstance(relay, UdpRelay))
         client.part(name)
         self._silences.end(relay)

@@ -104,6 +104,7 @@ ALLOWED: dict[str, set[str]] = {
         "caller", "errors", "log", "message", "net", "patience", "pool", "record", "relay",
         "roster", "stats", "tls",
     },
+    "relief": {"log", "net", "relay"},
     "silence": {"log", "message", "patience", "relay", "roster", "stats"},
     "gate": {
         "datagram", "errors", "message", "net", "pool", "relay", "roster", "session", "stats",
@@ -115,8 +116,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "server": {
         "aside", "config", "dataport", "entrance", "environment", "errors", "gate", "listener",
-        "log", "message", "net", "penalty", "pool", "relay", "roster", "session", "silence",
-        "slot", "stats", "tls", "tunnel", "watch", "wire",
+        "log", "message", "net", "penalty", "pool", "relay", "relief", "roster", "session",
+        "silence", "slot", "stats", "tls", "tunnel", "watch", "wire",
     },
     "client": {
         "aside", "config", "environment", "errors", "handshake", "log", "message",
