@@ -46,7 +46,7 @@ LONGEST_PAUSE: Final = 8.0
 """Seconds between two looks for one session, at most; the pause begins at PERIOD and doubles."""
 ONE_WAY_PAUSE: Final = 10.0
 """Seconds between two looks for a session that was never answered."""
-ONE_WAY_LOOKS: Final = 2
+MISSES: Final = 2
 """So many looks in a row must have missed its address: names may stand for changing parts of a
 pool."""
 
@@ -89,13 +89,10 @@ class _Session:
         elif counts.up + counts.unsent != self.up + self.unsent and self.asked_at is None:
             self.asked_at = now
             self.waits_until = now + (SILENCE if self.down else ONE_WAY_PAUSE)
-        was_lost = self.is_lost
         if counts.up != self.up or counts.unsent != self.unsent:
             self.is_lost = counts.unsent != self.unsent and counts.up == self.up
         self.up, self.down, self.unsent = counts.up, counts.down, counts.unsent
-        if self.is_lost and not was_lost:
-            return True
-        return self.asked_at is not None and now >= self.waits_until
+        return now >= self.waits_until and (self.is_lost or self.asked_at is not None)
 
     def postpone(self, now: float) -> None:
         """Look again after the pause."""
@@ -218,7 +215,7 @@ class UdpTarget:
         why = ""
         if not known:
             session.misses += 1
-            if session.down or session.is_lost or session.misses >= ONE_WAY_LOOKS:
+            if session.is_lost or session.misses >= MISSES:
                 why = "its name stands for another address now"
         elif session.is_lost:
             why = "the kernel would not send to it"
