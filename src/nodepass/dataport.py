@@ -43,8 +43,8 @@ MAX_SHAKES: Final = 64
 RIPENING: Final = 0.05
 """Seconds that a client has had a link's id before the link may be launched. The Go client waits
 for the id in the very call that takes it, stores it, and only then dials its next link: what this
-has to cover is that one thread gets a processor. With eight busy processes on two processors that
-took up to 40 ms."""
+has to cover is that one thread gets a processor. Of 400 wake-ups on two crowded processors half
+took 0.1 ms, one in a hundred 13 ms, the longest 31 ms."""
 
 
 class _Green:

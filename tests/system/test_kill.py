@@ -24,7 +24,7 @@ from tests.system.rig.target import hold, serve_body
 from tests.system.rig.timing import free_port, settled, until, within
 
 KILLS: Final = 5
-"""Of one side under load; 100 were done by hand."""
+"""Of one side under load."""
 CROWD: Final = 24
 """Visitors at once."""
 BODY: Final = bytes(20_000)
