@@ -40,7 +40,7 @@ async def test_password_opens_the_tunnel(tmp_path: Path, engine: str, tls: str) 
     async with Arena(tmp_path, engine) as arena, within(20):
         tunnel = await arena.tunnel(arena.target(echo), server=tls, password=SECRET)
         assert await exchange(tunnel.port, USER_BYTES) == USER_BYTES
-        assert re.search("client connected .*dialect=native", tunnel.server.log)
+        await tunnel.server.logged("client connected .*dialect=native")
         assert "whoever reaches the tunnel port can become a client" not in tunnel.server.log
 
 
@@ -121,6 +121,7 @@ async def test_f01_stranger_never_becomes_the_client(tmp_path: Path, tls: str) -
             for _ in range(10):
                 assert await exchange(port, USER_BYTES) == BANNER + USER_BYTES
             assert await _until_end(silent) == b""
+        await server.logged("client connected")
         assert server.count("client connected") == 1
 
 
@@ -209,6 +210,7 @@ async def test_failed_guesses_cost_the_guesser_alone(tmp_path: Path) -> None:
         answers = await asyncio.gather(*guesses)
         assert time.monotonic() - start > 0.2, "guesses are answered at once"
         assert answers == [b"refuse://auth\n"] * 40
+        await server.logged("client refused")
         assert server.count("client refused") == 1, "counted, not repeated"
 
 

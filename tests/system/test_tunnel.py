@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,8 +31,8 @@ async def test_bytes_come_back(tmp_path: Path, engine: str) -> None:
     async with Arena(tmp_path, engine) as arena, within(20):
         tunnel = await arena.tunnel(arena.target(echo), client="?name=alpha")
         assert await exchange(tunnel.port, BODY[:1_000_000]) == BODY[:1_000_000]
-        assert re.search(r"tunnel up .*dialect=native", tunnel.client.log)
-        assert re.search(r"client connected .*client=alpha.*dialect=native", tunnel.server.log)
+        await tunnel.client.logged(r"tunnel up .*dialect=native")
+        await tunnel.server.logged(r"client connected .*client=alpha.*dialect=native")
 
 
 async def test_download_arrives_whole(tmp_path: Path, engine: str) -> None:

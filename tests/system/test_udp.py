@@ -217,8 +217,8 @@ async def test_tcp_and_udp_on_one_port(tmp_path: Path, engine: str, tls: str) ->
         for _ in range(3):
             answers = await asyncio.gather(exchange(tunnel.port, BODY), visitor.ask(BODY[:1200]))
             assert list(answers) == [BODY, BODY[:1200]]
-        assert "carries=tcp,udp" in tunnel.server.log
-        assert "carries=tcp,udp" in tunnel.client.log
+        await tunnel.server.logged("carries=tcp,udp")
+        await tunnel.client.logged("carries=tcp,udp")
 
 
 @needs_ipv6
