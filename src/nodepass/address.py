@@ -121,3 +121,26 @@ def overlap(one: Address, other: Address) -> bool:
     # A wildcard of one family covers that family's addresses; names may be of either.
     v6 = [h for h in hosts if ":" in h]
     return (ANY_IPV4 in hosts and not v6) or (ANY_IPV6 in hosts and len(v6) == len(hosts))
+
+
+def leads_to(dialled: Address, listened: Address) -> bool:
+    """Tell whether dialling one address on this machine is sure to reach what listens on another.
+
+    Names are compared, not resolved; "localhost" and an empty host are this machine.
+    """
+    if dialled.port != listened.port:
+        return False
+    here, there = dialled.host or "localhost", listened.host
+    if here == there:
+        return True
+    is_loopback = here in ("localhost", "::1") or here.startswith("127.")
+    if not is_loopback:
+        return False
+    if there in ("", "localhost"):
+        return True
+    is_v6 = here == "::1"
+    if there == ANY_IPV4:
+        return not is_v6
+    if there == ANY_IPV6:
+        return is_v6 or here == "localhost"
+    return here == "localhost" and (there == "::1" or there.startswith("127.0.0.1"))

@@ -16,6 +16,7 @@ import socket
 from typing import TYPE_CHECKING, Final
 
 from . import aside, net, wire
+from .circle import Circle
 from .config import Config, Mode
 from .errors import AuthError, NodePassError, PoolTimeout, TlsError, TunnelError
 from .handshake import ClientHandshake
@@ -73,6 +74,8 @@ class Client(Tunnel):
         """Where the datagrams of visitors go."""
         self.resources.callback(self.udp_target.close)
         self._slots = Queue(self._limit)
+        self.circle = Circle(self._limit)
+        """Whether the target leads back to our own visitors."""
         self._serving = 0
         self._is_idle = asyncio.Event()
         self._is_idle.set()
@@ -136,6 +139,11 @@ class Client(Tunnel):
         )
 
     # ------------------------------------------------------------- used by a Pairing
+
+    @property
+    def serving(self) -> int:
+        """Visitors between their launch and the end of their relay."""
+        return self._serving
 
     def enter(self) -> None:
         """Count a visitor from its launch to the end of its relay."""

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from .address import PORTS, Address, is_number, overlap, parse_address
+from .address import PORTS, Address, is_number, leads_to, overlap, parse_address
 from .environment import Settings
 from .errors import ConfigError
 from .hostname import readable
@@ -428,12 +428,24 @@ def _refuse_contradictions(config: Config, given: Mapping[str, str], source: str
     check_together([config])
 
 
-def check_together(configs: Iterable[Config]) -> None:
-    """Refuse tunnels of one process that would listen on one address.
+def check_together(configs: Sequence[Config]) -> None:
+    """Refuse tunnels of one process that would listen on one address or lead to each other.
 
     Raises:
-        ConfigError: two listeners overlap; names the second.
+        ConfigError: two listeners overlap (names the second), or a client's target is where the
+            visitors of its own server arrive.
     """
+    servers = [config for config in configs if config.mode is Mode.SERVER]
+    for client in configs:
+        if client.mode is Mode.CLIENT and any(
+            leads_to(client.tunnel, server.tunnel) and leads_to(client.target, server.target)
+            for server in servers
+        ):
+            raise ConfigError(
+                "target",
+                f"{client.target} of the client is where the visitors of its server arrive, so "
+                "each would come back for ever; give the address of the service itself",
+            )
     taken: list[tuple[str, str, Address]] = []
     for config in configs:
         for option, protocol, address in config.listeners:

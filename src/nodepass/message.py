@@ -57,6 +57,7 @@ class Failure(StrEnum):
     TIMEOUT = "timeout"
     UNREACHABLE = "unreachable"
     LIMIT = "limit"
+    CIRCLE = "circle"
     UNKNOWN = "unknown"
 
 

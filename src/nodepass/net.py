@@ -350,14 +350,17 @@ async def _connect(candidate: Candidate) -> socket.socket:
     return sock
 
 
-def begin_dial(family: int, address: SocketAddress) -> socket.socket:
+def begin_dial(family: int, address: SocketAddress, *, is_armed: bool = True) -> socket.socket:
     """Make a tuned non-blocking socket and begin to connect it; what comes of it, reading tells.
+
+    Args:
+        is_armed: as for `open_stream`.
 
     Raises:
         OSError: the kernel has its answer already, and it is no.
     """
     while True:
-        sock, has_begun = open_dial(family, address)
+        sock, has_begun = open_dial(family, address, is_armed)
         try:
             if not has_begun:
                 begin_connect(sock, address)

@@ -51,6 +51,10 @@ TLS_READ_SIZE: Final = 16384
 
 OVERTAKERS: Final = 64
 """Launches that may come before we know of their link: of each one that is being dialled."""
+LEADS_BACK: Final = (
+    "the target leads back to the visitors of this tunnel, this one came from our own connection "
+    "to it; give the address of the service itself"
+)
 IDLE_MARGIN: Final = 5.0
 """Seconds that a UDP session lives longer here than on the server, where the visitor is: one side
 alone should close it, or a datagram could meet a link that is just being closed."""
@@ -247,13 +251,21 @@ class Pairing:
             client.counters.visitors += 1
             self._give_up(name, Failure.UNKNOWN, f"link {name} is not here any more")
             return
+        if client.circle.is_near(visitor, client.serving):
+            if client.circle.leads_back(kind, visitor):
+                client.counters.visitors += 1
+                self._give_up(name, Failure.CIRCLE, LEADS_BACK)
+                return
+            is_watched = True
+        else:
+            is_watched = False
         if kind is Kind.TCP and client.config.tcp and self._target and client.take_slot():
             link = self._claim_nowait(name)
             if link is not None:
                 client.counters.visitors += 1
                 client.enter()
                 try:
-                    is_joined = self._connect(link, visitor, self._target)
+                    is_joined = self._connect(link, visitor, self._target, is_watched)
                 except Exception as exc:  # noqa: BLE001 - it must not end the session
                     net.reset(link.sock)
                     client.log.error(
@@ -266,19 +278,23 @@ class Pairing:
                     client.leave()
                 return
             client.free_slot()
-        client.spawn(self._serve(kind, name, visitor), "serving a visitor")
+        client.spawn(self._serve(kind, name, visitor, is_watched), "serving a visitor")
 
-    def _connect(self, link: Link, visitor: str, target: Candidate) -> bool:
+    def _connect(self, link: Link, visitor: str, target: Candidate, is_watched: bool) -> bool:
         """Have the engine dial the target; return whether it took both."""
         client = self._client
         family, address = target
         try:
-            sock, has_begun = net.open_dial(family, address, False)
+            if is_watched:  # only a connect that we begin ourselves tells us its local address
+                sock, has_begun = net.begin_dial(family, address, is_armed=False), True
+            else:
+                sock, has_begun = net.open_dial(family, address, False)
         except OSError as exc:
             net.reset(link.sock)
             self._miss(link.name, self._dial_error(exc.errno))
             return False
         try:
+            local = _local_address(sock) if is_watched else ""
             relay = client.relays.connect(
                 link.sock,
                 sock,
@@ -295,10 +311,12 @@ class Pairing:
         except BaseException:
             net.reset(sock)
             raise
-        self._hold(relay, link.name, visitor)
+        self._hold(relay, link.name, visitor, local)
         return True
 
-    async def _serve(self, kind: Kind, name: int | str, visitor: str) -> None:
+    async def _serve(
+        self, kind: Kind, name: int | str, visitor: str, is_watched: bool = False
+    ) -> None:
         """Claim the link, dial the target, and hand both to the engine."""
         client = self._client
         client.counters.visitors += 1
@@ -315,12 +333,12 @@ class Pairing:
                 why = f"{kind}=0 is set here, but not on the server"
                 self._give_up(name, Failure.REFUSED, why)
                 return
-            is_joined = await self._dial_and_join(kind, link, visitor)
+            is_joined = await self._dial_and_join(kind, link, visitor, is_watched)
         finally:
             if not is_joined:
                 client.leave()
 
-    async def _dial_and_join(self, kind: Kind, link: Link, visitor: str) -> bool:
+    async def _dial_and_join(self, kind: Kind, link: Link, visitor: str, is_watched: bool) -> bool:
         client, target = self._client, self._client.config.target
         address: SocketAddress | None = None
         try:
@@ -338,7 +356,7 @@ class Pairing:
                 sock = await net.dial(target.host, target.port, self._settings.dial_timeout)
             else:
                 sock, address = await client.udp_target.dial()
-            is_joined = self._join(kind, link, visitor, sock, address)
+            is_joined = self._join(kind, link, visitor, sock, address, is_watched)
         except DialError as exc:
             net.reset(link.sock)
             self._miss(link.name, exc)
@@ -365,18 +383,20 @@ class Pairing:
         visitor: str,
         sock: socket.socket,
         address: SocketAddress | None = None,
+        is_watched: bool = False,
     ) -> bool:
         """Hand link and target to the engine; return whether it took them."""
         client = self._client
         relay: Relay | UdpRelay
         try:
+            local = _local_address(sock) if is_watched else ""
             if kind is Kind.TCP:
                 relay = client.relays.join(link.sock, sock, tls_a=link.tls, head_a=link.head)
             else:
-                source = sock.getsockname()[0]
+                host = sock.getsockname()[0]
                 relay = self._join_udp(link, sock)
                 if address is not None:
-                    client.udp_target.watch(relay, address, source)
+                    client.udp_target.watch(relay, address, host)
         except EngineError as exc:
             net.reset(link.sock)
             net.reset(sock)
@@ -385,12 +405,16 @@ class Pairing:
         except BaseException:
             net.reset(sock)
             raise
-        self._hold(relay, link.name, visitor)
+        self._hold(relay, link.name, visitor, local)
         return True
 
-    def _hold(self, relay: Relay | UdpRelay, name: int | str, visitor: str) -> None:
+    def _hold(self, relay: Relay | UdpRelay, name: int | str, visitor: str, local: str) -> None:
         client = self._client
         client.hold(relay)
+        if local:
+            kind = Kind.TCP if isinstance(relay, Relay) else Kind.UDP
+            source = client.circle.begin(kind, local, visitor)
+            relay.result.add_done_callback(lambda _: client.circle.end(source))
         if client.is_stopping:
             client.hurry()  # its launch was on its way when the others were hurried
         relay.result.add_done_callback(functools.partial(self._part, relay, name, visitor))
@@ -474,3 +498,8 @@ class Pairing:
                 down=outcome.down,
                 reason=outcome.describe(),
             )
+
+
+def _local_address(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return net.join_address(host, port)

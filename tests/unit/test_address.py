@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nodepass.address import Address, is_number, overlap, parse_address
+from nodepass.address import Address, is_number, leads_to, overlap, parse_address
 from nodepass.errors import ConfigError
 
 GOOD = [
@@ -103,3 +103,29 @@ def test_overlap_is_symmetric(one: str, other: str, expected: bool) -> None:
     assert overlap(Address(one, 80), Address(other, 80)) is expected
     assert overlap(Address(other, 80), Address(one, 80)) is expected
     assert not overlap(Address(one, 80), Address(other, 81))
+
+
+@pytest.mark.parametrize(
+    ("dialled", "listened", "expected"),
+    [
+        ("127.0.0.1", "127.0.0.1", True),
+        ("127.0.0.1", "", True),
+        ("127.0.0.1", "0.0.0.0", True),
+        ("127.0.0.1", "::", False),
+        ("127.0.0.1", "localhost", True),
+        ("::1", "::", True),
+        ("::1", "", True),
+        ("::1", "0.0.0.0", False),
+        ("", "127.0.0.1", True),
+        ("", "", True),
+        ("localhost", "::1", True),
+        ("localhost", "::", True),
+        ("example.org", "example.org", True),
+        ("example.org", "", False),
+        ("192.0.2.1", "0.0.0.0", False),
+        ("127.0.0.2", "127.0.0.1", False),
+    ],
+)
+def test_what_a_dial_is_sure_to_reach(dialled: str, listened: str, expected: bool) -> None:
+    assert leads_to(Address(dialled, 80), Address(listened, 80)) is expected
+    assert not leads_to(Address(dialled, 80), Address(listened, 81))

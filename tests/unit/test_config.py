@@ -497,13 +497,29 @@ def test_protocols_share_a_port() -> None:
 )
 def test_tunnels_that_meet(urls: tuple[str, ...], option: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_together(parse(url) for url in urls)
+        check_together([parse(url) for url in urls])
     assert caught.value.option == option
     assert "use another port" in caught.value.message
 
 
 def test_tunnels_that_get_along() -> None:
-    check_together(parse(url) for url in (SERVER, CLIENT, CLIENT, "server://127.0.0.1:1/h:2"))
+    check_together([parse(url) for url in (SERVER, CLIENT, CLIENT, "server://127.0.0.1:1/h:2")])
+
+
+@pytest.mark.parametrize(
+    ("tunnel", "target"),
+    [("127.0.0.1:1", "127.0.0.1:5"), ("localhost:1", ":5"), ("127.0.0.1:1", "localhost:5")],
+)
+def test_c10_a_client_that_leads_back_to_its_server(tunnel: str, target: str) -> None:
+    urls = ("server://127.0.0.1:1/127.0.0.1:5", f"client://{tunnel}/{target}")
+    for order in (urls, urls[::-1]):
+        with pytest.raises(ConfigError, match=r"target: .*visitors of its server arrive"):
+            check_together([parse(url) for url in order])
+
+
+def test_c10_what_may_be_another_machine_is_let_pass() -> None:
+    for client in ("client://other:1/other:5", "client://127.0.0.1:1/127.0.0.1:6"):
+        check_together([parse("server://:1/:5"), parse(client)])
 
 
 def test_the_table_names_every_parameter_of_a_config() -> None:

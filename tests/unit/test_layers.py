@@ -67,6 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     "watch": {"fork"},
     "patience": set(),
     "localport": {"log"},
+    "circle": {"message"},
     "net": {"errors", "hostname", "localport", "resolver"},
     "listener": {"errors", "fork", "net", "resolver"},
     "certificate": {"errors"},
@@ -120,7 +121,7 @@ ALLOWED: dict[str, set[str]] = {
         "silence", "slot", "stats", "tls", "tunnel", "watch", "wire",
     },
     "client": {
-        "aside", "config", "environment", "errors", "handshake", "log", "message",
+        "aside", "circle", "config", "environment", "errors", "handshake", "log", "message",
         "net", "pairing", "record", "relay", "session", "slot", "stats", "target", "tls",
         "tunnel", "watch", "wire",
     },
