@@ -93,7 +93,8 @@ class LocalPorts:
     def note(self, host: str, port: int) -> Need:
         """Count a dial of an address; return what it needs."""
         if not _IS_LINUX or host == "::1" or host.startswith("127."):
-            return Need.FRESH  # within a machine Linux does it all by itself (tcp_tw_reuse=2)
+            # Within a machine Linux does it all by itself, unless somebody has set tcp_tw_reuse=0.
+            return Need.FRESH
         address = self._addresses.get((host, port)) or self._meet(host, port)
         address.now += 1
         if address.before + address.now <= self._mark and not address.is_short:

@@ -12,14 +12,15 @@ import shutil
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from tests.engine.rig import tcp_pair
 
 CLONE_NEWNET: Final = 0x40000000
+Made = TypeVar("Made")
 _numbers = itertools.count()
 
 
@@ -41,7 +42,11 @@ class Street:
 
     def pair(self, **buffers: int) -> tuple[socket.socket, socket.socket]:
         """Return two connected TCP sockets, as `tcp_pair` does."""
-        made: list[tuple[socket.socket, socket.socket]] = []
+        return self.make(lambda: tcp_pair(**buffers))
+
+    def make(self, maker: Callable[[], Made]) -> Made:
+        """Call what makes sockets, in the namespace."""
+        made: list[Made] = []
 
         def make() -> None:
             # A namespace is a thread's own; its sockets stay where they were made.
@@ -49,7 +54,7 @@ class Street:
             fd = os.open(Path("/run/netns") / self.name, os.O_RDONLY)
             try:
                 if libc.setns(fd, CLONE_NEWNET) == 0:
-                    made.append(tcp_pair(**buffers))
+                    made.append(maker())
             finally:
                 os.close(fd)
 
@@ -59,6 +64,14 @@ class Street:
         if not made:
             raise Unavailable("setns: no")
         return made[0]
+
+    def own(self, address: str) -> None:
+        """Give the namespace an IPv4 address."""
+        _run("ip", "-n", self.name, "addr", "add", f"{address}/32", "dev", "lo")
+
+    def lose(self, address: str) -> None:
+        """Take it away again."""
+        _run("ip", "-n", self.name, "addr", "del", f"{address}/32", "dev", "lo")
 
     def cut(self, *socks: socket.socket) -> None:
         """Drop from now on what these sockets send and what is sent to them."""

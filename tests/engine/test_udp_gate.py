@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 
 import pytest
 from tests.engine.rig import Kind
+from tests.engine.street import Unavailable, street
 from tests.engine.tls_rig import cut
 from tests.engine.udp_rig import Gate, Mouth, UdpRig
-from tests.engine.udp_words import HEADER, frame, hear_frame, hear_frames
+from tests.engine.udp_words import ANY, HEADER, frame, hear_frame, hear_frames, udp_socket
 
 from nodepass.errors import EngineError
 
@@ -274,3 +276,39 @@ async def test_relieve_ends_at_most_64_the_oldest_first(kind: Kind) -> None:
             assert (await rig.over(token)).reason == kind.module.REASON_IDLE
         await rig.let_pass(0.1)
         assert not any(map(rig.is_over, tokens[64:]))
+
+
+# --- addresses of ours ---------------------------------------------------------------------------
+
+OURS = "192.0.2.1"
+
+
+@pytest.mark.parametrize("kind", ["native", "twin"], indirect=True)
+async def test_c1_answers_leave_from_the_address_written_to_once_it_is_back(kind: Kind) -> None:
+    """An address that has gone for a while costs the datagrams of that while, no more."""
+    with contextlib.ExitStack() as stack:
+        try:
+            place = stack.enter_context(street())
+            place.own(OURS)
+        except Unavailable as exc:
+            pytest.skip(f"this machine cannot lose an address: {exc}")
+        async with UdpRig(kind) as rig:
+            sock = place.make(lambda: udp_socket(ANY))
+            port = sock.getsockname()[1]
+            gate = rig.serve(sock)
+            visitor = rig.mouth(place.make(lambda: udp_socket("127.0.0.1")))
+            visitor.sock.connect((OURS, port))
+            visitor.say(b"hello")
+            peer = (await rig.newcomer()).token
+            bound = rig.bind(peer)
+            assert await hear_frame(bound.far) == b"hello"
+            await bound.far.say(frame(b"before"))
+            assert await visitor.hear() == b"before"
+            place.lose(OURS)
+            for _ in range(3):
+                await bound.far.say(frame(b"into the void") * 2)
+            assert (await rig.counted(bound.token, unsent=6)).unsent == 6
+            place.own(OURS)
+            await bound.far.say(frame(b"after"))
+            assert await visitor.hear() == b"after", "it comes from elsewhere"
+            assert rig.counts(gate).unsent == 0

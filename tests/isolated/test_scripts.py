@@ -90,8 +90,9 @@ def test_c26_a_program_with_a_tunnel_forks(module: str, loop: str, way: str) -> 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="namespaces take root")
 @pytest.mark.skipif(shutil.which("ip") is None, reason="iproute2 is not installed")
 def test_c15_more_visits_in_a_minute_than_there_are_local_ports() -> None:
-    done = subprocess.run(["ip", "netns", "add", "np-trial"], capture_output=True, check=False)
+    name = f"np-trial-{os.getpid()}"
+    done = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False)
     if done.returncode:
         pytest.skip("this machine allows no network namespaces")
-    subprocess.run(["ip", "netns", "del", "np-trial"], check=True)
+    subprocess.run(["ip", "netns", "del", name], check=True)
     run("many_visits")

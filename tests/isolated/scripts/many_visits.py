@@ -1,8 +1,8 @@
 """Dial another machine far oftener in a minute than there are local ports.
 
-Run as root in a mount of no importance: makes two network namespaces, joined by a cable, with 120
-local ports on the side that dials, and ends each connection first, so that its port stays in
-TIME-WAIT. The kernel's own defaults otherwise.
+Run as root: makes two network namespaces, joined by a cable, with 120 local ports on the side that
+dials, and ends each connection first, so that its port stays in TIME-WAIT. The kernel's own
+defaults otherwise.
 """
 
 from __future__ import annotations
