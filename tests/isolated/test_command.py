@@ -148,7 +148,7 @@ def test_c18_each_line_says_which_tunnel() -> None:
     there = server_url()
     urls = (
         there,
-        there.replace("server", "client"),
+        f"{there.replace('server', 'client').rpartition('/')[0]}/127.0.0.1:{target}",
         f"client://hunter2@127.0.0.1:{dead}/127.0.0.1:{target}",
     )
     with nodepass(*urls, NODEPASS_ENGINE="python", NODEPASS_COMPAT_SWITCH="x") as process:
