@@ -158,8 +158,9 @@ def test_the_table_of_modules_is_complete() -> None:
     text = read("docs/architecture.md")
     section = text.partition("## Modules and layers")[2].partition("### ")[0]
     native = {path.stem for path in SOURCE.glob("*.pyx")}
-    modules = {path.stem for path in SOURCE.glob("*.py")} | native
-    assert set(rows(section)) == modules - {"__init__", "__main__"}
+    dotted = (".".join(p.relative_to(SOURCE).with_suffix("").parts) for p in SOURCE.rglob("*.py"))
+    modules = {name for name in dotted if not name.endswith("__")} | native
+    assert set(rows(section)) == modules
     picture = section.split("```")[1]
     named = set(re.findall(r"\b_?[a-z_]+\b", picture))
     assert modules - {"__init__"} <= named, "the picture of the layers lacks a module"
@@ -200,7 +201,7 @@ SECTIONS = (
 def test_sections_that_comments_name_are_there() -> None:
     heads = re.findall(r"(?m)^## (.+)$", read("docs/protocol.md"))
     assert set(SECTIONS) <= set(heads)
-    for path in SOURCE.glob("*.py"):
+    for path in SOURCE.rglob("*.py"):
         for section in re.findall(r'docs/protocol\.md, "([^"]+)"', path.read_text()):
             assert section in heads, path.name
 
@@ -364,7 +365,7 @@ def literal(node: ast.expr) -> str:
 
 
 def printed_messages() -> Iterator[str]:
-    for path in SOURCE.glob("*.py"):
+    for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue
@@ -395,7 +396,7 @@ FILLED = {
 
 def everything_printed() -> str:
     """Return the source with its messages in one piece, once for each way to fill them."""
-    parts = [path.read_text(encoding="utf-8") for path in SOURCE.glob("*.py")]
+    parts = [path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py")]
     plain = re.sub(r'"\s*\n\s*f?"', "", " ".join(parts))
     filled = [plain.replace(hole, word) for hole, words in FILLED.items() for word in words]
     return " ".join([plain, *filled])

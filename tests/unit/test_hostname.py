@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodepass import hostname
+import nodepass
 from nodepass.hostname import encode, readable, tls_name
 
 PAIRS = [
@@ -149,7 +149,7 @@ def test_c09_what_no_certificate_has(name: str) -> None:
 
 def test_c09_nobody_uses_what_python_has_for_it() -> None:
     """Its codec is IDNA 2003, and `socket` uses that for whatever is not ASCII."""
-    for path in Path(hostname.__file__).parent.glob("*.py"):
+    for path in Path(nodepass.__file__).parent.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert 'encode("idna"' not in text, path.name
         is_resolver = path.name in ("resolver.py", "hostname.py")

@@ -167,12 +167,18 @@ PUBLIC = [
     "PoolTimeout", "Server", "TlsError", "TunnelError", "WireError", "__version__",
 ]  # fmt: skip
 
-MODULES = sorted(path.stem for path in SOURCE.glob("*.py"))
+FILES = {
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in SOURCE.rglob("*.py")
+}
+"""Every module, wherever it stands: "errors", "net.tcp", "net.__init__"."""
+MODULES = sorted(FILES)
+PACKAGES = {name.removesuffix("__init__").rstrip(".") for name in FILES if "__init__" in name}
+"""Names of packages; the empty one is `nodepass` itself."""
 
 
 @cache
 def tree(module: str) -> ast.Module:
-    return ast.parse((SOURCE / f"{module}.py").read_text(encoding="utf-8"))
+    return ast.parse(FILES[module].read_text(encoding="utf-8"))
 
 
 def imports(module: str) -> Iterator[tuple[str, bool]]:
@@ -189,19 +195,51 @@ def imports(module: str) -> Iterator[tuple[str, bool]]:
             for alias in node.names:
                 yield alias.name, types_only
         elif isinstance(node, ast.ImportFrom):
-            yield from ((name, types_only) for name in imported_from(node))
+            yield from ((name, types_only) for name in imported_from(node, module))
         for child in ast.iter_child_nodes(node):
             yield from walk(child, types_only)
 
     yield from walk(tree(module), False)
 
 
-def imported_from(node: ast.ImportFrom) -> list[str]:
-    where = ("nodepass." if node.level else "") + (node.module or "")
-    if where in ("nodepass.", "nodepass"):  # from . import net, __version__
-        names = [alias.name for alias in node.names]
-        return [f"nodepass.{name if name in MODULES else '__init__'}" for name in names]
-    return [where]
+def imported_from(node: ast.ImportFrom, module: str) -> list[str]:
+    """What a statement of a module imports, ours by dotted names."""
+    where = origin(node, module)
+    inner = where.removeprefix("nodepass").lstrip(".")
+    if not (where == "nodepass" or where.startswith("nodepass.")) or inner not in PACKAGES:
+        return [where]
+    found = []
+    for alias in node.names:  # from . import net, __version__
+        name = f"{inner}.{alias.name}".lstrip(".")
+        is_package = name in PACKAGES
+        own = f"{inner}.__init__".lstrip(".")
+        found.append(f"{name}.__init__" if is_package else name if name in MODULES else own)
+    return [f"nodepass.{name}" for name in found]
+
+
+def origin(node: ast.ImportFrom, module: str) -> str:
+    """The module or package that a statement imports from, with all its parents."""
+    if not node.level:
+        return node.module or ""
+    parents = module.split(".")[:-1]
+    parents = parents[: len(parents) + 1 - node.level]
+    return ".".join(filter(None, ("nodepass", *parents, node.module)))
+
+
+def test_the_readers_of_imports_know_every_form() -> None:
+    def read(module: str, statement: str) -> list[str]:
+        node = ast.parse(statement).body[0]
+        assert isinstance(node, ast.ImportFrom)
+        return imported_from(node, module)
+
+    assert read("deep.down.here", "from .there import x") == ["nodepass.deep.down.there"]
+    assert read("deep.down.here", "from ..there import x") == ["nodepass.deep.there"]
+    assert read("deep.down.here", "from ... import errors, x") == [
+        "nodepass.errors", "nodepass.__init__",
+    ]  # fmt: skip
+    assert read("errors", "from nodepass import errors") == ["nodepass.errors"]
+    assert read("errors", "from .a.b import c") == ["nodepass.a.b"]
+    assert read("errors", "from nodepasses import errors") == ["nodepasses"]
 
 
 def ours(module: str, types_only: bool) -> set[str]:
@@ -254,17 +292,17 @@ LOADS_OPENSSL = {"certificate", "tls", "trial", "verdict"}
 @pytest.mark.parametrize("module", MODULES)
 def test_openssl_is_loaded_by_those_who_need_it(module: str) -> None:
     """Elsewhere by functions only; and `tls` and its kin likewise."""
-    top = {name for node in tree(module).body for name in loaded_by(node)}
+    top = {name for node in tree(module).body for name in loaded_by(node, module)}
     heavy = {name for name in top if name.split(".")[0] in HEAVY}
     kin = {name for name in top if name.removeprefix("nodepass.") in LOADS_OPENSSL}
     assert module in LOADS_OPENSSL or not heavy | kin, f"{module} loads {heavy | kin} at once"
 
 
-def loaded_by(node: ast.stmt) -> list[str]:
+def loaded_by(node: ast.stmt, module: str) -> list[str]:
     """What one statement of a module's outer level imports at run time."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
-    return imported_from(node) if isinstance(node, ast.ImportFrom) else []
+    return imported_from(node, module) if isinstance(node, ast.ImportFrom) else []
 
 
 def test_a_start_without_tls_loads_no_openssl() -> None:
@@ -310,10 +348,11 @@ def reach(module: str) -> set[str]:
 
 
 def test_no_module_for_all_and_sundry() -> None:
-    assert not {"common", "utils", "util", "misc", "helpers"} & set(MODULES)
+    parts = {part for module in MODULES for part in module.split(".")}
+    assert not {"common", "utils", "util", "misc", "helpers"} & parts
 
 
-IMPORTABLE = [m for m in MODULES if not m.startswith("__")]
+IMPORTABLE = [m for m in MODULES if not m.endswith("__")]
 if find_spec("nodepass._fastcopy") is not None:
     IMPORTABLE.append("_fastcopy")
 
