@@ -34,7 +34,7 @@ def words(kind: type[Dialect | Kind | Refusal | Failure]) -> list[str]:
         (Dialect, "seed native"),
         (Kind, "tcp udp"),
         (Refusal, "auth version busy limit tls"),
-        (Failure, "refused timeout unreachable limit unknown"),
+        (Failure, "refused timeout unreachable limit circle unknown"),
     ],
 )
 def test_words_of_the_wire(kind: type[Dialect | Kind | Refusal | Failure], wanted: str) -> None:

@@ -97,10 +97,10 @@ cdef inline size_t mail_bytes(Worker* w, uint32_t i) noexcept nogil:
     return size
 
 
-# The kernel would not send message `i`. -> 1 its datagrams are lost and counted, 0 it was GSO, which
-# is switched off for this relay, and nothing is lost. Where the address that the visitor wrote to is
-# ours no more, they are lost: from another one he would take them for somebody else's, and it may
-# come back.
+# The kernel would not send message `i`. -> 1 its datagrams are lost and counted, 0 it was GSO,
+# which is switched off for this relay, and nothing is lost. Where the address that the visitor
+# wrote to is ours no more, they are lost: from another one he would take them for somebody else's,
+# and it may come back.
 cdef int udp_forgive(Worker* w, Udp* udp, uint32_t i, int code) noexcept nogil:
     if w.mail.frames[i] > 1 and (code == EIO or code == EINVAL or code == EMSGSIZE):
         udp.gso = 0             # some drivers cannot, some paths are narrower
