@@ -40,11 +40,12 @@ if TYPE_CHECKING:
 MAX_SHAKES: Final = 64
 """TLS handshakes at once: the Go client dials one after another."""
 
-RIPENING: Final = 0.05
+RIPENING: Final = 0.1
 """Seconds that a client has had a link's id before the link may be launched. The Go client waits
 for the id in the very call that takes it, stores it, and only then dials its next link: what this
 has to cover is that one thread gets a processor. Of 400 wake-ups on two crowded processors half
-took 0.1 ms, one in a hundred 13 ms, the longest 31 ms."""
+took 0.1 ms, one in a hundred 13 ms, the longest 31 ms; this is three times that. What is later
+still is launched a second time by `silence`."""
 
 
 class _Green:
