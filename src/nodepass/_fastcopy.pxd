@@ -152,6 +152,7 @@ cdef struct Flow:
     int32_t code
     uint64_t detail             # OpenSSL's packed error code behind EBADMSG
     uint32_t idle_ms            # 0: no limit; of a dial: until it must have its answer
+    uint32_t later_idle_ms      # of a dial: idle_ms of the relay that it becomes
     uint32_t bucket             # of the wheel, while idle_ms > 0
     uint64_t active_ms          # last byte in either direction
     uint32_t doubts             # atomic: [c] sets bits, [w] takes them

@@ -231,6 +231,7 @@ class Engine:
         tls: Connection | None = None,
         head: bytes = b"",
         timeout: float = 0.0,
+        idle: float = 0.0,
     ) -> int:
         """Connect a socket, and join a connected one with it.
 
@@ -242,6 +243,7 @@ class Engine:
             tls: of a, see relay().
             head: plaintext already read from a; it reaches b before anything else.
             timeout: seconds that the connect may take; 0 = as long as the kernel tries.
+            idle: of the relay that it becomes, see relay().
 
         Returns:
             A token, > 0. Both descriptors and the Connection are the engine's from now on.
@@ -249,7 +251,7 @@ class Engine:
         Raises:
             EngineError: refused; see relay().
             EngineClosed: after close(), or in a forked child.
-            ValueError: the address is none, or the time is out of range.
+            ValueError: the address is none, or a time is out of range.
 
         After: one Completion with this token comes out of poll(). Where no connection came about
             it has REASON_UNMET, side 2 and the errno, ETIMEDOUT when the time was over; or side 1,

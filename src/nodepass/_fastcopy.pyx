@@ -76,7 +76,7 @@ include "fastcopy/out.pxi"
 include "fastcopy/raw.pxi"
 include "fastcopy/order.pxi"
 
-ABI = 8
+ABI = 9
 REASON_FINISHED = R_FINISHED
 REASON_RESET = R_RESET
 REASON_ABORTED = R_ABORTED
@@ -494,10 +494,10 @@ cdef class Engine:
         _check_seconds(seconds, "idle")
         return self.pair(
             "relay", NULL, _take_int(fd_a), _take_int(fd_b), tls_a, tls_b, head_a, head_b,
-            _milliseconds(seconds),
+            _milliseconds(seconds), 0,
         )
 
-    def dial(self, fd, target, address, *, tls=None, head=b"", timeout=0.0):
+    def dial(self, fd, target, address, *, tls=None, head=b"", timeout=0.0, idle=0.0):
         """Connect a socket, and join a connected one with it.
 
         Args:
@@ -508,6 +508,7 @@ cdef class Engine:
             tls: of a, see relay().
             head: plaintext already read from a; it reaches b before anything else.
             timeout: seconds that the connect may take; 0 = as long as the kernel tries.
+            idle: of the relay that it becomes, see relay().
 
         Returns:
             A token, > 0. Both descriptors and the Connection are the engine's from now on.
@@ -515,29 +516,32 @@ cdef class Engine:
         Raises:
             EngineError: refused; see relay().
             EngineClosed: after close(), or in a forked child.
-            ValueError: the address is none, or the time is out of range.
+            ValueError: the address is none, or a time is out of range.
 
         After: one Completion with this token comes out of poll(). Where no connection came about
             it has REASON_UNMET, side 2 and the errno, ETIMEDOUT when the time was over; or side 1,
             if a has died meanwhile. Side a is reset. Once b is connected all is as with relay().
         """
         cdef double seconds
+        cdef double later
         cdef sockaddr_in6 goal
         self.check("dial")
         seconds = timeout
         _check_seconds(seconds, "timeout")
+        later = idle
+        _check_seconds(later, "idle")
         memset(&goal, 0, sizeof(goal))
         if address is not None:
             _take_address(address, &goal)
         return self.pair(
             "dial", &goal, _take_int(fd), _take_int(target), tls, None, head, b"",
-            _milliseconds(seconds),
+            _milliseconds(seconds), _milliseconds(later),
         )
 
     # Make and submit a flow between two streams; the second is dialled if there is a goal.
     cdef object pair(
         self, str operation, sockaddr_in6* goal, int a, int b, object tls_a, object tls_b,
-        bytes head_a, bytes head_b, uint32_t limit_ms
+        bytes head_a, bytes head_b, uint32_t limit_ms, uint32_t later_idle_ms
     ):
         cdef const char* up = head_a
         cdef const char* down = head_b
@@ -565,6 +569,7 @@ cdef class Engine:
         if goal != NULL:
             flow.is_dialling = 1
             flow.goal = goal[0]
+            flow.later_idle_ms = later_idle_ms
         if tls_a is not None:
             flow_secure(flow, 0, &handles[0])
         if tls_b is not None:

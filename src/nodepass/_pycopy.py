@@ -65,7 +65,7 @@ __all__ = [
     "alpn_selector", "tls_trouble",
 ]  # fmt: skip
 
-ABI: Final = 8
+ABI: Final = 9
 
 MAX_THREADS: Final = 256  # the native engine's limit, checked alike
 
@@ -212,16 +212,17 @@ class Engine(UdpHalf[Completion]):
         tls: Connection | None = None,
         head: bytes = b"",
         timeout: float = 0.0,
+        idle: float = 0.0,
     ) -> int:
         """Connect a stream socket, and join a connected one with it; own both on success."""
         self._check("dial")
-        limit = take_seconds(timeout, "timeout")
+        limit, later = take_seconds(timeout, "timeout"), take_seconds(idle)
         check_head(head)
         goal = None if address is None else take_address(address)
         a, b = operator.index(fd), operator.index(target)
         with self._admit("dial", (a, STREAM), (b, STREAM), tls=(tls,)) as sockets:
             token = self._require_token("dial")
-            flow = Flow(self, token, (make_leg(sockets[0], tls), Leg(sockets[1])), 0.0)
+            flow = Flow(self, token, (make_leg(sockets[0], tls), Leg(sockets[1])), later)
             self._flows[token] = flow
             try:
                 flow.dial(goal, limit, head)

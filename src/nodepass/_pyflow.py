@@ -230,6 +230,7 @@ class Flow:
         leg = self.legs[1]
         self.engine.loop.remove_writer(leg.sock)
         self.is_dialling = False
+        self.born = time.monotonic()  # what it waited for its answer is no idleness
         code = leg.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if not code and is_mirror(leg.sock):
             code = errno.ECONNREFUSED

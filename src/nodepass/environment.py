@@ -125,6 +125,7 @@ class Settings:
     udp_data_buf_size: int = 8192
     udp_read_timeout: float = 5.0
     udp_idle_timeout: float = 120.0
+    tcp_idle_timeout: float = 0.0
     report_interval: float = 5.0
     service_cooldown: float = 5.0
     shutdown_timeout: float = 5.0
@@ -252,6 +253,7 @@ VARIABLES: tuple[Variable, ...] = (
     _duration(
         "UDP_IDLE_TIMEOUT", "native dialect: end of a silent UDP session", high=LONGEST_IDLE
     ),
+    _duration("TCP_IDLE_TIMEOUT", "end of a silent TCP connection; 0 = never", 0.0, LONGEST_IDLE),
     _duration("REPORT_INTERVAL", "heartbeat and report period; lost after three"),
     _duration("SERVICE_COOLDOWN", "longest pause before dialling a lost tunnel again"),
     _duration("SHUTDOWN_TIMEOUT", "how long open relays may finish after SIGTERM", 0.0),

@@ -171,6 +171,7 @@ class Relays:
             tls_b=tls_b,
             head_a=head_a,
             head_b=head_b,
+            idle=self._settings.tcp_idle_timeout,
         )
         return self._begin(crew, token, a, b)
 
@@ -208,6 +209,7 @@ class Relays:
             tls=tls,
             head=head,
             timeout=min(timeout, MAX_TIMEOUT),
+            idle=self._settings.tcp_idle_timeout,
         )
         return self._begin(crew, token, link, sock)
 

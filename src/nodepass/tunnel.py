@@ -18,11 +18,11 @@ from typing import Final, Self
 from . import aside, fork, net
 from .config import Config, Mode
 from .drop import DropReport
-from .environment import Settings
+from .environment import Settings, show_duration
 from .errors import ConfigError, TunnelError
 from .log import Log
 from .proof import stretch_password
-from .relay import Relay, RelayResult, Relays, UdpRelay, UdpResult
+from .relay import Reason, Relay, RelayResult, Relays, UdpRelay, UdpResult
 from .stats import Counters, Datagrams, TunnelStatistics
 
 LAST_WORDS: Final = 1.0
@@ -272,6 +272,13 @@ class Tunnel(ABC):
         if isinstance(result, UdpResult):
             parts = (self.counters.datagrams, result.datagrams)
             self.counters.datagrams = Datagrams.total(parts)
+        elif result.reason is Reason.IDLE:
+            self.log.repeated(
+                "info",
+                "idle",
+                "a silent connection has been ended, as TCP_IDLE_TIMEOUT asks",
+                limit=show_duration(self.settings.tcp_idle_timeout),
+            )
         if not result.is_clean:
             self.counters.relays_reset += 1
 

@@ -166,6 +166,7 @@ class Engine(Protocol):
         tls: Connection | None = None,
         head: bytes = b"",
         timeout: float = 0.0,
+        idle: float = 0.0,
     ) -> int: ...
     def handshake(self, fd: int, tls: Connection) -> int: ...
     def udp_serve(

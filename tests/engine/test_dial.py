@@ -785,3 +785,71 @@ async def be_refused(rig: Rig, kind: Kind, index: int, flow: Begun) -> None:
     assert await rig.heard_before_reset(flow.visitor) == b"", index
     ended = await rig.ended(flow.token)
     assert ended[1:] == (0, 0, kind.module.REASON_UNMET, 2, errno.ECONNREFUSED, 0), index
+
+
+# --- idle limits ---------------------------------------------------------------------------------
+
+
+@every_kind
+async def test_c24_a_dialled_relay_has_an_idle_limit(engine: Engine, kind: Kind) -> None:
+    """It begins with the connection, bytes either way put it off, and its end is a reset."""
+    async with engine() as rig:
+        listener = rig.listen()
+        told = rig.connect(listener.getsockname(), timeout=30.0, idle=0.4)
+        target = await rig.accept(listener)
+        silent = rig.connect(listener.getsockname(), idle=0.4)
+        await rig.accept(listener)
+        forever = rig.connect(listener.getsockname(), timeout=0.2)
+        await rig.accept(listener)
+        for _ in range(8):
+            await asyncio.sleep(0.1)
+            await rig.send(target, b"one way")
+        assert not rig.has_ended(told.token)
+        ended = await rig.ended(silent.token)
+        assert (ended.reason, ended.side) == (kind.module.REASON_IDLE, 0)
+        ended = await rig.ended(told.token)
+        assert (ended.reason, ended.down) == (kind.module.REASON_IDLE, 56)
+        assert await rig.receive(told.visitor, 56) == b"one way" * 8
+        assert await rig.is_reset(told.visitor)
+        assert await rig.is_reset(target)
+        assert not rig.has_ended(forever.token)
+
+
+@every_kind
+async def test_c24_a_half_closed_relay_ends_at_its_idle_limit_only(
+    engine: Engine, kind: Kind
+) -> None:
+    async with engine() as rig:
+        listener = rig.listen()
+        flow = rig.connect(listener.getsockname(), idle=0.4)
+        target = await rig.accept(listener)
+        await rig.send(flow.visitor, b"question")
+        flow.visitor.shutdown(socket.SHUT_WR)
+        assert await rig.receive(target, 8) == b"question"
+        await asyncio.sleep(0.1)
+        assert not rig.has_ended(flow.token)
+        await rig.send(target, b"answer")
+        assert await rig.receive(flow.visitor, 6) == b"answer"
+        assert (await rig.ended(flow.token)).reason == kind.module.REASON_IDLE
+        assert await rig.is_reset(flow.visitor)
+
+
+@every_kind
+async def test_c24_a_slow_dial_is_not_idle(engine: Engine, kind: Kind) -> None:
+    """What it waits for its answer does not count."""
+    async with engine() as rig:
+        full = rig.listen_to_nobody()
+        flow = rig.connect(full.name, timeout=1.0, idle=0.1)
+        ended = await rig.ended(flow.token)
+        assert (ended.reason, ended.code) == (kind.module.REASON_UNMET, errno.ETIMEDOUT)
+
+
+@every_kind
+@pytest.mark.parametrize("idle", [-1.0, float("nan"), float("inf"), 1e12])
+async def test_c24_bad_idle_limits_of_a_dial(engine: Engine, kind: Kind, idle: float) -> None:
+    async with engine() as rig:
+        listener = rig.listen()
+        sock = stream_for(listener.getsockname())
+        visitor, a = rig.ends()
+        with owned(visitor, a, sock), pytest.raises(ValueError, match="idle"):
+            rig.engine.dial(a.fileno(), sock.fileno(), listener.getsockname(), idle=idle)

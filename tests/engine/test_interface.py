@@ -18,7 +18,7 @@ Engine = Callable[..., Rig]
 
 
 async def test_constants_and_shapes(engine_module: ModuleType) -> None:
-    assert engine_module.ABI == 8
+    assert engine_module.ABI == 9
     assert [
         engine_module.REASON_FINISHED,
         engine_module.REASON_RESET,

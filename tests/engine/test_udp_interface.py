@@ -32,7 +32,7 @@ UNBOUND_LIMITS = (-1.0, 1e12, float("nan"))
 
 
 async def test_shapes(engine_module: ModuleType) -> None:
-    assert engine_module.ABI == 8
+    assert engine_module.ABI == 9
     assert engine_module.UdpCounts._fields == (
         "datagrams_up", "datagrams_down", "bytes_up", "bytes_down", "too_large", "slow_link",
         "no_link", "overrun", "unsent", "refused",

@@ -14,7 +14,7 @@ import pytest
 from tests.system.rig.arena import Arena
 from tests.system.rig.stream import connect, exchange
 from tests.system.rig.target import echo
-from tests.system.rig.timing import free_port, within
+from tests.system.rig.timing import free_port, until, within
 
 if TYPE_CHECKING:
     from tests.system.rig.process import Nodepass
@@ -122,3 +122,38 @@ async def test_f23_wrong_url_does_not_show_its_password(tmp_path: Path, url: str
         assert await process.ended() == 2
         assert process.log.strip(), "a wrong URL is named"
         assert SECRET not in process.log
+
+
+# --- TCP_IDLE_TIMEOUT ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["server", "client"])
+async def test_c24_silent_connections_end(
+    tmp_path: Path, engine: str, tls: str, side: str
+) -> None:
+    """Who talks may stay; at the end both sides hear a reset, and the log says why."""
+    limited = {"TCP_IDLE_TIMEOUT": "600ms"}
+    async with Arena(tmp_path, engine) as arena, within(30):
+        target, tunnel_port, port = arena.target(echo), free_port(), free_port()
+        here, there = (limited, {}) if side == "server" else ({}, limited)
+        server = await arena.server(port, tunnel_port, tls, **here)
+        client = await arena.client(tunnel_port, target.port, **there)
+        async with await connect(port) as talker, await connect(port) as silent:
+            for _ in range(12):
+                await talker.write(b"not yet")
+                assert await talker.read_exactly(7) == b"not yet"
+                await asyncio.sleep(0.1)
+            assert await silent.is_reset()
+            assert await talker.is_reset()
+        limiter = server if side == "server" else client
+        await limiter.logged("INFO  a silent connection has been ended.*limit=600ms")
+        await until(lambda: target.active == 0, 5, "both ends at the target")
+
+
+async def test_c24_no_limit_is_the_default(tmp_path: Path) -> None:
+    async with Arena(tmp_path) as arena, within(20):
+        tunnel = await arena.tunnel(arena.target(echo))
+        async with await connect(tunnel.port) as visitor:
+            await asyncio.sleep(1)
+            await visitor.write(b"hello")
+            assert await visitor.read_exactly(5) == b"hello"

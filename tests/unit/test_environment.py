@@ -107,6 +107,7 @@ TABLE: list[tuple[str, object, str, object]] = [
     ("UDP_DATA_BUF_SIZE", 8192, "65535", 65535),
     ("UDP_READ_TIMEOUT", 5.0, "300ms", 0.3),
     ("UDP_IDLE_TIMEOUT", 120.0, "2m", 120.0),
+    ("TCP_IDLE_TIMEOUT", 0.0, "2h", 7200.0),
     ("REPORT_INTERVAL", 5.0, "1ms", 0.001),
     ("SERVICE_COOLDOWN", 5.0, "1m30s", 90.0),
     ("SHUTDOWN_TIMEOUT", 5.0, "0", 0.0),
@@ -200,8 +201,9 @@ def test_c02_an_empty_value_is_as_good_as_none(name: str) -> None:
 )
 def test_zero_is_refused_where_it_is_senseless(name: str) -> None:
     own = BY_NAME[name].own_name
-    if name == "SHUTDOWN_TIMEOUT":
-        assert Settings.from_environment({own: "0s"}).shutdown_timeout == 0
+    if name in ("SHUTDOWN_TIMEOUT", "TCP_IDLE_TIMEOUT"):
+        settings = Settings.from_environment({own: "0s"})
+        assert getattr(settings, BY_NAME[name].field) == 0
         return
     with pytest.raises(ConfigError, match=name):
         Settings.from_environment({own: "0"})

@@ -34,4 +34,8 @@ cdef int dial_turn(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     if code:
         flow_bury(w, flow, slot, R_UNMET, 2, code)
         return 0
+    if flow.later_idle_ms:
+        flow.idle_ms = flow.later_idle_ms
+        flow.active_ms = w.now_ms
+        wheel_put(w, flow, slot)
     return 1
