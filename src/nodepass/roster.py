@@ -174,6 +174,10 @@ class Roster:
             c.host == host and c.session.dialect is Dialect.NATIVE for c in self._clients.values()
         )
 
+    def has_from(self, source: str) -> bool:
+        """Tell whether a client is connected from a source: an address, or a /64 of IPv6."""
+        return any(net.source_of(c.host) == source for c in self._clients.values())
+
     def seed_client(self) -> Client | None:
         """Return the client that speaks the seed dialect; there is one at a time."""
         return next((c for c in self._clients.values() if c.session.dialect is Dialect.SEED), None)

@@ -64,7 +64,12 @@ class Server(Tunnel):
             resume_tcp=self._resume_tcp,
             admit_udp=self._gates.admit_one,
         )
-        self._relief = Relief(shares.visitors, lambda: not self.slots.has_room, self.log)
+        self._relief = Relief(
+            shares.visitors,
+            lambda: not self.slots.has_room,
+            lambda source: self._clients.has_from(source),  # noqa: PLW0108 - it is made later
+            self.log,
+        )
         self.resources.callback(self._relief.close)
         self._waiting = Watch()
         self.resources.callback(self._waiting.close)

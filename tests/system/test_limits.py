@@ -14,7 +14,7 @@ import pytest
 from tests.system.rig.arena import Arena
 from tests.system.rig.stream import connect, exchange
 from tests.system.rig.target import echo
-from tests.system.rig.timing import free_port, until, within
+from tests.system.rig.timing import free_port, limit, until, within
 
 if TYPE_CHECKING:
     from tests.system.rig.process import Nodepass
@@ -157,3 +157,34 @@ async def test_c24_no_limit_is_the_default(tmp_path: Path) -> None:
             await asyncio.sleep(1)
             await visitor.write(b"hello")
             assert await visitor.read_exactly(5) == b"hello"
+
+
+# --- one source that wants every place ----------------------------------------------------
+
+
+PLACES = 64
+GREEDY = "127.0.0.9"
+
+
+async def _hold_on(port: int) -> None:
+    """Take a place in silence; come back at once when it is lost."""
+    while True:
+        with suppress(OSError):
+            async with await connect(port, source=GREEDY) as greedy:
+                await greedy.is_reset()
+
+
+async def test_c24_one_source_does_not_shut_out_the_others(tmp_path: Path) -> None:
+    """Though it comes back at once, and has as many waiting as there are places."""
+    async with Arena(tmp_path, SEMAPHORE_LIMIT=str(PLACES)) as arena, within(90):
+        tunnel = await arena.tunnel(arena.target(echo))
+        greedy = [asyncio.create_task(_hold_on(tunnel.port)) for _ in range(2 * PLACES)]
+        try:
+            await tunnel.server.logged("as many visitors as SEMAPHORE_LIMIT allows")
+            async with asyncio.timeout(limit(25)):
+                assert await exchange(tunnel.port, b"hello") == b"hello"
+        finally:
+            for task in greedy:
+                task.cancel()
+            await asyncio.gather(*greedy, return_exceptions=True)
+        assert tunnel.server.count(f"gave way.*host={GREEDY}") == 1, "told once a minute"

@@ -35,6 +35,7 @@ class Visitor:
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relief, "SILENCE", 0.1)
+    monkeypatch.setattr(relief, "HEAVY_SILENCE", 0.05)
     monkeypatch.setattr(relief, "PERIOD", 0.05)
 
 
@@ -47,7 +48,7 @@ def join(here: Relief, host: str, count: int, up: int = 0, down: int = 0) -> lis
 
 @both
 async def test_c24_the_silent_of_the_fattest_source_go_first() -> None:
-    here = Relief(32, lambda: True, Log("server", "none"))
+    here = Relief(32, lambda: True, lambda _: False, Log("server", "none"))
     light = join(here, "192.0.2.1", 4)
     fat = join(here, "[2001:db8::1]", 8)
     neighbours = join(here, "[2001:db8::2]", 8)  # of the same /64
@@ -55,20 +56,66 @@ async def test_c24_the_silent_of_the_fattest_source_go_first() -> None:
     listening = join(here, "192.0.2.8", 12, down=5000)
     here.press()
     await until(lambda: here.count == 4, 5, "an eighth of the places")
-    assert [v.is_gone for v in fat] == [True] * 4 + [False] * 4, "the oldest of them"
+    assert sum(v.is_gone for v in fat + neighbours) == 4, "they are one source"
     await until(lambda: here.count == 12, 5, "two more looks")
-    assert all(v.is_gone for v in fat)
-    assert not any(v.is_gone for v in light)
+    assert not any(v.is_gone for v in light), "up to here they held fewer"
     await until(lambda: here.count == 20, 5, "all who are silent")
     await asyncio.sleep(0.2)
-    assert all(v.is_gone for v in neighbours + light)
+    assert all(v.is_gone for v in fat + neighbours + light)
     assert not any(v.is_gone for v in talking + listening)
     here.close()
 
 
 @both
+async def test_c24_a_heavy_source_has_less_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relief, "SILENCE", 60.0)
+    here = Relief(32, lambda: True, lambda _: False, Log("server", "none"))
+    half = join(here, "192.0.2.1", 16)
+    here.press()
+    await asyncio.sleep(0.3)
+    assert not any(v.is_gone for v in half), "half of the places is a fair share"
+    more = join(here, "192.0.2.1", 6)
+    talking = join(here, "192.0.2.1", 2, up=1)
+    await until(lambda: here.count >= 16, 5, "half of the places")
+    assert here.count == sum(v.is_gone for v in half + more) == 16, "in one look"
+    await asyncio.sleep(0.2)
+    assert here.count == 16, "now he holds less than a half"
+    assert not any(v.is_gone for v in talking)
+    here.close()
+
+
+@both
+async def test_c24_a_byte_now_and_then_keeps_no_place_of_a_heavy_source() -> None:
+    here = Relief(32, lambda: True, lambda _: False, Log("server", "none"))
+    mumbling = join(here, "192.0.2.1", 20, up=relief.MUMBLED - 1)
+    others = join(here, "192.0.2.2", 4, up=1)
+    talking = join(here, "192.0.2.1", 4, up=relief.MUMBLED)
+    answered = join(here, "192.0.2.1", 4, up=1, down=relief.GREETED + 1)
+    here.press()
+    await until(lambda: sum(v.is_gone for v in mumbling) >= 12, 5, "less than a half is his")
+    await asyncio.sleep(0.2)
+    assert not any(v.is_gone for v in others + talking + answered)
+    assert sum(v.is_gone for v in mumbling) <= 16
+    here.close()
+
+
+@both
+async def test_c24_chance_decides_within_a_source() -> None:
+    gone = set()
+    for _ in range(20):
+        here = Relief(8, lambda: True, lambda _: False, Log("server", "none"))
+        silent = join(here, "192.0.2.1", 8)
+        here.press()
+        while not here.count:
+            await asyncio.sleep(0.01)
+        gone |= {number for number, v in enumerate(silent) if v.is_gone}
+        here.close()
+    assert len(gone) > 1
+
+
+@both
 async def test_c24_while_there_is_room_nobody_goes() -> None:
-    here = Relief(32, lambda: False, Log("server", "none"))
+    here = Relief(32, lambda: False, lambda _: False, Log("server", "none"))
     silent = join(here, "192.0.2.1", 20)
     here.press()
     await asyncio.sleep(0.3)
@@ -92,6 +139,25 @@ async def test_c24_silent_connections_do_not_shut_everybody_out(
             await late.write(b"x")
             number = await launched(client)
             assert await links[number - 1].read_exactly(1) == b"x"
-            assert await is_reset(silent[0]), "the oldest of them"
+            ends = [asyncio.create_task(is_reset(one)) for one in silent]
+            done, rest = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            assert all(end.result() for end in done)
+            for end in rest:
+                end.cancel()
     assert "a visitor who had said nothing gave way" in caplog.text
     assert "host=127.0.0.1" in caplog.text
+
+
+@both
+async def test_c10_most_places_of_a_client_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """A circle of the seed dialect, or through several clients, is seen from here only."""
+    with caplog.at_level(logging.WARNING, "nodepass"):
+        here = Relief(8, lambda: True, "192.0.2.1".__eq__, Log("server", "none"))
+        join(here, "192.0.2.1", 4, up=200)
+        here.press()
+        await asyncio.sleep(0.2)
+        assert "lead back" not in caplog.text, "half of the places is nothing to worry about"
+        join(here, "192.0.2.1", 1, up=200)
+        await until(lambda: "lead back here?" in caplog.text, 5, "a line")
+        assert "host=192.0.2.1" in caplog.text
+        here.close()
