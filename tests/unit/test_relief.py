@@ -152,7 +152,7 @@ async def test_c24_silent_connections_do_not_shut_everybody_out(
 async def test_c10_most_places_of_a_client_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
     """A circle of the seed dialect, or through several clients, is seen from here only."""
     with caplog.at_level(logging.WARNING, "nodepass"):
-        here = Relief(8, lambda: True, "192.0.2.1".__eq__, Log("server", "none"))
+        here = Relief(8, lambda: True, "192.0.2.1".__eq__, Log("server", "warn"))
         join(here, "192.0.2.1", 4, up=200)
         here.press()
         await asyncio.sleep(0.2)
