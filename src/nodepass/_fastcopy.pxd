@@ -195,6 +195,7 @@ cdef enum:                      # Udp.tally, in the order of UdpCounts
 
 cdef enum:
     MAX_WAITING = 4096          # peers of a gate without a link
+    CROWDS = 4096               # counts of such peers by their address: few share one by chance
 
 cdef struct Gate:               # of a gate's flow; made and freed by [c]
     uint32_t* buckets           # GATE_BUCKETS; slot + 1 of a peer or relay, 0: none
@@ -203,6 +204,7 @@ cdef struct Gate:               # of a gate's flow; made and freed by [c]
     uint32_t waiting            # [c]: how many that should be
     uint32_t spare_count
     uint32_t spares[MAX_WAITING]
+    uint16_t crowds[CROWDS]     # peers in use, by gate_crowd()
     List blocked
     List young
     List grown

@@ -13,14 +13,15 @@ not take is dropped.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from typing import Any, Final, NamedTuple, Protocol
 
 from ._pyflow import REASON_ABORTED, REASON_FINISHED, REASON_IDLE, Ending
-from ._pyport import MAX_PAYLOAD, Parcel, Port, Remark, Tally, plain_host
+from ._pyport import MAX_PAYLOAD, Parcel, Port, Remark, Tally, crowd_of, plain_host
 from ._pytls import Leg
 from ._pyudp import HEADER_BYTES, TURN_DATAGRAMS, Relay, UdpHost
 
+CROWD_LEAVES: Final = 8  # one waiting place in so many is for those who have few
 PARKED_BYTES: Final = 65536  # of one source that waits, 2 more for each datagram
 QUEUE_BYTES: Final = 131072  # of one relay whose link is slow, 2 more for each datagram
 COOLING_SECONDS: Final = 1.0  # a link that fails at once would be asked for again at once
@@ -115,6 +116,8 @@ class Gate:
         self._cooling: dict[object, Source] = {}
         self.waiting: dict[int, Source] = {}
         self.relays: dict[int, Relay] = {}
+        self._crowds: Counter[str | bytes] = Counter()
+        """Sources without a link, by the machine that they are of."""
         self._crowd: dict[int, Relay] = {}
         """Relays that wait for room in the socket."""
 
@@ -165,17 +168,31 @@ class Gate:
             source.park(parcel.data)
 
     def _welcome(self, key: object, parcel: Parcel) -> Source | None:
-        if self.is_shut or self.linkless >= self._most_waiting:
+        left = self._most_waiting - self.linkless
+        if self.is_shut or left <= 0:
+            return None
+        # The last places are not for an address that has most of the others.
+        if left <= self._most_waiting // CROWD_LEAVES and (
+            self._crowds[crowd_of(parcel.address)] > self._most_waiting // 2
+        ):
             return None
         source = Source(self, key, parcel)
         if not self.host.admit(source):
             return None
         self._sources[key] = self.waiting[source.token] = source
+        self._count(source, 1)
         return source
 
     def _forget(self, source: Source) -> None:
-        self._cooling.pop(source.key, None)
+        if self._cooling.pop(source.key, None) is not None:
+            self._count(source, -1)
         del self._sources[source.key]
+
+    def _count(self, source: Source, step: int) -> None:
+        crowd = crowd_of(source.address)
+        self._crowds[crowd] += step
+        if not self._crowds[crowd]:
+            del self._crowds[crowd]
 
     def bind(self, source: Source, relay: Bound) -> None:
         """Take note of the relay of a source that waits."""
@@ -185,6 +202,7 @@ class Gate:
             self.host.announce(source)
             return
         del self.waiting[source.token]
+        self._count(source, -1)
         if relay.is_raw:
             self._forget(source)
         else:
@@ -214,6 +232,7 @@ class Gate:
         if reason == REASON_IDLE or self.is_over or until <= time.monotonic():
             self._forget(source)
         else:
+            self._count(source, 1)
             self._cool(source, until)
 
     def await_room(self, relay: Relay) -> None:
@@ -252,6 +271,7 @@ class Gate:
         self.waiting.clear()
         self._cooling.clear()
         self._sources.clear()
+        self._crowds.clear()
         sock = self.port.sock
         if not self.host.loop.is_closed():
             self.host.loop.remove_reader(sock)

@@ -208,6 +208,14 @@ def answering(level: int, kind: int, body: bytes) -> Remark | None:
     return None
 
 
+def crowd_of(address: Any) -> str | bytes:
+    """Return what a source shares with the others of its machine: its address, or a /64."""
+    host = plain_host(address)
+    if ":" not in host:
+        return host
+    return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8]
+
+
 def plain_host(address: Any) -> str:
     """Return a source's numeric address, IPv4 as IPv4."""
     host = str(address[0])

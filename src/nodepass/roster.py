@@ -49,6 +49,8 @@ Spawn = Callable[[Coroutine[object, object, None], str], None]
 
 MAX_CLIENTS: Final = 1024
 """Sessions at once: bounds what somebody can make us keep where no password is asked."""
+MAX_CLIENTS_PER_SOURCE: Final = 512
+"""Sessions of one source (address, or /64) at once: half, so that it leaves room to others."""
 
 
 LINK: Final = 2
@@ -174,9 +176,17 @@ class Roster:
             c.host == host and c.session.dialect is Dialect.NATIVE for c in self._clients.values()
         )
 
+    def _refuse_crowd(self, source: str) -> None:
+        """Raise TunnelError where there are as many sessions as there may be."""
+        if len(self._clients) >= MAX_CLIENTS:
+            raise TunnelError(f"there are {MAX_CLIENTS} clients", reason=Refusal.LIMIT)
+        if self._sources.get(source, 0) >= MAX_CLIENTS_PER_SOURCE:
+            text = f"there are {MAX_CLIENTS_PER_SOURCE} clients of this address"
+            raise TunnelError(text, reason=Refusal.LIMIT)
+
     def has_from(self, source: str) -> bool:
         """Tell whether a client is connected from a source: an address, or a /64 of IPv6."""
-        return any(net.source_of(c.host) == source for c in self._clients.values())
+        return source in self._sources
 
     def seed_client(self) -> Client | None:
         """Return the client that speaks the seed dialect; there is one at a time."""
@@ -264,8 +274,7 @@ class Roster:
         session_id = secrets.token_hex(SESSION_SIZE)
         demand = self._demand()
         try:
-            if len(self._clients) >= MAX_CLIENTS:
-                raise TunnelError(f"there are {MAX_CLIENTS} clients", reason=Refusal.LIMIT)
+            self._refuse_crowd(caller.source)
             welcome, key = caller.handshake.accept(
                 hello,
                 session=session_id,

@@ -217,10 +217,59 @@ async def test_gate_after_gate_on_one_slot(kind: Kind) -> None:
     async with UdpRig(kind, flows=64) as rig:
         for _ in range(30):
             gate = rig.gate(waiting=16)
-            visitors = [gate.visitor() for _ in range(16)]
+            visitors = [gate.visitor(f"127.0.0.{1 + n % 2}") for n in range(16)]
             peers = [await gate.welcome(visitor, b"x") for visitor in visitors]
             gate.visitor().say(b"one too many")
             await rig.until(lambda: rig.counts(gate.token).no_link == 1, "the one too many")  # noqa: B023
             rig.engine.abort(gate.token)
             for token in (*peers, gate.token):
                 assert (await rig.over(token)).reason == kind.module.REASON_ABORTED
+
+
+@both_kinds
+async def test_c24_one_address_leaves_places_to_others(kind: Kind) -> None:
+    """The last eighth of the waiting places is not for who has more than half of all."""
+    async with UdpRig(kind) as rig:
+        gate = rig.gate(waiting=16)
+        crowd = [gate.visitor("127.0.0.9") for _ in range(30)]
+        for visitor in crowd:
+            visitor.say(b"me first")
+        await rig.counted(gate.token, no_link=16)
+        assert rig.counts(gate.token).no_link == 16
+        await rig.told(lambda: len(rig.newcomers) == 14, "all but the last two")
+        first = rig.newcomers.popleft()
+        rig.newcomers.clear()
+        for host in ("127.0.0.10", "127.0.0.11"):
+            await gate.welcome(gate.visitor(host), b"and me")
+        gate.visitor("127.0.0.12").say(b"too late")
+        await rig.counted(gate.token, no_link=17)
+        # Whose link is there counts no more, and whoever is given up does until he has cooled.
+        bound = rig.bind(first.token)
+        assert await hear_frame(bound.far) == b"me first"
+        await gate.welcome(gate.visitor("127.0.0.13"), b"there is one")
+        assert rig.engine.statistics().peers_waiting == 16
+
+
+@both_kinds
+async def test_c24_who_has_waited_counts_no_more(kind: Kind) -> None:
+    async with UdpRig(kind) as rig:
+        gate = rig.gate(waiting=8)
+        for step in range(40):
+            visitor = gate.visitor("127.0.0.9")
+            peer = await gate.welcome(visitor, b"%d" % step)
+            if step % 2:
+                bound = rig.bind(peer)
+                assert await hear_frame(bound.far) == b"%d" % step
+                rig.engine.abort(bound.token)
+                await rig.over(bound.token)
+            else:
+                rig.engine.abort(peer)
+                await rig.over(peer)
+            await rig.until(
+                lambda: rig.engine.statistics().peers_waiting < 7, "places that have cooled"
+            )
+        await rig.until(lambda: rig.engine.statistics().peers_waiting == 0, "nobody waits")
+        crowd = [gate.visitor("127.0.0.9") for _ in range(7)]
+        for visitor in crowd:
+            visitor.say(b"again")
+        await rig.told(lambda: len(rig.newcomers) == 7, "as many as in the beginning")

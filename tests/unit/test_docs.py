@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -429,3 +431,36 @@ def test_common_log_lines_are_printed_somewhere(name: str) -> None:
             known = [text in source or text in SYSTEM_SAYS for text in texts]
             is_fixed = why.startswith(("nothing heard for", "the other side said bye", "no idle"))
             assert is_fixed or all(known), why
+
+
+# --- what others can make us keep ----------------------------------------------------------------
+
+
+def bounds() -> list[list[str]]:
+    section = read("docs/security.md").partition("## What others can make us keep")[2]
+    section = section.partition("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in row] for row in rows][1:]
+
+
+@pytest.mark.parametrize("row", bounds(), ids=lambda row: row[1][:50])
+def test_c23_each_bound_is_what_it_says(row: list[str]) -> None:
+    assert len(row) == 6, row
+    _, _, bound, _, where, shown = row
+    assert shown.strip("`") in names_of_tests(), "no such test"
+    found = re.match(r"`([a-z_]+)\.([A-Z_]+)`", where)
+    if found:
+        value = getattr(importlib.import_module(f"nodepass.{found[1]}"), found[2])
+        said = re.search(r"1 of (\d+) places", where)
+        assert float(said[1] if said else bound) == value
+        return
+    found = re.match(r"`([A-Z_]+)` in (\w+\.p\w+)", where)
+    if found:
+        (path,) = SOURCE.rglob(found[2])
+        assert re.search(rf"\b{found[1]}(: Final)? = {bound}\b", path.read_text()), where
+
+
+@cache
+def names_of_tests() -> set[str]:
+    texts = (path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py"))
+    return {name for text in texts for name in re.findall(r"def (test_\w+)", text)}

@@ -371,6 +371,42 @@ async def test_hello_that_is_refused(
 
 
 @both
+async def test_c24_sessions_of_one_source_leave_room_to_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(roster, "MAX_CLIENTS_PER_SOURCE", 2)
+    async with serving() as desk:
+        for name in ("a", "b"):
+            await desk.client(name)
+        caller = await desk.call()
+        caller.sock.send(f"hello://c?v=2&n={NONCE}\n".encode())
+        assert await caller.read_all() == b"refuse://limit\n"
+        other = await desk.call(source="127.0.0.9")
+        other.sock.send(f"hello://d?v=2&n={NONCE}\n".encode())
+        assert (await other.read_line()).startswith(b"welcome://")
+
+
+@both
+async def test_c23_lost_sessions_that_are_remembered_are_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each with a relay that goes on without it."""
+    monkeypatch.setattr(roster, "MAX_GONE", 2)
+    async with serving() as desk:
+        visitors = []
+        for number in range(4):
+            client = await desk.client(f"c{number}")
+            (link,) = await desk.links(client, 1)
+            visitors.append(await desk.visit())
+            await launched(client)
+            client.control.close()
+            await until(lambda n=number: desk.figures.sessions_open == 0, 5, "the loss")  # type: ignore[misc]
+            await link.write(b"still here")
+            assert await visitors[-1].read_exactly(10) == b"still here"
+        assert len(desk.server._clients._gone) == 2
+
+
+@both
 async def test_client_that_leaves_during_its_handshake() -> None:
     async with serving() as desk:
         for _ in range(5):

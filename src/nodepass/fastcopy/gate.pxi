@@ -15,6 +15,7 @@
 cdef enum:
     GATE_BUCKETS = 65536        # of the table: 256 KiB; chains stay short up to 100 000 sources
     GATE_TURN_DATAGRAMS = 256   # take about as long as copying 1 MiB
+    CROWD_LEAVES = 8            # one place in so many is for those who have few
     PARK_BYTES = 65536          # frames that a peer may have waiting; then the oldest goes
     COOL_MS = 1000              # a source whose relay failed does not get the next one sooner
     RELIEF_LOOKS = 64           # relays that one udp_relieve() looks at
@@ -32,6 +33,15 @@ cdef inline uint32_t gate_bucket(Gate* gate, const Key* key) noexcept nogil:
         hash = (hash ^ words[i]) * <uint64_t>0x9E3779B97F4A7C15
         hash ^= hash >> 32
     return <uint32_t>(hash & (GATE_BUCKETS - 1))
+
+
+# -> the count of an address, whatever the port; of IPv6 of its first 64 bits, as one has them all.
+cdef inline uint16_t* gate_crowd(Gate* gate, const Key* key) noexcept nogil:
+    cdef uint64_t words[2]
+    cdef uint64_t hash
+    memcpy(words, &key.source[0], sizeof(words))
+    hash = (gate.seed ^ (words[0] if words[0] else words[1])) * <uint64_t>0x9E3779B97F4A7C15
+    return &gate.crowds[hash >> 52]
 
 
 # -> the slot that a source has, NONE_SLOT if none.
@@ -140,6 +150,11 @@ cdef uint32_t gate_welcome(Worker* w, uint32_t slot, const Key* key) noexcept no
     cdef uint32_t found
     if gate.is_shut or gate.spare_count == 0 or cells_left(w) <= PARK_KEEPS + MAIL_CELLS:
         return NONE_SLOT
+    # The last places are not for an address that has most of the others.
+    if gate.spare_count <= gate.waiting // CROWD_LEAVES and (
+        gate_crowd(gate, key)[0] > gate.waiting // 2
+    ):
+        return NONE_SLOT
     found = gate_use_spare(w, gate, key)
     gate_announce(w, found)
     return found
@@ -156,6 +171,7 @@ cdef uint32_t gate_use_spare(Worker* w, Gate* gate, const Key* key) noexcept nog
     udp.key = key[0]
     udp.has_local = memcmp(&udp.key.local[0], zero, sizeof(zero)) != 0
     gate_list(w, gate, found)
+    gate_crowd(gate, key)[0] += 1
     add_own64(&w.counters.peers_waiting, 1)
     return found
 
@@ -341,6 +357,7 @@ cdef void gate_part(Worker* w, Flow* flow, uint32_t slot, int reason) noexcept n
     gate_unlist(w, gate, slot)
     if flow.kind == KIND_PEER:
         tally_drop(w, own, T_NO_LINK, queue_drop_frames(w, &udp.queue))
+        gate_crowd(gate, &udp.key)[0] -= 1
         take_own64(&w.counters.peers_waiting, 1)
         if reason != R_ABORTED:
             return
