@@ -67,6 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _obey(words: Sequence[str]) -> int:
+    exposed = None
+    if any("@" in word for word in words):  # the password of a URL, whatever it stands beside
+        from .title import hide_passwords
+
+        exposed = hide_passwords(words)
     if words[:1] == ["help"] and words[1:] in (["demo"], ["keygen"]):
         words = [words[1], "--help"]
     if words[:1] == ["demo"]:
@@ -90,7 +95,7 @@ def _obey(words: Sequence[str]) -> int:
 
         # An error all the same: $URL may be empty where this runs unattended.
         return _refuse("url: is missing", FIRST_STEPS)
-    return _run(words)
+    return _run(words, exposed)
 
 
 def _fill_standard_streams() -> None:
@@ -153,10 +158,7 @@ def _version() -> str:
     return f"nodepass {__version__} (engine {engine}, Python {sys.version.split()[0]})"
 
 
-def _run(urls: Sequence[str]) -> int:
-    from .title import hide_passwords
-
-    exposed = hide_passwords(urls)
+def _run(urls: Sequence[str], exposed: str | None) -> int:
     settings, configs = _read(urls, os.environ)
     # The configs hold it now. A library of ours may start a process, which inherits the rest.
     os.environ.pop("NODEPASS_PASSWORD", None)

@@ -205,14 +205,14 @@ def measure(
     with body:
         if hashlib.sha256(body).hexdigest() != digest:
             raise DemoError(f"{label}: SHA-256 differs from what the target sent")
-    spent = [new - old for new, old in zip(after, before, strict=True)]
+    spent = [new - old for new, old in zip(after, before, strict=True) if new and old]
     latency = sum(visit(port) for _ in range(ONE_BY_ONE)) / ONE_BY_ONE
     with ThreadPoolExecutor(AT_ONCE) as pool:
         start = time.monotonic()
         for future in [pool.submit(visit, port) for _ in range(connections)]:
             future.result()
         rate = connections / (time.monotonic() - start)
-    cpu = sum(spent) / (size / 1e9) if pids and sys.platform == "linux" else None
+    cpu = sum(spent) / (size / 1e9) if pids and len(spent) == len(pids) else None
     return Figures(size / took, cpu, rate, latency)
 
 
@@ -220,7 +220,10 @@ def _cpu_of(pid: int) -> float:
     """CPU seconds of a process so far, user and system; 0 where /proc does not tell."""
     if sys.platform != "linux":
         return 0.0
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 

@@ -118,11 +118,24 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[Secret | None, str]:
     return None if text is None else checked(VARIABLE, text), VARIABLE
 
 
+def _is_path(text: str) -> bool:
+    """Tell whether this can only be meant as a path: it exists, or a folder on its way does."""
+    path = Path(text)
+    try:
+        # Neither "." nor "/", which every text with a slash in it has.
+        return os.path.lexists(text) or any(p.is_dir() for p in path.parents if p.name)
+    except ValueError:  # NUL
+        return False
+
+
 def _from_file(path: str) -> Secret:
     try:
         data = _head(path)
     except (OSError, ValueError) as exc:
-        why = (exc.strerror if isinstance(exc, OSError) else None) or str(exc)
+        why = (exc.strerror if isinstance(exc, OSError) else "no name of a file") or str(exc)
+        if not _is_path(path):  # likely the password itself, which must not show
+            reply = f"does not name a file that can be read ({why.lower()}); give its path"
+            raise ConfigError(FILE_VARIABLE, reply) from None
         raise ConfigError(FILE_VARIABLE, f"cannot read {path!r}: {why.lower()}") from exc
     if data.startswith(UTF16_MARKS):
         raise ConfigError(FILE_VARIABLE, f"{path!r} is UTF-16; save it as UTF-8")

@@ -84,9 +84,23 @@ def test_the_process_is_told_what_can_be_seen(
         return why
 
     monkeypatch.setattr(title, "hide_passwords", hide)
-    assert cli.main([SERVER, CLIENT]) == 7
-    assert seen == [[SERVER, CLIENT]]
+    words = [SERVER.replace("://", "://secret@"), CLIENT]
+    assert cli.main(words) == 7
+    assert seen == [words]
     assert runs.exposed == why
+
+
+@pytest.mark.parametrize("more", [["--help"], ["--version"], ["-h"]])
+def test_c29_a_password_beside_other_words_is_hidden_too(
+    more: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Sequence[str]] = []
+    monkeypatch.setattr(title, "hide_passwords", seen.append)
+    words = [SERVER.replace("://", "://secret@"), *more]
+    assert cli.main(words) == 0
+    with pytest.raises(SystemExit):
+        cli.main(["demo", words[0]])
+    assert seen == [words, ["demo", words[0]]]
 
 
 def test_words_of_the_process(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +320,7 @@ STARTS = {
         ("module", "nodepass.config"),
         ("module", "nodepass.process"),
         ("module", "asyncio"),
-        ("script", "nodepass.title"),
+        ("script", "nodepass.password"),
         ("script", "nodepass.config"),
         ("script", "nodepass.process"),
     ],

@@ -107,11 +107,21 @@ def test_bad_files(content: bytes, says: str, tmp_path: Path) -> None:
     assert error.__context__ is None
 
 
-@pytest.mark.parametrize("path", ["/no/such/file", "/", "", "\0"])
+@pytest.mark.parametrize("path", ["/etc/no/such/file", "/"])
 def test_unreadable_files_are_named(path: str) -> None:
     error = refusal({FILE: path})
     assert error.option == FILE
     assert f"cannot read {path!r}: " in error.message
+
+
+@pytest.mark.parametrize(
+    "secret", ["correct-horse", "Zm9v/YmFy+Cg==", "/9j4AAQSkZJRg/x", "a\0b", "\0", "x" * 5000]
+)
+def test_c29_a_password_in_the_place_of_its_file_does_not_show(secret: str) -> None:
+    error = refusal({FILE: secret})
+    assert error.option == FILE
+    assert "does not name a file that can be read" in error.message
+    assert secret not in "".join(traceback.format_exception(error))
 
 
 def test_both() -> None:
