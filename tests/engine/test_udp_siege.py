@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from tests.engine.rig import Kind
+from tests.engine.rig import PATIENCE, Kind
 from tests.engine.udp_rig import UdpRig
 from tests.engine.udp_words import frame, hear_frame, udp_pair, udp_socket
 
@@ -246,7 +246,12 @@ async def test_c24_one_address_leaves_places_to_others(kind: Kind) -> None:
         # Whose link is there counts no more, and whoever is given up does until he has cooled.
         bound = rig.bind(first.token)
         assert await hear_frame(bound.far) == b"me first"
-        await gate.welcome(gate.visitor("127.0.0.13"), b"there is one")
+        await rig.over(first.token)
+        late = gate.visitor("127.0.0.13")
+        async with asyncio.timeout(PATIENCE):
+            while not rig.newcomers:  # the place is given back in a turn of its own
+                late.say(b"there is one")
+                await asyncio.sleep(0.01)
         assert rig.engine.statistics().peers_waiting == 16
 
 
