@@ -15,6 +15,7 @@ import os
 import re
 import socket
 import sys
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
@@ -38,7 +39,7 @@ from .work import (
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection
 
-    from ._fastcopy import EngineStatistics, Newcomer
+    from ._fastcopy import Completion, EngineStatistics, Newcomer, UdpCompletion
     from .resolver import SocketAddress
 
 __all__ = [
@@ -63,6 +64,12 @@ _GSO_BROKEN: Final = ((7, 0, 0), (7, 1, 5))
 runs of equally long datagrams: Linux commit b10b446 until 78effd8."""
 
 
+ENDS_A_TURN: Final = 256
+"""Ends that are handed out in one turn of the loop: some 5 ms, with what follows from them."""
+NEWCOMERS_A_TURN: Final = 64
+"""The same of UDP sources that wait for a link."""
+
+
 class _Crew:
     """One engine and what runs on it."""
 
@@ -72,6 +79,10 @@ class _Crew:
         self._newcomer = newcomer
         self._forks = fork.count()
         self.open: dict[int, Relay | Handshake | UdpRelay | Gate] = {}
+        self._ends: deque[Completion | UdpCompletion] = deque()
+        self._newcomers: deque[Newcomer] = deque()
+        """News that the engine has told and nobody has heard yet."""
+        self._is_called_again = False
         self._loop.add_reader(engine.fileno(), self.drain)
         fork.own(self)
 
@@ -83,22 +94,45 @@ class _Crew:
             work.result.cancel()
         return []
 
-    def drain(self, *, is_last: bool = False) -> None:
+    def drain(self, *, takes_all: bool = False, is_last: bool = False) -> None:
+        """Hand out what the engine has to tell, as much as a turn of the loop bears.
+
+        Args:
+            takes_all: hand out all ends, since somebody needs the room that they make.
+            is_last: the same, and nobody who is new is met any more.
+        """
         if self._forks != fork.count():
             return  # a forked child: the news are the parent's
-        newcomers: list[Newcomer] = []
         for report in self.engine.poll():
             if isinstance(report, self._newcomer):
-                newcomers.append(report)
-                continue
+                self._newcomers.append(report)
+            else:
+                self._ends.append(report)  # type: ignore[arg-type]  # there is no third kind
+        left = len(self._ends) if is_last or takes_all else ENDS_A_TURN
+        while self._ends and left:
+            left -= 1
+            report = self._ends.popleft()
             work = self.open.pop(report[0], None)
             if work is not None:
                 work.finish(report)  # type: ignore[arg-type]  # the token is of its kind
-        # Behind the ends: each of them may have made room.
-        for newcomer in newcomers:
+        if is_last:
+            self._newcomers.clear()
+        elif not self._ends:  # behind all ends: each of them may have made room
+            self._meet()
+        if (self._ends or self._newcomers) and not self._is_called_again:
+            self._is_called_again = True
+            self._loop.call_soon(self._go_on)
+
+    def _meet(self) -> None:
+        for _ in range(min(NEWCOMERS_A_TURN, len(self._newcomers))):
+            newcomer = self._newcomers.popleft()
             gate = self.open.get(newcomer.gate)
-            if isinstance(gate, Gate) and not is_last:
+            if isinstance(gate, Gate):
                 gate.meet(newcomer)
+
+    def _go_on(self) -> None:
+        self._is_called_again = False
+        self.drain()
 
     def leave_loop(self) -> None:
         self._loop.remove_reader(self.engine.fileno())
@@ -353,7 +387,7 @@ class Relays:
     def drain(self) -> None:
         """Take note of what has ended by now, without waiting for the loop to come to it."""
         for crew in self._crews():
-            crew.drain()
+            crew.drain(takes_all=True)
 
     def load_tls(self) -> None:
         """Load what TLS needs; slow the first time (0.1 s), so not within a running loop.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import socket
+from typing import NamedTuple
 
 import pytest
 from tests.engine.rig import tcp_pair
@@ -14,6 +16,7 @@ from tests.unit.server_desk import serving
 from tests.unit.test_control_tls import Wire as TlsWire
 
 from nodepass import filler as filling
+from nodepass import relay
 from nodepass.control import LINES_A_TURN, Control
 from nodepass.message import Dialect, Drain, Fail, Idle, Kind, Launch, Pong
 from nodepass.pool import Link
@@ -295,3 +298,93 @@ def test_c22_pongs_nobody_asked_for_are_no_round_trip() -> None:
     client.receive_data(b"pong://77\n", 1.0)
     assert client.rtt is None
     assert Pong(77).number == 77
+
+
+# --- the engine's news ---------------------------------------------------------------------------
+
+
+class News(NamedTuple):
+    """Stands for a Completion."""
+
+    token: int
+
+
+class Met(NamedTuple):
+    """Stands for a Newcomer."""
+
+    token: int
+    gate: int
+
+
+class Teller:
+    """An engine with much to tell at once."""
+
+    def __init__(self) -> None:
+        self.told: list[News | Met] = []
+        self._bell = socket.socketpair()
+
+    def fileno(self) -> int:
+        return self._bell[0].fileno()
+
+    def poll(self) -> list[News | Met]:
+        told, self.told = self.told, []
+        return told
+
+    def close(self) -> None:
+        for sock in self._bell:
+            sock.close()
+
+
+class Ear:
+    """Stands for what runs on the engine."""
+
+    def __init__(self, heard: list[int]) -> None:
+        self._heard = heard
+
+    def finish(self, report: News) -> None:
+        self._heard.append(report.token)
+
+
+@both
+async def test_c22_news_of_the_engine_leave_the_loop_to_others() -> None:
+    """Thousands of ends at once are handed out in turns, in order, newcomers behind them."""
+    engine = Teller()
+    heard: list[int] = []
+    crew = relay._Crew(engine, Met)  # type: ignore[arg-type]
+    count = 10 * relay.ENDS_A_TURN
+    for token in range(count):
+        crew.open[token] = Ear(heard)  # type: ignore[assignment]
+    met: list[int] = []
+    gate = relay.Gate(engine, 0, asyncio.Future(), lambda _, one: met.append(one.token))  # type: ignore[arg-type]
+    crew.open[-1] = gate
+    engine.told = [Met(5, -1), *map(News, range(count)), *(Met(n, -1) for n in range(500))]
+    crew.drain()
+    turns = []
+    while len(met) < 501:
+        turns.append((len(heard), len(met)))
+        await asyncio.sleep(0)
+    steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(turns)]
+    assert all(ends <= relay.ENDS_A_TURN for ends, _ in steps), steps
+    assert all(new <= relay.NEWCOMERS_A_TURN for _, new in steps), steps
+    assert len(turns) >= 10
+    assert heard == list(range(count))
+    assert met == [5, *range(500)]
+    crew.leave_loop()
+    engine.close()
+
+
+@both
+async def test_c22_the_last_news_are_handed_out_at_once() -> None:
+    engine = Teller()
+    heard: list[int] = []
+    crew = relay._Crew(engine, Met)  # type: ignore[arg-type]
+    for token in range(3 * relay.ENDS_A_TURN):
+        crew.open[token] = Ear(heard)  # type: ignore[assignment]
+    engine.told = [News(token) for token in range(3 * relay.ENDS_A_TURN)]
+    crew.drain()
+    crew.leave_loop()
+    crew.forget()
+    assert heard == list(range(3 * relay.ENDS_A_TURN))
+    await asyncio.sleep(0)
+    assert len(heard) == 3 * relay.ENDS_A_TURN
+    engine.close()
