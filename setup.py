@@ -81,7 +81,7 @@ def engine() -> Extension:
         depends=[
             f"{SOURCE}/_fastcopy.pxd",
             f"{SOURCE}/_linux.pxd",
-            f"{SOURCE}/_openssl.pxd",
+            f"{SOURCE}/_libssl.pxd",
             *(f"{SOURCE}/fastcopy/{name}.pxi" for name in INCLUDED),
         ],
         define_macros=[("_GNU_SOURCE", "1"), *macros],

@@ -27,8 +27,8 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .client import Client
-    from .server import Server
+    from .client.client import Client
+    from .server.server import Server
 
     __version__: str
 
@@ -61,11 +61,11 @@ def __getattr__(name: str) -> object:
 
         return version("nodepass")
     if name == "Server":
-        from .server import Server
+        from .server.server import Server
 
         return Server
     if name == "Client":
-        from .client import Client
+        from .client.client import Client
 
         return Client
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@ from typing import Final, NamedTuple, final
 
 from OpenSSL.SSL import Connection
 
-from .resolver import SocketAddress
+from .net.resolver import SocketAddress
 
 ABI: Final[int]
 REASON_FINISHED: Final[int]

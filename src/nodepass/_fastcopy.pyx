@@ -53,7 +53,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset, strlen
 
 from nodepass._linux cimport *
-from nodepass._openssl cimport *
+from nodepass._libssl cimport *
 
 include "fastcopy/sys.pxi"
 include "fastcopy/atomic.pxi"
@@ -188,7 +188,7 @@ def _find_openssl():
     cdef size_t* pointers = <size_t*>&openssl
     cdef size_t i
     try:
-        from nodepass import _openssl
+        from nodepass.tls import _openssl
 
         _openssl.rehearse()
         addresses = _openssl.table()
@@ -214,7 +214,7 @@ def alpn_selector():
 cdef int _take_handles(str operation, object connection, Handles* handles) except -1:
     if tls_trouble() is not None:
         raise EngineError(operation, _errno.EOPNOTSUPP)
-    from nodepass import _openssl
+    from nodepass.tls import _openssl
 
     try:
         ssl, bio_in, bio_out = _openssl.handles(connection)

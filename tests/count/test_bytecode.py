@@ -21,12 +21,12 @@ from typing import Final
 
 import pytest
 
-from nodepass import wire
-from nodepass.message import Dialect, Greeting, Kind, Launch, LinkClaim
-from nodepass.pool import Demand
-from nodepass.proof import LinkKey
-from nodepass.session import Role, Session
-from nodepass.slot import Slots
+from nodepass.protocol import wire
+from nodepass.protocol.message import Dialect, Greeting, Kind, Launch, LinkClaim
+from nodepass.protocol.proof import LinkKey
+from nodepass.protocol.session import Role, Session
+from nodepass.tunnel.pool import Demand
+from nodepass.tunnel.slot import Slots
 
 HOME: Final = (3, 11)
 """CPython that TABLE was counted on; each release compiles to other bytecodes."""

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import NamedTuple, Self
 
-from nodepass._pycopy import Completion
-from nodepass.resolver import SocketAddress
+from nodepass.engine.twin._pycopy import Completion
+from nodepass.net.resolver import SocketAddress
 
 PATIENCE = 20.0
 """Seconds that anything may take before the test is called hung; sanitizers are slow."""

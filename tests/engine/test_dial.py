@@ -30,7 +30,7 @@ from tests.engine.rig import (
 from tests.engine.tls_rig import TlsEnd, ends_for, is_cut
 from tests.system.rig.timing import has_ipv6
 
-from nodepass.resolver import SocketAddress
+from nodepass.net.resolver import SocketAddress
 
 Engine = Callable[..., Rig]
 BLOB = os.urandom(3_000_000)

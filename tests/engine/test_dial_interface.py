@@ -16,7 +16,7 @@ from tests.engine.rig import Kind, Rig, is_called, is_open, owned, reset_on_clos
 from tests.system.rig.timing import has_ipv6
 
 from nodepass.errors import EngineClosed, EngineError
-from nodepass.resolver import SocketAddress
+from nodepass.net.resolver import SocketAddress
 
 Engine = Callable[..., Rig]
 every_kind = pytest.mark.parametrize(

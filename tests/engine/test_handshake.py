@@ -27,10 +27,10 @@ from tests.engine.tls_rig import (
     their_context,
 )
 
-from nodepass import _openssl
-from nodepass._pycopy import Completion
+from nodepass.engine.twin._pycopy import Completion
 from nodepass.errors import EngineClosed, EngineError
-from nodepass.record import Records
+from nodepass.tls import _openssl
+from nodepass.tls.record import Records
 
 Engine = Callable[..., Rig]
 every_role = pytest.mark.parametrize("is_server", [True, False], ids=["server", "client"])

@@ -24,7 +24,7 @@ from tests.engine.tls_rig import (
     join,
 )
 
-from nodepass import _openssl
+from nodepass.tls import _openssl
 
 Engine = Callable[..., Rig]
 BLOB = os.urandom(3_000_000)

@@ -26,7 +26,7 @@ from tests.engine.udp_words import (
     unix_datagrams,
 )
 
-from nodepass import _pyport
+from nodepass.engine.twin import _pyport
 
 every_kind = pytest.mark.parametrize("kind", ["native", "native-2", "twin"], indirect=True)
 tls_or_not = pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "tls"])

@@ -18,7 +18,7 @@ import trustme
 from OpenSSL import SSL
 from tests.engine.rig import CHUNK, PATIENCE, Kind, Rig, reset_on_close
 
-from nodepass import _openssl
+from nodepass.tls import _openssl
 
 ALPN = b"nodepass/2"
 HOST = "tunnel.test"

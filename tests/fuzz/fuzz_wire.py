@@ -21,12 +21,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from nodepass import wire
 from nodepass.errors import PeerWireError, TunnelError
-from nodepass.handshake import ClientHandshake, ServerHandshake
-from nodepass.message import Dialect, Greeting, Hello, LinkClaim
-from nodepass.proof import LinkKey
-from nodepass.session import Lost, Role, Session
+from nodepass.protocol import wire
+from nodepass.protocol.handshake import ClientHandshake, ServerHandshake
+from nodepass.protocol.message import Dialect, Greeting, Hello, LinkClaim
+from nodepass.protocol.proof import LinkKey
+from nodepass.protocol.session import Lost, Role, Session
 
 CORPUS: Final = Path(__file__).with_name("corpus")
 KEY: Final = bytes(range(32))

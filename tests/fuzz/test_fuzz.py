@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.fuzz import fuzz_wire
 
-from nodepass import wire
+from nodepass.protocol import wire
 
 
 def test_corpus_reaches_every_reader() -> None:

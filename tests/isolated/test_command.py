@@ -356,7 +356,8 @@ import encodings.idna, stringprep
 importlib.metadata.requires("nodepass")
 for codec in ("ascii", "latin-1", "idna", "utf-8"):
     codecs.lookup(codec)
-for name in ("cli", "process", "server", "client", "_pycopy", "tls", *sys.argv[2:]):
+NAMES = "cli.cli cli.process server.server client.client engine.twin._pycopy tls.tls"
+for name in [*NAMES.split(), *sys.argv[2:]]:
     importlib.import_module("nodepass." + name)
 from cryptography.hazmat.bindings._rust import _openssl
 if os.getuid() == 0:  # whom the limit does not bind
@@ -364,7 +365,7 @@ if os.getuid() == 0:  # whom the limit does not bind
     os.setresgid(65534, 65534, 65534)
     os.setresuid(65534, 65534, 65534)
 resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
-sys.exit(sys.modules["nodepass.cli"].main(sys.argv[1:2]))
+sys.exit(sys.modules["nodepass.cli.cli"].main(sys.argv[1:2]))
 """
 
 

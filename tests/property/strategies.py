@@ -8,8 +8,8 @@ from collections.abc import Callable
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from nodepass import wire
-from nodepass.message import (
+from nodepass.protocol import wire
+from nodepass.protocol.message import (
     KEY_SIZE,
     MAX_NUMBER,
     NONCE_SIZE,

@@ -19,11 +19,11 @@ from tests.property.strategies import (
     sessions,
 )
 
-from nodepass import wire
 from nodepass.errors import AuthError, PeerWireError, TunnelError
-from nodepass.handshake import ClientHandshake, ServerHandshake
-from nodepass.message import Greeting, Hello, LinkClaim, Welcome
-from nodepass.proof import LinkKey
+from nodepass.protocol import wire
+from nodepass.protocol.handshake import ClientHandshake, ServerHandshake
+from nodepass.protocol.message import Greeting, Hello, LinkClaim, Welcome
+from nodepass.protocol.proof import LinkKey
 
 FRESH = bytes(range(32))
 TLS = st.integers(0, 2)

@@ -24,9 +24,9 @@ from tests.property.strategies import (
     words,
 )
 
-from nodepass import session as rules
-from nodepass import wire
-from nodepass.message import (
+from nodepass.protocol import session as rules
+from nodepass.protocol import wire
+from nodepass.protocol.message import (
     Bye,
     Dialect,
     Drain,
@@ -39,7 +39,7 @@ from nodepass.message import (
     SeedLaunch,
     SeedSignal,
 )
-from nodepass.session import Event, Lost, Role, Session
+from nodepass.protocol.session import Event, Lost, Role, Session
 
 INTERVAL = 5.0
 roles = st.sampled_from(Role)

@@ -21,9 +21,9 @@ from tests.property.strategies import (
     valid_lines,
 )
 
-from nodepass import wire
 from nodepass.errors import PeerWireError
-from nodepass.message import (
+from nodepass.protocol import wire
+from nodepass.protocol.message import (
     Dialect,
     Greeting,
     Heartbeat,

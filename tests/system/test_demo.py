@@ -13,7 +13,7 @@ import pytest
 from tests.system.rig.process import PACKAGE
 from tests.system.rig.timing import limit, until, within
 
-from nodepass import demo
+from nodepass.cli import demo
 
 
 def _start(folder: Path, *words: str, **env: str) -> subprocess.Popen[str]:

@@ -9,11 +9,11 @@ from tests.system.rig.peer import Listener, NativeServer, SeedServer
 from tests.system.rig.stream import Stream
 from tests.system.rig.timing import within
 
-from nodepass.client import Client
-from nodepass.config import Config
-from nodepass.environment import Settings
-from nodepass.relay import Relays
-from nodepass.stats import TunnelStatistics
+from nodepass.client.client import Client
+from nodepass.config.config import Config
+from nodepass.config.environment import Settings
+from nodepass.engine.relay import Relays
+from nodepass.observe.stats import TunnelStatistics
 
 
 class Desk:

@@ -10,9 +10,9 @@ from typing import Final
 from OpenSSL import SSL
 from tests.system.rig.authority import Issued
 
-from nodepass import _openssl
-from nodepass.log import Log
-from nodepass.tls import ClientTls, ServerTls, explain
+from nodepass.observe.log import Log
+from nodepass.tls import _openssl
+from nodepass.tls.tls import ClientTls, ServerTls, explain
 
 NAME: Final = "a.example.org"
 ROUNDS: Final = 8

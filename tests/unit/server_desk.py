@@ -10,11 +10,11 @@ from tests.system.rig.peer import NativeClient, SeedClient
 from tests.system.rig.stream import Stream, connect
 from tests.system.rig.timing import free_port, until, within
 
-from nodepass.config import Config
-from nodepass.environment import Settings
-from nodepass.relay import Relays
-from nodepass.server import Server
-from nodepass.stats import TunnelStatistics
+from nodepass.config.config import Config
+from nodepass.config.environment import Settings
+from nodepass.engine.relay import Relays
+from nodepass.observe.stats import TunnelStatistics
+from nodepass.server.server import Server
 
 
 class Desk:

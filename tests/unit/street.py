@@ -18,16 +18,16 @@ from tests.system.rig.secure import (
 from tests.system.rig.stream import Stream
 from tests.system.rig.timing import until, within
 
-from nodepass.caller import Caller
-from nodepass.entrance import Entrance
-from nodepass.environment import Settings
-from nodepass.log import Log
-from nodepass.message import Hello, LinkClaim
-from nodepass.penalty import Penalties
-from nodepass.relay import Relays
-from nodepass.stats import Counters
-from nodepass.tls import ServerTls
-from nodepass.watch import Watch
+from nodepass.config.environment import Settings
+from nodepass.engine.relay import Relays
+from nodepass.net.watch import Watch
+from nodepass.observe.log import Log
+from nodepass.observe.stats import Counters
+from nodepass.protocol.message import Hello, LinkClaim
+from nodepass.server.caller import Caller
+from nodepass.server.entrance import Entrance
+from nodepass.server.penalty import Penalties
+from nodepass.tls.tls import ServerTls
 
 
 class CountedTls(ServerTls):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nodepass.address import Address, is_number, leads_to, overlap, parse_address
+from nodepass.config.address import Address, is_number, leads_to, overlap, parse_address
 from nodepass.errors import ConfigError
 
 GOOD = [

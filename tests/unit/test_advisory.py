@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from nodepass import advisory
-from nodepass.environment import Settings
-from nodepass.relay import Relays
+from nodepass.config.environment import Settings
+from nodepass.engine.relay import Relays
+from nodepass.tls import advisory
 
 ROOT = Path(__file__).parents[2]
 SOUND = {"cryptography": (48, 0, 1), "pyopenssl": (26, 0, 0)}

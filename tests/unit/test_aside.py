@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from nodepass import aside
+from nodepass.runtime import aside
 
 ERRORS = (RuntimeError("can't start new thread"), MemoryError())
 

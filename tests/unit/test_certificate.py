@@ -13,8 +13,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, x25519
 from tests.system.rig.authority import LIFE, Authority, Issued, self_signed
 
-from nodepass import certificate as module
-from nodepass.certificate import (
+from nodepass.errors import ConfigError
+from nodepass.tls import certificate as module
+from nodepass.tls.certificate import (
     Files,
     ago,
     date,
@@ -24,7 +25,6 @@ from nodepass.certificate import (
     names_of,
     read_certificates,
 )
-from nodepass.errors import ConfigError
 
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)

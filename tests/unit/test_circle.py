@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from nodepass import circle
-from nodepass.circle import ALARM, LEAST, LONGEST, MAX_HOSTS, SHARE, Circle
-from nodepass.message import Kind
+from nodepass.client import circle
+from nodepass.client.circle import ALARM, LEAST, LONGEST, MAX_HOSTS, SHARE, Circle
+from nodepass.protocol.message import Kind
 
 
 class Clock:

@@ -14,10 +14,10 @@ from importlib.metadata import version
 
 import pytest
 
-from nodepass import cli, process, title
-from nodepass.config import Config
-from nodepass.environment import Settings
-from nodepass.log import LEVELS
+from nodepass.cli import cli, process, title
+from nodepass.config.config import Config
+from nodepass.config.environment import Settings
+from nodepass.observe.log import LEVELS
 
 SERVER = "server://127.0.0.1:10101/127.0.0.1:8080"
 CLIENT = "client://127.0.0.1:10101/127.0.0.1:9000"
@@ -261,10 +261,10 @@ def test_demo_gets_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(words)
         return 3
 
-    fake = types.ModuleType("nodepass.demo")
+    fake = types.ModuleType("nodepass.cli.demo")
     fake.main = main  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "nodepass.demo", fake)
-    monkeypatch.setattr("nodepass.demo", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "nodepass.cli.demo", fake)
+    monkeypatch.setattr("nodepass.cli.demo", fake, raising=False)
     assert cli.main(["demo", "--help"]) == 3
     assert seen == [["--help"]]
 
@@ -279,7 +279,7 @@ def python(*words: str) -> subprocess.CompletedProcess[str]:
 def test_what_answers_at_once_loads_nothing_heavy(words: list[str]) -> None:
     done = python(
         "-c",
-        f"import sys; from nodepass.cli import main; code = main({words});"
+        f"import sys; from nodepass.cli.cli import main; code = main({words});"
         "heavy = {'asyncio', 'uvloop', 'cryptography', 'OpenSSL', 'ssl', 'logging',"
         " 'nodepass._fastcopy', 'importlib.metadata'} & sys.modules.keys();"
         "sys.exit(f'loaded: {heavy}' if heavy else 0)",
@@ -308,7 +308,7 @@ sys.argv = ["nodepass", {url!r}]
 
 STARTS = {
     "module": "runpy.run_module('nodepass', run_name='__main__')",
-    "script": "from nodepass.cli import main; sys.exit(main())",
+    "script": "from nodepass.cli.cli import main; sys.exit(main())",
 }
 
 
@@ -316,13 +316,13 @@ STARTS = {
 @pytest.mark.parametrize(
     ("start", "module"),
     [
-        ("module", "nodepass.cli"),
-        ("module", "nodepass.config"),
-        ("module", "nodepass.process"),
+        ("module", "nodepass.cli.cli"),
+        ("module", "nodepass.config.config"),
+        ("module", "nodepass.cli.process"),
         ("module", "asyncio"),
-        ("script", "nodepass.password"),
-        ("script", "nodepass.config"),
-        ("script", "nodepass.process"),
+        ("script", "nodepass.config.password"),
+        ("script", "nodepass.config.config"),
+        ("script", "nodepass.cli.process"),
     ],
 )
 def test_an_interrupt_while_starting_is_quiet(start: str, module: str) -> None:

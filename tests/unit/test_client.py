@@ -27,10 +27,10 @@ from tests.unit.client_desk import (
     welcome_again,
 )
 
-from nodepass import net
-from nodepass.environment import Settings
-from nodepass.relay import Reason, Relay, Relays
-from nodepass.resolver import SocketAddress
+from nodepass.config.environment import Settings
+from nodepass.engine.relay import Reason, Relay, Relays
+from nodepass.net import net
+from nodepass.net.resolver import SocketAddress
 
 if TYPE_CHECKING:
     from nodepass._fastcopy import Completion
@@ -177,7 +177,7 @@ async def test_fault_of_ours_is_told_and_tried_again(
     with caplog.at_level(logging.ERROR, "nodepass"):
         async with NativeServer() as server, running(server.listener.port, "log=error") as desk:
             with monkeypatch.context() as patch:
-                patch.setattr("nodepass.client.Pairing", fail)
+                patch.setattr("nodepass.client.client.Pairing", fail)
                 await server.welcome()
                 with contextlib.suppress(ConnectionResetError):
                     await server.control.read_all()
@@ -197,7 +197,7 @@ async def test_control_that_cannot_be_opened_is_tried_again(
 
     async with NativeServer() as server, running(server.listener.port) as desk:
         with monkeypatch.context() as patch:
-            patch.setattr("nodepass.control.limit_silence", fail)
+            patch.setattr("nodepass.tunnel.control.limit_silence", fail)
             await server.welcome()
             with contextlib.suppress(ConnectionResetError):
                 await server.control.read_all()

@@ -36,10 +36,10 @@ from tests.unit.client_desk import (
 from tests.unit.engines import both, engines
 from tests.unit.street import outside
 
-from nodepass import client as client_module
-from nodepass.client import Client
-from nodepass.config import Config
-from nodepass.environment import Settings
+from nodepass.client import client as client_module
+from nodepass.client.client import Client
+from nodepass.config.config import Config
+from nodepass.config.environment import Settings
 from nodepass.errors import ConfigError
 
 PASSWORD = "correct-horse"

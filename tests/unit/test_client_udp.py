@@ -30,11 +30,12 @@ from tests.unit.client_desk import (
 )
 from tests.unit.engines import both, engines
 
-from nodepass import datagram, pairing
-from nodepass import target as targets
-from nodepass.environment import Settings
-from nodepass.relay import Reason, Relays, UdpRelay, UdpResult
-from nodepass.stats import NOTHING, Datagrams
+from nodepass.client import pairing
+from nodepass.client import target as targets
+from nodepass.config.environment import Settings
+from nodepass.engine.relay import Reason, Relays, UdpRelay, UdpResult
+from nodepass.net import datagram
+from nodepass.observe.stats import NOTHING, Datagrams
 
 VISITOR = "from=10.0.0.1:1"
 
@@ -529,7 +530,7 @@ async def test_launch_that_finds_no_slot_in_time_is_told_so() -> None:
 
 @both
 async def test_launches_without_a_slot_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nodepass.client.LEAST_QUEUE", 2)
+    monkeypatch.setattr("nodepass.client.client.LEAST_QUEUE", 2)
     async with paired(idle=6, semaphore_limit=1, dial_timeout=20.0) as (server, desk, _):
         await server.say("tcp://1?from=10.0.0.1:1")
         await desk.at_target()

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nodepass import config as module
-from nodepass.address import Address
-from nodepass.config import (
+from nodepass.config import config as module
+from nodepass.config.address import Address
+from nodepass.config.config import (
     PARAMETERS,
     Config,
     Mode,
@@ -527,7 +527,7 @@ def test_the_table_names_every_parameter_of_a_config() -> None:
 
 
 def test_one_table_for_the_log_levels() -> None:
-    from nodepass.log import LEVELS
+    from nodepass.observe.log import LEVELS
 
     assert tuple(LEVELS) == module.LEVELS
 

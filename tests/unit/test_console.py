@@ -10,10 +10,10 @@ import threading
 
 import pytest
 
-from nodepass import console as module
-from nodepass import outlet
-from nodepass.console import Console
-from nodepass.log import Log
+from nodepass.observe import console as module
+from nodepass.observe import outlet
+from nodepass.observe.console import Console
+from nodepass.observe.log import Log
 
 
 class Stderr:

@@ -10,10 +10,10 @@ import pytest
 from tests.engine.rig import tcp_pair
 from tests.system.rig.timing import until, within
 
-from nodepass import net
-from nodepass.control import Control
-from nodepass.message import Dialect, Fail, Heartbeat, Idle, Kind, Launch, Pong
-from nodepass.session import MAX_UNSENT, Event, Lost, Role, Session, State
+from nodepass.net import net
+from nodepass.protocol.message import Dialect, Fail, Heartbeat, Idle, Kind, Launch, Pong
+from nodepass.protocol.session import MAX_UNSENT, Event, Lost, Role, Session, State
+from nodepass.tunnel.control import Control
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -261,7 +261,7 @@ async def test_stalls_only_where_bytes_stay_unanswered(monkeypatch: pytest.Monke
         assert not wire.control.is_stalled, "nothing is open yet"
         await wire.open()
         assert not wire.control.is_stalled
-        monkeypatch.setattr("nodepass.control.is_stalled", lambda sock: True)
+        monkeypatch.setattr("nodepass.tunnel.control.is_stalled", lambda sock: True)
         assert wire.control.is_stalled
         wire.control.close("stopped")
         assert not wire.control.is_stalled

@@ -15,13 +15,13 @@ from tests.system.rig.timing import until, within
 from tests.unit.hand_seal import ALERT, HandSealer
 from tests.unit.street import outside
 
-from nodepass import control as control_module
-from nodepass.control import Control
-from nodepass.log import Log
-from nodepass.message import Dialect, Fail, Idle, Kind, Launch
-from nodepass.record import Records
-from nodepass.session import Event, Lost, Role, Session, State
-from nodepass.tls import ServerTls
+from nodepass.observe.log import Log
+from nodepass.protocol.message import Dialect, Fail, Idle, Kind, Launch
+from nodepass.protocol.session import Event, Lost, Role, Session, State
+from nodepass.tls.record import Records
+from nodepass.tls.tls import ServerTls
+from nodepass.tunnel import control as control_module
+from nodepass.tunnel.control import Control
 
 both = pytest.mark.loops("asyncio", "uvloop")
 

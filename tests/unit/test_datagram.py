@@ -15,9 +15,9 @@ import pytest
 from tests.engine.rig import tcp_pair
 from tests.system.rig.timing import free_port, has_ipv6
 
-from nodepass import datagram
 from nodepass.errors import DialError, ListenError
-from nodepass.resolver import SocketAddress
+from nodepass.net import datagram
+from nodepass.net.resolver import SocketAddress
 
 both = pytest.mark.loops("asyncio", "uvloop")
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from nodepass.drop import CAUSES, HINTS, DropReport
-from nodepass.log import REPEAT_PAUSE, Log
-from nodepass.stats import NOTHING, Datagrams
+from nodepass.observe.drop import CAUSES, HINTS, DropReport
+from nodepass.observe.log import REPEAT_PAUSE, Log
+from nodepass.observe.stats import NOTHING, Datagrams
 
 
 class Hearer:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodepass.environment import (
+from nodepass.config.environment import (
     LONGEST,
     VARIABLES,
     Remark,

@@ -13,12 +13,12 @@ import pytest
 from tests.engine.rig import tcp_pair
 from tests.system.rig.timing import until, within
 
-from nodepass import net
+from nodepass.client.filler import MAX_DIALS, QUIET_FAILURES, Filler
 from nodepass.errors import PeerWireError, PoolTimeout
-from nodepass.filler import MAX_DIALS, QUIET_FAILURES, Filler
-from nodepass.log import Log
-from nodepass.pool import Link, Shelf
-from nodepass.watch import Watch
+from nodepass.net import net
+from nodepass.net.watch import Watch
+from nodepass.observe.log import Log
+from nodepass.tunnel.pool import Link, Shelf
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -399,7 +399,7 @@ async def test_f05_links_that_die_young_do_not_make_us_spin() -> None:
 
 @both
 async def test_link_that_dies_old_is_replaced_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nodepass.filler.YOUNG", 0.0)
+    monkeypatch.setattr("nodepass.client.filler.YOUNG", 0.0)
     async with Yard(pause=30.0) as yard:
         yard.open_gate()
         yard.want(1)

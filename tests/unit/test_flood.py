@@ -15,12 +15,12 @@ from tests.unit.client_desk import paired, seeded
 from tests.unit.server_desk import serving
 from tests.unit.test_control_tls import Wire as TlsWire
 
-from nodepass import filler as filling
-from nodepass import relay
-from nodepass.control import LINES_A_TURN, Control
-from nodepass.message import Dialect, Drain, Fail, Idle, Kind, Launch, Pong
-from nodepass.pool import Link
-from nodepass.session import TALK_BURST, TALK_RATE, Event, Lost, Role, Session, State
+from nodepass.client import filler as filling
+from nodepass.engine import relay
+from nodepass.protocol.message import Dialect, Drain, Fail, Idle, Kind, Launch, Pong
+from nodepass.protocol.session import TALK_BURST, TALK_RATE, Event, Lost, Role, Session, State
+from nodepass.tunnel.control import LINES_A_TURN, Control
+from nodepass.tunnel.pool import Link
 
 both = pytest.mark.loops("asyncio", "uvloop")
 

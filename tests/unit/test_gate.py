@@ -17,13 +17,13 @@ from tests.system.rig.timing import free_port, has_ipv6, until, within
 from tests.unit.engines import both, engines, native
 from tests.unit.server_desk import Desk, is_reset, serving
 
-from nodepass import datagram
-from nodepass.config import Config
-from nodepass.environment import Settings
+from nodepass.config.config import Config
+from nodepass.config.environment import Settings
+from nodepass.engine.relay import Gate, Relays, UdpRelay
 from nodepass.errors import EngineError
-from nodepass.relay import Gate, Relays, UdpRelay
-from nodepass.server import Server
-from nodepass.stats import NOTHING
+from nodepass.net import datagram
+from nodepass.observe.stats import NOTHING
+from nodepass.server.server import Server
 
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
 

@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 
-from nodepass import proof, wire
 from nodepass.errors import AuthError, PeerWireError, TunnelError
-from nodepass.handshake import ClientHandshake, ServerHandshake
-from nodepass.message import Greeting, Hello, LinkClaim, Refusal, Refuse, Welcome
-from nodepass.proof import LinkKey
+from nodepass.protocol import proof, wire
+from nodepass.protocol.handshake import ClientHandshake, ServerHandshake
+from nodepass.protocol.message import Greeting, Hello, LinkClaim, Refusal, Refuse, Welcome
+from nodepass.protocol.proof import LinkKey
 
 PASSWORD = b"k" * 32
 """A stretched password; how it was stretched makes no difference here."""

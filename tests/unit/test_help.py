@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from nodepass.config import PARAMETERS, Config
-from nodepass.environment import VARIABLES
-from nodepass.help import FIRST_STEPS, text
-from nodepass.keygen import text as keygen_text
+from nodepass.cli.help import FIRST_STEPS, text
+from nodepass.cli.keygen import text as keygen_text
+from nodepass.config.config import PARAMETERS, Config
+from nodepass.config.environment import VARIABLES
 
 WIDTH = 100
 

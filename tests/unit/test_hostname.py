@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nodepass
-from nodepass.hostname import encode, readable, tls_name
+from nodepass.config.hostname import encode, readable, tls_name
 
 PAIRS = [
     ("straße.example", "xn--strae-oqa.example"),
@@ -158,7 +158,7 @@ def test_c09_nobody_uses_what_python_has_for_it() -> None:
 
 def test_ascii_loads_no_tables() -> None:
     script = (
-        "import sys; from nodepass.config import Config;"
+        "import sys; from nodepass.config.config import Config;"
         "Config.parse('client://my_host.example:1/127.0.0.1:2', {});"
         "sys.exit(f'{sys.modules.keys()}' if 'idna' in sys.modules else 0)"
     )

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from nodepass.address import Address
-from nodepass.config import Config
+from nodepass.cli.keygen import make_secret, text
+from nodepass.config.address import Address
+from nodepass.config.config import Config
 from nodepass.errors import ConfigError
-from nodepass.keygen import make_secret, text
 
 SHELLS = [name for name in ("sh", "bash", "dash", "zsh", "ksh", "fish") if shutil.which(name)]
 

@@ -15,15 +15,16 @@ from typing import cast
 import pytest
 from tests.system.rig.timing import free_port, until
 
-from nodepass import net, wire
-from nodepass.client import Client
+from nodepass.client.client import Client
+from nodepass.client.linkdial import LinkDials
 from nodepass.errors import DialError, NodePassError, PeerWireError, TunnelError
-from nodepass.handshake import ClientHandshake, ServerHandshake
-from nodepass.linkdial import LinkDials
-from nodepass.message import KEY_SIZE, NONCE_SIZE, VERSION, Greeting, LinkClaim
-from nodepass.pool import Link, Shelf
-from nodepass.proof import LinkKey
-from nodepass.watch import Watch
+from nodepass.net import net
+from nodepass.net.watch import Watch
+from nodepass.protocol import wire
+from nodepass.protocol.handshake import ClientHandshake, ServerHandshake
+from nodepass.protocol.message import KEY_SIZE, NONCE_SIZE, VERSION, Greeting, LinkClaim
+from nodepass.protocol.proof import LinkKey
+from nodepass.tunnel.pool import Link, Shelf
 
 both = pytest.mark.loops("asyncio", "uvloop")
 

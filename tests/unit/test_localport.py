@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from tests.engine.rig import tcp_pair
 
-from nodepass import localport, net
-from nodepass.localport import PERIOD, LocalPorts, Need
+from nodepass.net import localport, net
+from nodepass.net.localport import PERIOD, LocalPorts, Need
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="an option of Linux")
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from nodepass import log as module
-from nodepass.log import LEVELS, Log, mask, setup
+from nodepass.observe import log as module
+from nodepass.observe.log import LEVELS, Log, mask, setup
 
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}  (?P<rest>.*)\n")
 

@@ -7,8 +7,8 @@ from typing import get_args
 
 import pytest
 
-from nodepass import message
-from nodepass.message import (
+from nodepass.protocol import message
+from nodepass.protocol.message import (
     Dialect,
     Fail,
     Failure,

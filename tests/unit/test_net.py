@@ -23,9 +23,9 @@ from tests.engine.rig import tcp_pair
 from tests.system.rig.timing import free_port, until, within
 
 import nodepass
-from nodepass import net
 from nodepass.errors import DialError, ListenError
-from nodepass.listener import ACCEPT_BATCH, Listener, listen
+from nodepass.net import net
+from nodepass.net.listener import ACCEPT_BATCH, Listener, listen
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -513,7 +513,7 @@ async def test_listener_goes_on_behind_a_connection_that_died_in_the_queue() -> 
 async def test_listener_backs_off_and_comes_back(
     monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    monkeypatch.setattr("nodepass.listener.ACCEPT_PAUSE", 0.05)
+    monkeypatch.setattr("nodepass.net.listener.ACCEPT_PAUSE", 0.05)
     with Hearer() as hearer:
         listener = Listener([faulty(code, code)], hearer.accept, hearer.complain)
         listener.resume()
@@ -528,7 +528,7 @@ async def test_listener_backs_off_and_comes_back(
 async def test_listener_stays_paused_when_the_back_off_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("nodepass.listener.ACCEPT_PAUSE", 0.01)
+    monkeypatch.setattr("nodepass.net.listener.ACCEPT_PAUSE", 0.01)
     with Hearer() as hearer:
         listener = Listener([faulty(errno.EMFILE)], hearer.accept, hearer.complain)
         listener.resume()
@@ -545,7 +545,7 @@ async def test_listener_stays_paused_when_the_back_off_ends(
 async def test_listener_closed_while_backing_off_never_comes_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("nodepass.listener.ACCEPT_PAUSE", 0.01)
+    monkeypatch.setattr("nodepass.net.listener.ACCEPT_PAUSE", 0.01)
     with Hearer() as hearer:
         listener = Listener([faulty(errno.EMFILE)], hearer.accept, hearer.complain)
         address = listener.address
@@ -565,7 +565,7 @@ def test_listener_out_of_descriptors_neither_ends_nor_spins() -> None:
     """A child with a low limit: EMFILE for real, then room again."""
     script = """
         import asyncio, os, resource, socket
-        from nodepass.listener import ACCEPT_PAUSE, Listener, listen
+        from nodepass.net.listener import ACCEPT_PAUSE, Listener, listen
 
         async def main() -> None:
             asyncio.get_running_loop().slow_callback_duration = 20  # a busy machine is no fault

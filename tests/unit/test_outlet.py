@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from nodepass import outlet as module
-from nodepass.outlet import ENTRY, PIECE, ROOM, Face, Outlet, descriptor, tell
+from nodepass.observe import outlet as module
+from nodepass.observe.outlet import ENTRY, PIECE, ROOM, Face, Outlet, descriptor, tell
 
 FAR = 1_000_000
 """No descriptor of anybody's."""

@@ -16,10 +16,10 @@ from tests.system.rig.stream import Stream, connect
 from tests.system.rig.timing import free_port, until, within
 from tests.unit.engines import both, engines
 
-from nodepass.client import Client
-from nodepass.config import Config
-from nodepass.environment import Settings
-from nodepass.server import Server
+from nodepass.client.client import Client
+from nodepass.config.config import Config
+from nodepass.config.environment import Settings
+from nodepass.server.server import Server
 
 PASSWORD = "correct-horse"
 

@@ -19,10 +19,10 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from nodepass import keygen, password
-from nodepass.config import Config
-from nodepass.errors import ConfigError
-from nodepass.password import (
+from nodepass.cli import keygen
+from nodepass.config import password
+from nodepass.config.config import Config
+from nodepass.config.password import (
     PASSWORD_LIMIT,
     CommonPassword,
     Secret,
@@ -30,6 +30,7 @@ from nodepass.password import (
     is_exposed,
     utf8,
 )
+from nodepass.errors import ConfigError
 
 VARIABLE, FILE = "NODEPASS_PASSWORD", "NODEPASS_PASSWORD_FILE"
 
@@ -317,7 +318,7 @@ def test_is_exposed_says_nothing_elsewhere(
 ) -> None:
     path = tmp_path / "key"
     path.touch(mode=0o644)
-    monkeypatch.setattr("nodepass.password.os.name", "nt")
+    monkeypatch.setattr("nodepass.config.password.os.name", "nt")
     assert not is_exposed(str(path))
 
 
@@ -325,7 +326,7 @@ def test_is_exposed_says_nothing_elsewhere(
 def test_c29_a_process_with_a_password_leaves_no_core_dump() -> None:
     """In a process of its own: its debugger, if the tests have one, must not be shut out."""
     script = (
-        "import ctypes; from nodepass.password import keep_out_of_core_dumps as keep; "
+        "import ctypes; from nodepass.config.password import keep_out_of_core_dumps as keep; "
         "is_dumpable = lambda: ctypes.CDLL(None).prctl(3, 0, 0, 0, 0); "
         "before = is_dumpable(); keep(); print(before, is_dumpable())"
     )

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from nodepass import penalty
-from nodepass.penalty import FIRST_DELAY, FORGET_AFTER, LONGEST_DELAY, Penalties
+from nodepass.server import penalty
+from nodepass.server.penalty import FIRST_DELAY, FORGET_AFTER, LONGEST_DELAY, Penalties
 
 
 def failed(times: int, source: str = "10.0.0.1", now: float = 100.0) -> Penalties:

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from tests.engine.rig import tcp_pair
 from tests.system.rig.timing import until, within
 
-from nodepass import net
 from nodepass.errors import PoolClosed, PoolTimeout
-from nodepass.message import Dialect, Idle
-from nodepass.pool import (
+from nodepass.net import net
+from nodepass.net.watch import Watch
+from nodepass.protocol.message import Dialect, Idle
+from nodepass.protocol.session import Role, Session, State
+from nodepass.tunnel.pool import (
     DEMAND_MARGIN,
     DEMAND_WINDOW,
     MAX_ENDING,
@@ -27,8 +29,6 @@ from nodepass.pool import (
     Shelf,
     announce,
 )
-from nodepass.session import Role, Session, State
-from nodepass.watch import Watch
 
 both = pytest.mark.loops("asyncio", "uvloop")
 

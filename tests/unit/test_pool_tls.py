@@ -20,13 +20,13 @@ from tests.system.rig.timing import until, within
 from tests.unit.hand_seal import HandSealer
 from tests.unit.street import outside
 
-from nodepass.environment import Settings
-from nodepass.log import Log
-from nodepass.pool import LOOKS, READ_SIZE, Link, Shelf
-from nodepass.record import Records
-from nodepass.relay import Relays
-from nodepass.tls import ClientTls, ServerTls
-from nodepass.watch import Watch
+from nodepass.config.environment import Settings
+from nodepass.engine.relay import Relays
+from nodepass.net.watch import Watch
+from nodepass.observe.log import Log
+from nodepass.tls.record import Records
+from nodepass.tls.tls import ClientTls, ServerTls
+from nodepass.tunnel.pool import LOOKS, READ_SIZE, Link, Shelf
 
 both = pytest.mark.loops("asyncio", "uvloop")
 

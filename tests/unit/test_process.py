@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from nodepass import process
-from nodepass.client import Client
-from nodepass.config import Config, label_together
-from nodepass.environment import Settings
+from nodepass.cli import process
+from nodepass.cli.process import Closer, Tunnel, serve
+from nodepass.client.client import Client
+from nodepass.config.config import Config, label_together
+from nodepass.config.environment import Settings
 from nodepass.errors import EngineError, ListenError
-from nodepass.log import LEVELS
-from nodepass.process import Closer, Tunnel, serve
-from nodepass.server import Server
+from nodepass.observe.log import LEVELS
+from nodepass.server.server import Server
 
 SERVER = "server://127.0.0.1:10101/127.0.0.1:8080?log=error"
 CLIENT = "client://127.0.0.1:10101/127.0.0.1:9000?log=none"

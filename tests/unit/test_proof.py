@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from nodepass import proof
 from nodepass.errors import LocalWireError
+from nodepass.protocol import proof
 
 KEY = bytes(range(32))
 GREETING = b"//0?v=2&n=000102030405060708090a0b0c0d0e0f&a=1#0"

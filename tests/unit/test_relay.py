@@ -14,10 +14,11 @@ from tests.engine.rig import tcp_pair
 from tests.system.rig.timing import until, within
 from tests.unit.engines import both, engines
 
-from nodepass import _pycopy, net
-from nodepass.environment import Settings
+from nodepass.config.environment import Settings
+from nodepass.engine.relay import Reason, Relay, RelayResult, Relays
+from nodepass.engine.twin import _pycopy
 from nodepass.errors import EngineClosed, EngineError
-from nodepass.relay import Reason, Relay, RelayResult, Relays
+from nodepass.net import net
 
 
 class House:

@@ -22,12 +22,13 @@ from tests.system.rig.timing import until, within
 from tests.unit.engines import both, engines, native
 from tests.unit.street import oldest, outside
 
-from nodepass import _pycopy, tls
-from nodepass.environment import Settings
+from nodepass.config.environment import Settings
+from nodepass.engine.relay import Handshake, HandshakeResult, Reason, Relay, RelayResult, Relays
+from nodepass.engine.twin import _pycopy
 from nodepass.errors import EngineClosed, EngineError, TlsError
-from nodepass.log import Log
-from nodepass.record import Records
-from nodepass.relay import Handshake, HandshakeResult, Reason, Relay, RelayResult, Relays
+from nodepass.observe.log import Log
+from nodepass.tls import tls
+from nodepass.tls.record import Records
 
 
 class House:
@@ -606,18 +607,18 @@ def test_no_word_of_tls_where_none_is_used(
 MOVED = """
 import asyncio, logging, socket, sys
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
-from nodepass import _openssl
+from nodepass.tls.tls import _openssl
 
 def gone():
     raise _openssl.Moved("SSL_read is not where it was")
 
 _openssl.table = gone
-from nodepass.environment import Settings
-from nodepass.log import Log
-from nodepass.relay import Relays
+from nodepass.config.environment import Settings
+from nodepass.observe.log import Log
+from nodepass.engine.relay import Relays
 
 async def main():
-    from nodepass.tls import ClientTls, ServerTls
+    from nodepass.tls.tls import ClientTls, ServerTls
     relays = Relays(Settings(threads=1))
     print(relays.kind)
     server = ServerTls(1, None, None, Log("t", "none"), relays.alpn_selector)

@@ -19,12 +19,12 @@ from tests.system.rig.stream import Stream
 from tests.system.rig.timing import until, within
 from tests.unit.engines import both, engines
 
-from nodepass import _pycopy
-from nodepass.environment import Settings
+from nodepass.config.environment import Settings
+from nodepass.engine.relay import Gate, Reason, Relays, UdpRelay, UdpResult
+from nodepass.engine.twin import _pycopy
+from nodepass.engine.work import Work
 from nodepass.errors import EngineClosed, EngineError
-from nodepass.relay import Gate, Reason, Relays, UdpRelay, UdpResult
-from nodepass.stats import NOTHING, Datagrams
-from nodepass.work import Work
+from nodepass.observe.stats import NOTHING, Datagrams
 
 if TYPE_CHECKING:
     from nodepass._fastcopy import Newcomer

@@ -9,9 +9,9 @@ import pytest
 from tests.system.rig.timing import until
 from tests.unit.server_desk import is_reset, launched, serving
 
-from nodepass import relief
-from nodepass.log import Log
-from nodepass.relief import Relief
+from nodepass.observe.log import Log
+from nodepass.server import relief
+from nodepass.server.relief import Relief
 
 both = pytest.mark.loops("asyncio", "uvloop")
 

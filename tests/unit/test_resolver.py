@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from nodepass.resolver import resolve
+from nodepass.net.resolver import resolve
 
 LOCAL = (int(socket.AF_INET), ("127.0.0.1", 80))
 
@@ -111,7 +111,7 @@ async def test_what_is_no_name_is_no_crash() -> None:
 
 SLOW = """
 import asyncio, socket, time
-from nodepass.resolver import resolve
+from nodepass.net.resolver import resolve
 
 def getaddrinfo(*_, **__):
     time.sleep(30)

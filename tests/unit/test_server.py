@@ -18,13 +18,14 @@ from tests.system.rig.stream import connect
 from tests.system.rig.timing import free_port, until, within
 from tests.unit.server_desk import config, is_reset, launched, serving
 
-from nodepass import net, roster
-from nodepass import server as server_module
-from nodepass.environment import Settings
+from nodepass.config.environment import Settings
+from nodepass.engine.relay import Relay, Relays
 from nodepass.errors import ListenError, TunnelError
-from nodepass.listener import Listener
-from nodepass.relay import Relay, Relays
-from nodepass.server import Server
+from nodepass.net import net
+from nodepass.net.listener import Listener
+from nodepass.server import roster
+from nodepass.server import server as server_module
+from nodepass.server.server import Server
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -426,7 +427,7 @@ async def test_client_whose_connection_cannot_be_opened(monkeypatch: pytest.Monk
         def fail(*_: object) -> None:
             raise OSError("no such option")
 
-        monkeypatch.setattr("nodepass.control.limit_silence", fail)
+        monkeypatch.setattr("nodepass.tunnel.control.limit_silence", fail)
         client = await desk.client()
         await client.control.read_all()
         await until(lambda: not desk.figures.sessions_open, 5, "the end of the session")
@@ -558,7 +559,7 @@ async def test_crowd_at_the_tunnel_port_does_not_push_a_client_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The handshakes of an address that has a client are spared when room has to be made."""
-    monkeypatch.setattr("nodepass.entrance.MAX_CALLERS", 8)
+    monkeypatch.setattr("nodepass.server.entrance.MAX_CALLERS", 8)
     async with serving() as desk:
         await desk.client()
         ours = [await desk.call() for _ in range(7)]
@@ -633,7 +634,7 @@ async def test_seed_client_that_answers_keeps_its_place() -> None:
 async def test_seed_client_that_does_not_answer_loses_its_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("nodepass.control.is_stalled", lambda sock: True)
+    monkeypatch.setattr("nodepass.tunnel.control.is_stalled", lambda sock: True)
     async with serving() as desk:
         old = await desk.seed()
         name = await old.dial()
@@ -863,7 +864,7 @@ async def test_trouble_of_another_kind_is_told_without_advice(
             super().resume()
             self._on_trouble(OSError(12, "Cannot allocate memory"))
 
-    monkeypatch.setattr("nodepass.server.Listener", Broken)
+    monkeypatch.setattr("nodepass.server.server.Listener", Broken)
     with caplog.at_level(logging.ERROR, "nodepass"):
         async with serving("log=error"):
             pass

@@ -27,11 +27,12 @@ from tests.unit.hand_seal import HandSealer
 from tests.unit.server_desk import Desk, config, is_reset, launched, serving
 from tests.unit.street import outside
 
-from nodepass import dataport, net
-from nodepass.environment import Settings
+from nodepass.config.environment import Settings
+from nodepass.engine.relay import Relays
 from nodepass.errors import ConfigError
-from nodepass.relay import Relays
-from nodepass.server import Server
+from nodepass.net import net
+from nodepass.server import dataport
+from nodepass.server.server import Server
 
 PASSWORD = "correct-horse"
 NONCE = "00" * 16
@@ -376,7 +377,7 @@ async def test_no_repr_shows_a_session_key() -> None:
 async def test_wrong_password_slows_down_its_source_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("nodepass.penalty.FIRST_DELAY", 0.3)
+    monkeypatch.setattr("nodepass.server.penalty.FIRST_DELAY", 0.3)
     async with serving("log=none", password=PASSWORD) as desk:
         guesser = await desk.guest(password=PASSWORD)
         assert await guesser.hello("00" * 32) == b"refuse://auth\n"
@@ -396,7 +397,7 @@ async def test_wrong_password_slows_down_its_source_alone(
 
 @both
 async def test_wrong_proof_of_a_link_counts_as_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nodepass.penalty.FIRST_DELAY", 0.3)
+    monkeypatch.setattr("nodepass.server.penalty.FIRST_DELAY", 0.3)
     async with serving() as desk:
         client = await desk.client()
         assert await is_reset(await desk.link(client, 1, proof="00" * 32))
@@ -409,7 +410,7 @@ async def test_wrong_proof_of_a_link_counts_as_a_failure(monkeypatch: pytest.Mon
 async def test_links_of_ended_sessions_and_old_versions_are_no_failures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("nodepass.penalty.FIRST_DELAY", 60.0)
+    monkeypatch.setattr("nodepass.server.penalty.FIRST_DELAY", 60.0)
     async with serving() as desk:
         stale = await desk.call()
         await stale.write(f"link://{'ab' * 8}?i=1&p={'00' * 32}\n".encode())

@@ -23,12 +23,13 @@ from tests.unit.engines import both, engines
 from tests.unit.server_desk import Desk, is_reset, launched, serving
 from tests.unit.street import outside
 
-from nodepass import _pycopy, tunnel
-from nodepass.environment import Settings
+from nodepass.config.environment import Settings
+from nodepass.engine.relay import Gate, Relays, UdpRelay
+from nodepass.engine.twin import _pycopy
 from nodepass.errors import EngineClosed, ListenError, TunnelError
-from nodepass.relay import Gate, Relays, UdpRelay
-from nodepass.server import Server
-from nodepass.stats import Datagrams
+from nodepass.observe.stats import Datagrams
+from nodepass.server.server import Server
+from nodepass.tunnel import tunnel
 
 
 def come(desk: Desk, *said: bytes) -> Visitor:

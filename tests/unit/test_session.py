@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from nodepass import session as rules
 from nodepass.errors import LocalWireError
-from nodepass.message import (
+from nodepass.protocol import session as rules
+from nodepass.protocol.message import (
     Dialect,
     Drain,
     Fail,
@@ -19,7 +19,7 @@ from nodepass.message import (
     Pong,
     SeedLaunch,
 )
-from nodepass.session import Backoff, Drained, Event, Lost, Role, Session, State
+from nodepass.protocol.session import Backoff, Drained, Event, Lost, Role, Session, State
 
 START = 1000.0
 """A clock begins anywhere."""

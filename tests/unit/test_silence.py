@@ -14,7 +14,7 @@ from tests.system.rig.stream import Stream, connect
 from tests.system.rig.timing import until, within
 from tests.unit.server_desk import Desk, is_reset, serving
 
-from nodepass import silence
+from nodepass.server import silence
 
 both = pytest.mark.loops("asyncio", "uvloop")
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodepass.spelling import distance, suggest
+from nodepass.config.spelling import distance, suggest
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from nodepass.stats import NOTHING, Counters, Datagrams, TunnelStatistics, least_rtt
+from nodepass.observe.stats import NOTHING, Counters, Datagrams, TunnelStatistics, least_rtt
 
 STATISTICS = TunnelStatistics(
     mode="server",

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 import pytest
 from tests.system.rig.timing import within
 
-from nodepass import datagram, target
+from nodepass.client import target
+from nodepass.client.target import UdpTarget
+from nodepass.engine.relay import Reason, UdpResult
 from nodepass.errors import DialError, EngineError
-from nodepass.log import Log
-from nodepass.relay import Reason, UdpResult
-from nodepass.stats import Datagrams
-from nodepass.target import UdpTarget
+from nodepass.net import datagram
+from nodepass.observe.log import Log
+from nodepass.observe.stats import Datagrams
 
 HERE = ("127.0.0.1", 9)
 THERE = ("127.0.0.2", 9)

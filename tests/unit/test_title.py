@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodepass import title
-from nodepass.title import hide_passwords, masked
+from nodepass.cli import title
+from nodepass.cli.title import hide_passwords, masked
 
 SECRET = "server://hunter2@h:1/t:2?log=debug"
 
@@ -65,7 +65,7 @@ def test_nothing_moves(words: list[bytes]) -> None:
 SHOW = """
 import os, sys
 from pathlib import Path
-from nodepass.title import hide_passwords
+from nodepass.cli.title import hide_passwords
 
 words = list(sys.argv)
 print(hide_passwords(sys.argv[1:]))

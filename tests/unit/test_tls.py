@@ -36,12 +36,12 @@ from tests.unit.pump import (
     verified,
 )
 
-from nodepass import _openssl, tls
-from nodepass.certificate import fingerprint, load, read_certificates
 from nodepass.errors import ConfigError, TlsError
-from nodepass.log import Log, setup
-from nodepass.record import Records
-from nodepass.tls import ALPN, ClientTls, ServerTls, check_alpn, explain, fingerprint_of
+from nodepass.observe.log import Log, setup
+from nodepass.tls import _openssl, tls
+from nodepass.tls.certificate import fingerprint, load, read_certificates
+from nodepass.tls.record import Records
+from nodepass.tls.tls import ALPN, ClientTls, ServerTls, check_alpn, explain, fingerprint_of
 
 DAY = timedelta(days=1)
 PATIENCE: Final = 20.0

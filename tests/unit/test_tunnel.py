@@ -13,15 +13,15 @@ import pytest
 from tests.engine.rig import tcp_pair
 from tests.system.rig.timing import until, within
 
-from nodepass import tunnel as tunnel_module
-from nodepass.client import Client
-from nodepass.config import Config, Mode
-from nodepass.environment import Settings
+from nodepass.client.client import Client
+from nodepass.config.config import Config, Mode
+from nodepass.config.environment import Settings
+from nodepass.engine.relay import Relay, Relays
 from nodepass.errors import ConfigError, EngineError, TunnelError
-from nodepass.relay import Relay, Relays
-from nodepass.server import Server
-from nodepass.stats import TunnelStatistics
-from nodepass.tunnel import Tunnel
+from nodepass.observe.stats import TunnelStatistics
+from nodepass.server.server import Server
+from nodepass.tunnel import tunnel as tunnel_module
+from nodepass.tunnel.tunnel import Tunnel
 
 both = pytest.mark.loops("asyncio", "uvloop")
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import pytest
 from tests.unit.recording import Row, recording, written
 
-from nodepass import wire
 from nodepass.errors import PeerWireError
-from nodepass.handshake import ClientHandshake
-from nodepass.message import (
+from nodepass.protocol import wire
+from nodepass.protocol.handshake import ClientHandshake
+from nodepass.protocol.message import (
     Dialect,
     Greeting,
     Heartbeat,
@@ -22,7 +22,7 @@ from nodepass.message import (
     Signal,
     Unknown,
 )
-from nodepass.session import Event, Role, Session
+from nodepass.protocol.session import Event, Role, Session
 
 NAMES = ["seed-server", "seed-client"]
 TCP, UDP = Kind.TCP, Kind.UDP

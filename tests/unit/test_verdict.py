@@ -10,9 +10,9 @@ from OpenSSL import SSL
 from tests.system.rig.authority import Authority, Issued, self_signed
 from tests.unit.pump import NAME, OLD, server_tls, shake, step, verified
 
-from nodepass import _openssl, verdict
-from nodepass.certificate import load, read_certificates
-from nodepass.tls import ClientTls, ServerTls, explain
+from nodepass.tls import _openssl, verdict
+from nodepass.tls.certificate import load, read_certificates
+from nodepass.tls.tls import ClientTls, ServerTls, explain
 
 
 @pytest.fixture(scope="module")

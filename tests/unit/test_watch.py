@@ -15,8 +15,8 @@ import pytest
 from tests.engine.rig import tcp_pair
 from tests.system.rig.timing import until
 
-from nodepass import net
-from nodepass.watch import Watch
+from nodepass.net import net
+from nodepass.net.watch import Watch
 
 both = pytest.mark.loops("asyncio", "uvloop")
 

@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import pytest
 
-from nodepass import wire
 from nodepass.errors import LocalWireError, PeerWireError
-from nodepass.message import (
+from nodepass.protocol import wire
+from nodepass.protocol.message import (
     MAX_NAME,
     MAX_NUMBER,
     Bye,

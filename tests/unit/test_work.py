@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from nodepass.stats import NOTHING, Datagrams
-from nodepass.work import (
+from nodepass.engine.work import (
     Engine,
     Gate,
     Handshake,
@@ -20,11 +19,12 @@ from nodepass.work import (
     UdpRelay,
     UdpResult,
 )
+from nodepass.observe.stats import NOTHING, Datagrams
 
 if TYPE_CHECKING:
     from nodepass._fastcopy import Completion, Newcomer, UdpCompletion, UdpCounts
 else:  # the twin's, which are always there
-    from nodepass._pycopy import Completion, Newcomer, UdpCompletion, UdpCounts
+    from nodepass.engine.twin._pycopy import Completion, Newcomer, UdpCompletion, UdpCounts
 
 TOKEN = 7
 COUNTS = UdpCounts(*range(1, 11))

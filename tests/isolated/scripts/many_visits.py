@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 
-from nodepass import net
+from nodepass.net import net
 
 CLONE_NEWNET = 0x40000000
 VISITS = 600

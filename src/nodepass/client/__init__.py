@@ -1,0 +1,3 @@
+"""The end that dials."""
+
+__all__ = ["client"]

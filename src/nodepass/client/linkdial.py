@@ -1,0 +1,218 @@
+"""New links of a native session, each from its connect to its claim.
+
+Owns: the connections that are not links yet, and their deadlines. Runs on callbacks: no task and
+no timer of its own for a link, since with short visitors as many links are made as there are
+visitors. Called by `pairing`.
+
+    connect ──> greeting ──> [TLS ──>] claim ──> on_end(link)
+       └───────────┴───────────┴─────────┴────> on_end(what was wrong)
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from nodepass.errors import DialError, NodePassError, PeerWireError, TunnelError
+from nodepass.net import net
+from nodepass.net.patience import Patience
+from nodepass.protocol import wire
+from nodepass.protocol.handshake import ClientHandshake
+from nodepass.protocol.proof import LinkKey
+from nodepass.tunnel.pool import Link
+
+if TYPE_CHECKING:
+    from .client import Client
+
+READ_SIZE: Final = wire.MAX_GREETING
+"""Bytes per read of a greeting: what follows it belongs to others."""
+
+_BROKEN_LATER: Final = frozenset({errno.ECONNRESET, errno.EPIPE})
+"""Errors that only a connection can have that has come about."""
+
+OnEnd = Callable[[Link | Exception], None]
+
+
+class _Dial:
+    """One connection that is being made, or waits for its greeting."""
+
+    __slots__ = ("handshake", "on_end", "on_ready", "said", "sock")
+
+    def __init__(self, sock: socket.socket, handshake: ClientHandshake, on_end: OnEnd) -> None:
+        self.sock = sock
+        self.handshake = handshake
+        self.on_end = on_end
+        self.on_ready: Callable[[], None] | None = None
+        """What it is watched with."""
+        self.said = b""
+
+
+class LinkDials:
+    """Every link that one session is making.
+
+    Args:
+        host: address of the server, no name.
+        port: its tunnel port.
+        session: id, 16 hex characters.
+        key: what links of the session prove themselves with.
+        tls: mode that every greeting has to show.
+    """
+
+    def __init__(
+        self, client: Client, host: str, port: int, session: str, key: bytes, tls: int
+    ) -> None:
+        address = net.literal(host, port)
+        assert address is not None, f"{host} is no address"
+        self._client = client
+        self._address = address
+        self._key = LinkKey(key, session)
+        self._tls = tls
+        self._number = 0
+        settings = client.settings
+        self._dialling = Patience[_Dial](settings.dial_timeout, self._on_unanswered)
+        self._waiting = Patience[_Dial](settings.handshake_timeout, self._on_silence)
+        """Those that got no greeting in the time that a connect may take, and are connected."""
+        self._open: set[_Dial] = set()
+        """Those that wait for a greeting."""
+        self._is_closed = False
+
+    def begin(self, on_end: OnEnd) -> None:
+        """Make a link.
+
+        Args:
+            on_end: called once, maybe before this returns, with the link, or with the
+                NodePassError or OSError that was in its way; maybe not at all after `close`.
+        """
+        family, address = self._address
+        try:
+            sock = net.begin_dial(family, address)
+        except OSError as exc:
+            on_end(self._error(exc))
+            return
+        dial = _Dial(sock, self._client.new_handshake(), on_end)
+        dial.on_ready = functools.partial(self._read, dial)
+        self._open.add(dial)
+        self._dialling.add(dial)
+        try:
+            # There is no need to hear that it is connected: the server speaks first.
+            self._client.watch.readable(sock, dial.on_ready)
+        except OSError as exc:
+            self._fail(dial, self._error(exc))
+
+    def close(self) -> None:
+        """Drop what is on its way; idempotent. A TLS handshake ends by itself, without a claim."""
+        self._is_closed = True
+        for dial in list(self._open):
+            self._release(dial)
+            net.finish(dial.sock)  # it has claimed nothing: nobody's stream
+        self._dialling.close()
+        self._waiting.close()
+
+    def _read(self, dial: _Dial) -> None:
+        greeting = None
+        try:
+            while greeting is None:  # to the very end: it is told but once what has come
+                data = dial.sock.recv(READ_SIZE)
+                if not data:
+                    raise TunnelError("the other side closed the connection during the handshake")
+                dial.said += data
+                greeting = dial.handshake.receive_greeting(data)
+            if not greeting.is_native or greeting.tls != self._tls:
+                raise PeerWireError("the server has changed its dialect or its TLS mode")
+        except (BlockingIOError, InterruptedError):
+            return
+        except NodePassError as exc:
+            self._fail(dial, exc)
+            return
+        except OSError as exc:
+            if exc.errno in _BROKEN_LATER:
+                why = os.strerror(exc.errno or 0).lower()
+                text = f"the connection broke during the handshake: {why}"
+                self._fail(dial, TunnelError(text))
+            else:
+                self._fail(dial, self._error(exc))
+            return
+        if self._tls:
+            self._release(dial)
+            self._client.spawn(self._secure(dial), "making a link")
+            return
+        self._forget(dial)
+        on_ready, dial.on_ready = dial.on_ready, None
+        fd = dial.sock.fileno()
+        try:
+            self._claim(dial)
+        finally:
+            # Not before: on its shelf it is watched, too.
+            if on_ready is not None:
+                self._client.watch.release(fd, on_ready)
+
+    def _claim(self, dial: _Dial) -> None:
+        self._number += 1
+        number = self._number
+        line = dial.handshake.claim_link(self._key, number)
+        try:
+            net.send_line(dial.sock, line)
+        except OSError as exc:
+            net.reset(dial.sock)
+            dial.on_end(exc)
+            return
+        self._client.counters.links += 1
+        dial.on_end(Link(dial.sock, number, dial.handshake.rest()))
+
+    async def _secure(self, dial: _Dial) -> None:
+        sock = dial.sock
+        try:
+            records = await self._client.secure(sock, self._tls, is_native=True)
+            if self._is_closed:
+                raise TunnelError("it is not wanted any more")
+            self._number += 1
+            number = self._number
+            line = dial.handshake.claim_link(self._key, number, records.binding())
+            net.send_line(sock, records.seal(line))
+        except (NodePassError, OSError) as exc:
+            net.finish(sock)  # not reset: an alert that says why may be on its way
+            dial.on_end(exc)
+            return
+        except BaseException:
+            net.reset(sock)
+            dial.on_end(TunnelError("its making was cut short"))
+            raise
+        self._client.counters.links += 1
+        dial.on_end(Link(sock, number, tls=records.connection))
+
+    def _on_unanswered(self, dial: _Dial) -> None:
+        if net.is_connected(dial.sock):
+            self._waiting.add(dial)
+        else:
+            self._fail(dial, self._error(TimeoutError(errno.ETIMEDOUT, "")))
+
+    def _on_silence(self, dial: _Dial) -> None:
+        settings = self._client.settings
+        seconds = settings.dial_timeout + settings.handshake_timeout
+        looks = wire.identify(dial.said)
+        self._fail(
+            dial, TunnelError(f"no greeting within {seconds:g} s: the other side is {looks}")
+        )
+
+    def _error(self, exc: OSError) -> DialError:
+        host, port = self._address[1][:2]
+        return DialError(net.join_address(host, port), exc.errno or errno.EIO, 1)
+
+    def _fail(self, dial: _Dial, exc: Exception) -> None:
+        self._release(dial)
+        net.finish(dial.sock)
+        dial.on_end(exc)
+
+    def _release(self, dial: _Dial) -> None:
+        self._client.watch.remove(dial.sock)
+        dial.on_ready = None  # which holds the dial, as that holds it
+        self._forget(dial)
+
+    def _forget(self, dial: _Dial) -> None:
+        self._open.discard(dial)
+        self._dialling.remove(dial)
+        self._waiting.remove(dial)

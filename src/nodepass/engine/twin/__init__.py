@@ -1,0 +1,1 @@
+"""The engine in Python: the same interface and laws as the native one, slower."""

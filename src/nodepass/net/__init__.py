@@ -1,0 +1,3 @@
+"""Sockets: names, dialling, listening, readiness, deadlines."""
+
+__all__ = ["datagram", "listener", "localport", "net", "patience", "resolver", "watch"]

@@ -1,0 +1,3 @@
+"""What the program tells: log lines, counts, losses."""
+
+__all__ = ["console", "drop", "log", "outlet", "stats"]

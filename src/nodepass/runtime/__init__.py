@@ -1,0 +1,3 @@
+"""What the interpreter and the kernel do to a running program: threads, forks."""
+
+__all__ = ["aside", "fork"]

@@ -1,0 +1,3 @@
+"""The end that listens."""
+
+__all__ = ["server"]

@@ -1,0 +1,235 @@
+"""The data port: where the links of the seed dialect come in.
+
+Owns: a connection from its accept until it is a link in the pool, its TLS handshake included.
+Here a connection says nothing of itself; its source address is all there is to go by. Called
+by `server`.
+
+    accepted ──from the seed client's address──> [TLS ──] 8-character id sent ──ripe──> a link
+        └── from anywhere else ──> reset, counted, told once a minute
+
+The signal that launches a link travels on another connection than its id, and a Go client that
+meets a signal of a link that it does not know yet forgets it without a word. So a link is nobody's
+before the client's kernel has its id, and has had it for a moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import secrets
+import socket
+from typing import TYPE_CHECKING, Final
+
+from nodepass.engine.relay import Handshake, HandshakeResult, Relays
+from nodepass.errors import EngineError, TlsError
+from nodepass.net import net
+from nodepass.net.patience import Patience
+from nodepass.observe.log import Log
+from nodepass.observe.stats import Counters
+from nodepass.protocol.message import SEED_ID_SIZE
+from nodepass.tls.record import Records
+from nodepass.tunnel.pool import Link, Pool
+
+from .caller import Caller
+from .roster import Client, Roster
+
+if TYPE_CHECKING:
+    from OpenSSL.SSL import Connection
+
+    from nodepass.tls.tls import ServerTls
+
+MAX_SHAKES: Final = 64
+"""TLS handshakes at once: the Go client dials one after another."""
+
+RIPENING: Final = 0.1
+"""Seconds that a client has had a link's id before the link may be launched. The Go client waits
+for the id in the very call that takes it, stores it, and only then dials its next link: what this
+has to cover is that one thread gets a processor. Of 400 wake-ups on two crowded processors half
+took 0.1 ms, one in a hundred 13 ms, the longest 31 ms; this is three times that. What is later
+still is launched a second time by `silence`."""
+
+
+class _Green:
+    """A link whose id has been sent."""
+
+    __slots__ = ("client", "is_acknowledged", "link", "since")
+
+    def __init__(self, client: Client, link: Link, since: float) -> None:
+        self.client = client
+        self.link = link
+        self.since = since
+        self.is_acknowledged = net.is_acknowledged(link.sock)
+        """Whether the client's kernel had the id when we looked last."""
+
+
+class DataPort:
+    """Make links of what comes in at the data port.
+
+    Args:
+        timeout: seconds that a TLS handshake may take.
+        roster: knows the seed client, and seats one.
+        pool: where the links go.
+        relays: do the TLS handshakes.
+        tls: the server's certificate, None = plain.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        counters: Counters,
+        timeout: float,
+        roster: Roster,
+        pool: Pool,
+        relays: Relays,
+        tls: ServerTls | None,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._log = log
+        self._counters = counters
+        self._timeout = timeout
+        self._roster = roster
+        self._pool = pool
+        self._relays = relays
+        self._tls = tls
+        self._shakes: set[Handshake] = set()
+        self._green: dict[str, _Green] = {}
+        self._ripening = Patience[_Green](RIPENING, self._look)
+
+    def take(self, sock: socket.socket, host: str, caller: Caller | None) -> None:
+        """Take a connection: only from where the seed client is.
+
+        Args:
+            caller: the newest silent caller of that address, if there is one; ours now.
+        """
+        current = self._roster.seed_client()
+        if caller is not None and current is not None:
+            if current.host == host and current.control is not None and current.control.is_stalled:
+                self._roster.replace(current)
+            else:
+                # A probe from the same address, or a second client: whoever answers keeps
+                # the place, or any port check could take it.
+                self._turn_away_second(caller, current)
+                caller = None
+        if caller is not None:
+            current = self._roster.seat_seed(caller)
+        if current is None or current.host != host:
+            net.reset(sock)
+            self._counters.strangers += 1
+            self._log.repeated("warn", f"data {host}", "turned away at the data port", host=host)
+        elif len(self._shakes) >= MAX_SHAKES or self._is_stocked(current):
+            self._roster.refuse_link(sock, current)
+        elif self._tls is None:
+            self._give(current, sock, None)
+        else:
+            self._secure(current, sock, self._tls.accept(is_native=False))
+
+    def close(self) -> None:
+        """Give up the handshakes under way; idempotent."""
+        for shake in self._shakes:
+            shake.abort()  # its socket is closed when the engine has given it back
+        self._ripening.close()
+        for green in self._green.values():
+            net.reset(green.link.sock)
+        self._green.clear()
+
+    def _secure(self, client: Client, sock: socket.socket, connection: Connection) -> None:
+        try:
+            shake = self._relays.shake(sock, connection)
+        except EngineError:
+            net.reset(sock)
+            return
+        except BaseException:
+            net.reset(sock)
+            raise
+        self._shakes.add(shake)
+        deadline = self._loop.call_later(self._timeout, shake.abort)
+        shake.result.add_done_callback(
+            functools.partial(self._on_secured, client, sock, shake, deadline)
+        )
+
+    def _on_secured(
+        self,
+        client: Client,
+        sock: socket.socket,
+        shake: Handshake,
+        deadline: asyncio.TimerHandle,
+        result: asyncio.Future[HandshakeResult],
+    ) -> None:
+        deadline.cancel()
+        self._shakes.discard(shake)
+        if client is not self._roster.seed_client() or result.cancelled():
+            net.reset(sock)
+        elif not result.result().is_done:
+            net.finish(sock)  # not reset: an alert that says why may be on its way
+            self._tell_failed(client, shake.connection, result.result())
+        elif self._is_stocked(client):
+            self._roster.refuse_link(sock, client)
+        else:
+            self._give(client, sock, Records(shake.connection))
+
+    def _tell_failed(
+        self, client: Client, connection: Connection, outcome: HandshakeResult
+    ) -> None:
+        from nodepass.tls.tls import explain
+
+        why = outcome.describe_break() or explain(connection, outcome.detail, is_server=True)
+        self._counters.strangers += 1
+        self._log.repeated(
+            "warn",
+            f"data {client.host} tls",
+            "TLS failed at the data port",
+            host=client.host,
+            why=why,
+        )
+
+    def _give(self, client: Client, sock: socket.socket, records: Records | None) -> None:
+        link_id = self._fresh_id(client)
+        line = link_id.encode()
+        try:
+            # One segment, one record: the Go client reads it in one call.
+            sock.send(line if records is None else records.seal(line))
+        except (OSError, TlsError):
+            net.reset(sock)
+            return
+        self._counters.links += 1
+        client.brought += 1
+        tls = None if records is None else records.connection
+        green = _Green(client, Link(sock, link_id, tls=tls), self._loop.time())
+        self._green[link_id] = green
+        self._ripening.add(green)
+
+    def _look(self, green: _Green) -> None:
+        link = green.link
+        if green.is_acknowledged:
+            del self._green[str(link.name)]
+            if net.has_ended(link.sock):
+                net.reset(link.sock)
+                self._counters.links_lost += 1
+            else:
+                self._pool.give(green.client, link)
+        elif self._loop.time() - green.since > self._timeout:
+            del self._green[str(link.name)]
+            net.reset(link.sock)
+        else:
+            green.is_acknowledged = net.is_acknowledged(link.sock)
+            self._ripening.add(green)
+
+    def _is_stocked(self, client: Client) -> bool:
+        return self._roster.is_stocked(client, len(self._green))
+
+    def _fresh_id(self, client: Client) -> str:
+        while True:
+            link_id = secrets.token_hex(SEED_ID_SIZE // 2)
+            if link_id not in self._green and not client.has_link(link_id):
+                return link_id
+
+    def _turn_away_second(self, caller: Caller, current: Client) -> None:
+        net.reset(caller.sock)
+        self._counters.strangers += 1
+        self._log.repeated(
+            "warn",
+            f"second seed {caller.host}",
+            "a second NodePass 1.0.3/1.0.4 client was turned away: there can be one at a time",
+            host=caller.host,
+            served=current.host,
+        )

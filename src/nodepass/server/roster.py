@@ -1,0 +1,452 @@
+"""The server's clients: their sessions, how they come, what they say, how they go.
+
+Owns: the table of live sessions and their control channels. Finds nothing out about callers
+(`entrance` does) and knows nothing of visitors; fills the `pool` with links and takes them
+away again. Called by `server`.
+
+    hello ──proof holds──> seated ──bye, silence, EOF, replaced by name──> unseated
+    silent caller + data connection of its address ──`dataport`──> seated as the seed client
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import secrets
+import socket
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from nodepass.config.environment import Settings
+from nodepass.engine.relay import Relay, UdpRelay
+from nodepass.errors import AuthError, TlsError, TunnelError
+from nodepass.net import net
+from nodepass.net.watch import Watch
+from nodepass.observe.log import Log
+from nodepass.observe.stats import Counters
+from nodepass.protocol import wire
+from nodepass.protocol.message import (
+    KEY_SIZE,
+    SESSION_SIZE,
+    Dialect,
+    Drain,
+    Fail,
+    Failure,
+    Hello,
+    LinkClaim,
+    Refusal,
+    Refuse,
+)
+from nodepass.protocol.proof import LinkKey
+from nodepass.protocol.session import Event, Lost, Role, Session
+from nodepass.tunnel.control import Control
+from nodepass.tunnel.pool import Demand, Link, Member, Pool, Shelf, announce
+
+from .caller import Caller
+from .penalty import Penalties
+
+Spawn = Callable[[Coroutine[object, object, None], str], None]
+
+MAX_CLIENTS: Final = 1024
+"""Sessions at once: bounds what somebody can make us keep where no password is asked."""
+MAX_CLIENTS_PER_SOURCE: Final = 512
+"""Sessions of one source (address, or /64) at once: half, so that it leaves room to others."""
+
+
+LINK: Final = 2
+"""Side of a relay that is the link; the other one is the visitor."""
+MAX_GONE: Final = 1024
+"""Lost sessions with open relays that are remembered for the return of their clients."""
+PARTED: Final = 256
+"""Links remembered after their relay: more than can fail within the time a signal takes."""
+
+
+@dataclass(slots=True, eq=False)
+class Client(Member):
+    """One session of ours: a pool member and how to talk to it."""
+
+    id: str = ""
+    name: str = ""
+    host: str = ""
+    key: LinkKey | None = field(default=None, repr=False)
+    """None = its links prove nothing: it speaks the seed dialect."""
+    control: Control | None = None
+    has_drained: bool = False
+    """Whether it has said that it is stopping."""
+    brought: int = 0
+    """Links of a seed client that have been given an id."""
+    launched: dict[int | str, tuple[Relay | UdpRelay, float]] = field(default_factory=dict)
+    """Open relays by link, each with the time of its launch in seconds of the loop."""
+    parted: deque[int | str] = field(default_factory=lambda: deque(maxlen=PARTED))
+    """Links whose relays have ended last: why they failed may come behind their reset."""
+    _blamed: set[int | str] = field(default_factory=set)
+    """Links in `launched` of which that is known already."""
+
+    def has_link(self, name: int | str) -> bool:
+        """Tell whether a link of this name is here in any way: idle, handed over, launched."""
+        return name in self.shelf or name in self.handed or name in self.launched
+
+    def blame(self, name: int | str) -> bool:
+        """Take note that the client has said why a launch failed; return whether it is news."""
+        if name in self.launched and name not in self._blamed:
+            self._blamed.add(name)
+            return True
+        if name in self.parted:
+            self.parted.remove(name)
+            return True
+        return False
+
+    def join(self, name: int | str, relay: Relay | UdpRelay, now: float) -> None:
+        """Take note that a link has been launched, at seconds of the loop."""
+        self.launched[name] = (relay, now)
+        self.relays += 1
+
+    def doubt_links(self, *, is_back: bool = False) -> None:
+        """Have the engine find out which relays have lost their client.
+
+        Args:
+            is_back: the client is here again, so a link that does not even answer when it is
+                asked is gone; otherwise its path may come back while nobody says anything.
+        """
+        for relay, _ in self.launched.values():
+            relay.doubt(LINK, is_quiet=is_back)
+
+    def part(self, name: int | str) -> None:
+        """Take note that a relay has ended."""
+        del self.launched[name]
+        self.relays -= 1
+        if name in self._blamed:
+            self._blamed.remove(name)
+        else:
+            self.parted.append(name)
+
+
+class Roster:
+    """Every client of one server.
+
+    Args:
+        pool: where their links go.
+        watch: tells of idle links that die.
+        spawn: runs a task.
+        shares: how many idle links may be asked for and kept.
+        penalties: told of failed proofs.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        log: Log,
+        counters: Counters,
+        pool: Pool,
+        watch: Watch,
+        spawn: Spawn,
+        shares: net.Shares,
+        penalties: Penalties | None = None,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._penalties = Penalties() if penalties is None else penalties
+        self._settings = settings
+        self._log = log
+        self._counters = counters
+        self._pool = pool
+        self._watch = watch
+        self._spawn = spawn
+        self._most_idle = shares.idle
+        self._stock = shares.stock
+        self.on_client_full: Callable[[], None] = lambda: None
+        """Called when a client has no slot for a visitor although we have."""
+        self._clients: dict[str, Client] = {}
+        self._sources: Counter[str] = Counter()
+        self._gone: deque[Client] = deque(maxlen=MAX_GONE)
+        """Clients whose sessions have ended before their relays."""
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+    def __iter__(self) -> Iterator[Client]:
+        return iter(list(self._clients.values()))
+
+    def has_source(self, source: str) -> bool:
+        """Tell whether any client is connected from a source, as `net.source_of` names it."""
+        return self._sources[source] > 0
+
+    def has_native(self, host: str) -> bool:
+        """Tell whether a native client is connected from an address."""
+        return any(
+            c.host == host and c.session.dialect is Dialect.NATIVE for c in self._clients.values()
+        )
+
+    def _refuse_crowd(self, source: str) -> None:
+        """Raise TunnelError where there are as many sessions as there may be."""
+        if len(self._clients) >= MAX_CLIENTS:
+            raise TunnelError(f"there are {MAX_CLIENTS} clients", reason=Refusal.LIMIT)
+        if self._sources.get(source, 0) >= MAX_CLIENTS_PER_SOURCE:
+            text = f"there are {MAX_CLIENTS_PER_SOURCE} clients of this address"
+            raise TunnelError(text, reason=Refusal.LIMIT)
+
+    def has_from(self, source: str) -> bool:
+        """Tell whether a client is connected from a source: an address, or a /64 of IPv6."""
+        return source in self._sources
+
+    def seed_client(self) -> Client | None:
+        """Return the client that speaks the seed dialect; there is one at a time."""
+        return next((c for c in self._clients.values() if c.session.dialect is Dialect.SEED), None)
+
+    def seat_seed(self, caller: Caller) -> Client:
+        """Make a silent caller the seed client; its socket is ours from here on."""
+        session_id, name = secrets.token_hex(SESSION_SIZE), f"seed-{caller.host}"
+        return self._seat(caller, Dialect.SEED, session_id, name, None, self._demand())
+
+    def take_opening(self, caller: Caller, opening: Hello | LinkClaim) -> None:
+        """Take a caller that has said what it is; its socket is ours from here on."""
+        if isinstance(opening, LinkClaim):
+            self._take_link(caller, opening)
+        else:
+            self._take_hello(caller, opening)
+
+    def rest(self) -> None:
+        """Close a report period: ask for fewer links of clients that have been quiet."""
+        for member in self._pool:
+            surplus = member.demand.rest()
+            if surplus and member.session.dialect is Dialect.NATIVE:
+                announce(member)
+                member.shelf.retire(min(surplus, len(member.shelf) - member.demand.wanted))
+
+    def drain(self) -> None:
+        """Tell every client that nothing will be launched any more."""
+        for client in self:
+            client.session.drain()
+
+    def close(self, reason: str) -> None:
+        """End every session; idempotent."""
+        for client in self:
+            if client.control is not None:
+                client.control.close(reason)
+            self._unseat(client)
+
+    def _take_link(self, caller: Caller, claim: LinkClaim) -> None:
+        client = self._clients.get(claim.session)
+        key = None if client is None else client.key
+        if client is None or key is None or not caller.handshake.is_link_proven(claim, key):
+            # A link of a session that has just ended is no attack; it has no key to prove.
+            net.reset(caller.sock)
+            if client is not None:
+                self._penalties.fail(caller.source, self._loop.time())
+                self._counters.strangers += 1
+                self._log.repeated(
+                    "warn", f"link {caller.host}", "a link's proof was wrong", host=caller.host
+                )
+            return
+        if client.has_link(claim.number) or self.is_stocked(client):
+            self.refuse_link(caller.sock, client)
+            return
+        self._counters.links += 1
+        link = Link(caller.sock, claim.number, caller.handshake.rest(), caller.tls)
+        self._pool.give(client, link)
+
+    def is_stocked(self, client: Client, coming: int = 0) -> bool:
+        """Tell whether a client has brought as many links as we keep; may drop another's.
+
+        Args:
+            coming: links of it that are on no shelf yet.
+        """
+        if len(client.shelf) + coming >= net.IDLE_ROOM * self._most_idle:
+            return True
+        # Callers are watched along with the links; only where that is too many we count.
+        if len(self._watch) < self._stock or self._count_idle() < self._stock:
+            return False
+        # Full: who has most gives way, so that one client cannot starve the others.
+        fattest = max(self._pool, key=lambda member: len(member.shelf))
+        if len(fattest.shelf) <= len(client.shelf) + 1:
+            return True
+        fattest.shelf.retire(1)
+        return False
+
+    def _count_idle(self) -> int:
+        return sum(len(member.shelf) for member in self._pool)
+
+    def refuse_link(self, sock: socket.socket, client: Client) -> None:
+        """Reset a link that there is no room for."""
+        net.reset(sock)
+        self._log.repeated("warn", f"surplus {client.name}", "a link too many", client=client.name)
+
+    def _take_hello(self, caller: Caller, hello: Hello) -> None:
+        session_id = secrets.token_hex(SESSION_SIZE)
+        demand = self._demand()
+        try:
+            self._refuse_crowd(caller.source)
+            welcome, key = caller.handshake.accept(
+                hello,
+                session=session_id,
+                idle=demand.wanted,
+                fresh_key=secrets.token_bytes(KEY_SIZE),
+            )
+            caller.send(welcome)
+        except (OSError, TlsError) as exc:
+            net.reset(caller.sock)
+            self._log.debug("a client left during its handshake", host=caller.host, why=str(exc))
+            return
+        except TunnelError as exc:
+            if isinstance(exc, AuthError):
+                self._penalties.fail(caller.source, self._loop.time())
+            self._refuse(caller, exc)
+            return
+        for other in list(self._clients.values()):
+            if other.name == hello.name and other.session.dialect is Dialect.NATIVE:
+                self.replace(other)
+        link_key = LinkKey(key, session_id)
+        self._seat(caller, Dialect.NATIVE, session_id, hello.name, link_key, demand)
+
+    def _refuse(self, caller: Caller, exc: TunnelError) -> None:
+        try:
+            caller.send(wire.pack_answer(Refuse(exc.reason)))
+        except (OSError, TlsError) as error:
+            self._log.debug("a refused client left first", host=caller.host, why=str(error))
+        net.finish(caller.sock)
+        self._counters.strangers += 1
+        self._log.repeated(
+            "warn", f"refused {caller.host}", "client refused", host=caller.host, why=str(exc)
+        )
+
+    def replace(self, old: Client) -> None:
+        """End a session because a newer one takes its place."""
+        self._log.bounded(
+            "info",
+            f"replaced {old.name}",
+            "client replaced by a newer one of its name",
+            client=old.name,
+            host=old.host,
+        )
+        if old.control is not None:
+            old.control.close("replaced")
+        self._unseat(old)
+
+    def _seat(
+        self,
+        caller: Caller,
+        dialect: Dialect,
+        session_id: str,
+        name: str,
+        key: LinkKey | None,
+        demand: Demand,
+    ) -> Client:
+        session = Session(
+            Role.SERVER, dialect, now=self._loop.time(), interval=self._settings.report_interval
+        )
+        shelf = Shelf(self._watch, self._count_lost_link)
+        client = Client(
+            session, shelf, demand, id=session_id, name=name, host=caller.host, key=key
+        )
+        client.control = Control(session, functools.partial(self._on_event, client))
+        self._clients[session_id] = client
+        self._sources[net.source_of(client.host)] += 1
+        self._counters.sessions += 1
+        self._pool.add(client)
+        self._welcome_back(client)
+        self._spawn(self._run_control(client, caller), "a control channel")
+        origin = {"from": caller.address}
+        self._log.bounded(
+            "info", f"connected {name}", "client connected", client=name, dialect=dialect, **origin
+        )
+        return client
+
+    async def _run_control(self, client: Client, caller: Caller) -> None:
+        assert client.control is not None
+        interval = self._settings.report_interval
+        try:
+            head = caller.handshake.rest()
+            await client.control.open(caller.sock, interval, head, caller.records)
+        except OSError as exc:
+            for event in client.session.cut(str(exc), self._loop.time()):
+                self._on_event(client, event)
+
+    def _unseat(self, client: Client) -> None:
+        if self._clients.get(client.id) is client:
+            del self._clients[client.id]
+            self._doubt(client)
+            source = net.source_of(client.host)
+            self._sources[source] -= 1
+            if not self._sources[source]:
+                del self._sources[source]
+        self._pool.remove(client)
+
+    def _doubt(self, client: Client) -> None:
+        """Doubt the links of a session that has ended: its path may have gone with it."""
+        if client.relays:
+            client.doubt_links()
+            self._gone.append(client)
+
+    def _welcome_back(self, client: Client) -> None:
+        """Ask the links of a client's earlier sessions whether they have survived."""
+        self._gone = deque((gone for gone in self._gone if gone.relays), MAX_GONE)
+        for gone in self._gone:
+            if gone.name == client.name:
+                gone.doubt_links(is_back=True)
+
+    def _on_event(self, client: Client, event: Event) -> None:
+        if isinstance(event, Fail):
+            self._fail(client, event)
+        elif isinstance(event, Drain):
+            if client.has_drained:
+                return
+            client.has_drained = True
+            self._log.bounded(
+                "info", f"stopping {client.name}", "client is stopping", client=client.name
+            )
+            client.shelf.clear()
+        elif isinstance(event, Lost):
+            self._unseat(client)
+            if event.is_flood:  # it would be back at once
+                self._penalties.fail(net.source_of(client.host), self._loop.time())
+            self._log.bounded(
+                "info" if event.is_orderly else "warn",
+                f"lost {client.name}",
+                "tunnel lost",
+                client=client.name,
+                host=client.host,
+                reason=event.reason,
+                relays_open=client.relays,
+            )
+            if event.silent_since is not None:
+                self._abort_unheard(client, event.silent_since)
+
+    def _abort_unheard(self, client: Client, since: float) -> None:
+        """Reset the visitors of whom a silent client may never have been told.
+
+        Control loss does not touch relays; but a launch that went into the silence and has
+        brought no byte back would keep its visitor waiting for as long as TCP tries, and
+        nobody would say a word.
+        """
+        # What was launched within the round trip before the last byte may be unheard, too.
+        since -= client.session.rtt or self._settings.report_interval
+        for relay, launched_at in list(client.launched.values()):
+            if launched_at >= since and relay.live()[1] == 0:
+                relay.abort()
+
+    def _fail(self, client: Client, event: Fail) -> None:
+        launch = client.launched.get(event.number)
+        if not client.blame(event.number):
+            return  # it was never launched, or long ago, or has been told before
+        if launch is not None:
+            relay, _ = launch
+            relay.abort()
+        if event.why == Failure.LIMIT:
+            self.on_client_full()
+        self._counters.launches_failed += 1
+        self._counters.visitors_refused += 1
+        self._log.repeated(
+            "warn",
+            f"fail {client.name} {event.why}",
+            "the client could not reach its target",
+            client=client.name,
+            why=event.why,
+        )
+
+    def _demand(self) -> Demand:
+        least = min(self._settings.min_pool_capacity, self._most_idle)
+        return Demand(least, self._most_idle, self._loop.time())
+
+    def _count_lost_link(self, _link: Link) -> None:
+        self._counters.links_lost += 1

@@ -1,0 +1,3 @@
+"""Certificates, contexts, records, and why a handshake failed."""
+
+__all__ = ["_openssl", "advisory", "record", "tls"]
