@@ -20,7 +20,7 @@ from tests.system.rig.timing import until, within
 
 from nodepass.config.environment import Settings
 from nodepass.engine.relay import Relays
-from nodepass.net.watch import Watch
+from nodepass.net.readiness import Watch
 from nodepass.observe.log import Log
 from nodepass.observe.stats import Counters
 from nodepass.protocol.message import Hello, LinkClaim

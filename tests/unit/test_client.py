@@ -29,7 +29,7 @@ from tests.unit.client_desk import (
 
 from nodepass.config.environment import Settings
 from nodepass.engine.relay import Reason, Relay, Relays
-from nodepass.net import net
+from nodepass.net import tcp
 from nodepass.net.resolver import SocketAddress
 
 if TYPE_CHECKING:
@@ -93,17 +93,17 @@ async def test_server_that_resets_before_we_have_looked_leaves_no_descriptor(
 ) -> None:
     listener = Listener()
     dials = 0
-    dial = net.dial
+    dial = tcp.dial
 
     async def dial_and_lose(*address: object) -> socket.socket:
         nonlocal dials
         sock = await dial(*address)  # type: ignore[arg-type]
         (await accept(listener)).reset()
-        await until(lambda: net.has_ended(sock), 5, "the reset")
+        await until(lambda: tcp.has_ended(sock), 5, "the reset")
         dials += 1
         return sock
 
-    monkeypatch.setattr(net, "dial", dial_and_lose)
+    monkeypatch.setattr(tcp, "dial", dial_and_lose)
     async with running(listener.port):
         await until(lambda: dials > 2, 5, "three tries")
     listener.close()
@@ -409,7 +409,7 @@ async def test_failure_of_the_target_has_a_name(
 @both
 async def test_target_that_does_not_answer_in_time() -> None:
     full = FullListener()
-    target = net.join_address(*full.name)
+    target = tcp.join_address(*full.name)
     async with paired(target=target, dial_timeout=0.1) as (server, desk, links):
         await server.say("tcp://1?from=10.0.0.1:1")
         assert await signal(server) == "fail://1?why=timeout"
@@ -432,7 +432,7 @@ async def test_the_longest_time_to_dial_is_no_fault() -> None:
 async def test_visitor_that_has_gone_while_its_target_is_dialled() -> None:
     """The server knows, and there has been no relay: nobody is told anything."""
     full = FullListener()
-    async with paired(target=net.join_address(*full.name)) as (server, desk, links):
+    async with paired(target=tcp.join_address(*full.name)) as (server, desk, links):
         await server.say("tcp://1?from=10.0.0.1:1")
         await until(lambda: desk.figures.relays_open == 1, 5, "the dial")
         links[1].reset()
@@ -451,7 +451,7 @@ async def test_no_socket_to_dial_the_target_with(monkeypatch: pytest.MonkeyPatch
         raise OSError(errno.EMFILE, "too many open files")
 
     async with paired() as (server, desk, links):
-        monkeypatch.setattr(net, "open_stream", fail)
+        monkeypatch.setattr(tcp, "open_stream", fail)
         await server.say("tcp://1?from=10.0.0.1:1")
         assert await signal(server) == "fail://1?why=limit"
         assert await is_reset(links[1])
@@ -469,7 +469,7 @@ async def test_fault_in_one_launch_ends_that_one_only(
         def fail(*_: object, **__: object) -> bool:
             raise RuntimeError("on purpose")
 
-        monkeypatch.setattr(desk.client.relays if where == "connect" else net, where, fail)
+        monkeypatch.setattr(desk.client.relays if where == "connect" else tcp, where, fail)
         await server.say("tcp://1?from=10.0.0.1:1")
         assert await is_reset(links[1])
         monkeypatch.undo()
@@ -650,7 +650,7 @@ async def test_stop_cuts_what_does_not_end(caplog: pytest.LogCaptureFixture) -> 
 @both
 async def test_stop_while_a_target_is_dialled() -> None:
     full = FullListener()
-    target = net.join_address(*full.name)
+    target = tcp.join_address(*full.name)
     async with paired(target=target, shutdown_timeout=0.05) as (server, desk, links):
         await server.say("tcp://1?from=10.0.0.1:1")
         await until(lambda: desk.figures.visitors_open == 1, 5, "the launch")

@@ -34,7 +34,7 @@ from nodepass.client import pairing
 from nodepass.client import target as targets
 from nodepass.config.environment import Settings
 from nodepass.engine.relay import Reason, Relays, UdpRelay, UdpResult
-from nodepass.net import datagram
+from nodepass.net import udp
 from nodepass.observe.stats import NOTHING, Datagrams
 
 VISITOR = "from=10.0.0.1:1"
@@ -234,7 +234,7 @@ async def test_failure_of_the_target_has_a_name(
         raise OSError(code, "as it happens")
 
     async with paired() as (server, _, links):
-        monkeypatch.setattr(datagram, "_connect", fail)
+        monkeypatch.setattr(udp, "_connect", fail)
         await server.say(f"udp://1?{VISITOR}")
         assert await signal(server) == f"fail://1?why={why}"
         assert await is_reset(links[1])
@@ -372,7 +372,7 @@ async def test_link_that_cannot_be_tuned_is_the_engines_to_find(
 
     async with paired() as (server, desk, links):
         target(desk)
-        monkeypatch.setattr(datagram, "tune_link", fail)
+        monkeypatch.setattr(udp, "tune_link", fail)
         await server.say(f"udp://1?{VISITOR}")
         assert await ask(links[1]) == b"question"
 

@@ -10,7 +10,7 @@ import pytest
 from tests.engine.rig import tcp_pair
 from tests.system.rig.timing import until, within
 
-from nodepass.net import net
+from nodepass.net import tcp
 from nodepass.protocol.message import Dialect, Fail, Heartbeat, Idle, Kind, Launch, Pong
 from nodepass.protocol.session import MAX_UNSENT, Event, Lost, Role, Session, State
 from nodepass.tunnel.control import Control
@@ -178,7 +178,7 @@ async def test_loss_is_told_once_with_its_reason(how: str) -> None:
         if how == "end":
             wire.far.shutdown(socket.SHUT_WR)
         elif how == "reset":
-            net.reset(wire.far)
+            tcp.reset(wire.far)
         elif how == "bye":
             wire.far.send(b"bye://replaced\nfail://1?why=limit\n")
         elif how == "garbage":
@@ -195,7 +195,7 @@ async def test_loss_is_told_once_with_its_reason(how: str) -> None:
         assert wire.session.state is State.CLOSED
         if how != "reset":
             await wire.read_all()  # has an end
-        assert wire.near.fileno() < 0 or net.has_ended(wire.near) or how == "silence"
+        assert wire.near.fileno() < 0 or tcp.has_ended(wire.near) or how == "silence"
 
 
 @both
@@ -213,7 +213,7 @@ async def test_close_says_bye_behind_what_is_queued_and_tells_nobody() -> None:
 @both
 async def test_c21_last_lines_of_a_socket_that_was_born_armed_arrive() -> None:
     async with Wire() as wire:
-        net.arm(wire.near)
+        tcp.arm(wire.near)
         await wire.open()
         for number in range(2000):
             wire.session.send(Idle(number))

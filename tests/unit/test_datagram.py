@@ -16,7 +16,7 @@ from tests.engine.rig import tcp_pair
 from tests.system.rig.timing import free_port, has_ipv6
 
 from nodepass.errors import DialError, ListenError
-from nodepass.net import datagram
+from nodepass.net import udp
 from nodepass.net.resolver import SocketAddress
 
 both = pytest.mark.loops("asyncio", "uvloop")
@@ -108,7 +108,7 @@ def hears(sock: socket.socket, host: str, port: int) -> bool:
 @both
 async def test_listen_binds_a_bare_socket_that_nobody_waits_for() -> None:
     port = free_port()
-    with closing(*await datagram.listen("127.0.0.1", port)) as (sock,):
+    with closing(*await udp.listen("127.0.0.1", port)) as (sock,):
         assert (sock.family, sock.type) == (socket.AF_INET, socket.SOCK_DGRAM)
         assert sock.getsockname() == ("127.0.0.1", port)
         assert not sock.getblocking()
@@ -118,7 +118,7 @@ async def test_listen_binds_a_bare_socket_that_nobody_waits_for() -> None:
 @both
 @needs_ipv6
 async def test_listen_on_every_address_is_one_dual_stack_socket() -> None:
-    with closing(*await datagram.listen("", 0)) as (sock,):
+    with closing(*await udp.listen("", 0)) as (sock,):
         assert sock.family == socket.AF_INET6
         port = sock.getsockname()[1]
         assert hears(sock, "127.0.0.1", port)
@@ -127,7 +127,7 @@ async def test_listen_on_every_address_is_one_dual_stack_socket() -> None:
 
 async def test_listen_on_every_address_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
-    with closing(*await datagram.listen("", 0)) as (sock,):
+    with closing(*await udp.listen("", 0)) as (sock,):
         assert sock.getsockname()[0] == "0.0.0.0"
         assert hears(sock, "127.0.0.1", sock.getsockname()[1])
 
@@ -135,8 +135,8 @@ async def test_listen_on_every_address_without_ipv6(monkeypatch: pytest.MonkeyPa
 @needs_ipv6
 async def test_listen_on_one_ipv6_wildcard_leaves_ipv4_alone() -> None:
     with (
-        closing(*await datagram.listen("::", 0)) as (sock,),
-        closing(*await datagram.listen("0.0.0.0", sock.getsockname()[1])),
+        closing(*await udp.listen("::", 0)) as (sock,),
+        closing(*await udp.listen("0.0.0.0", sock.getsockname()[1])),
     ):
         pass
 
@@ -147,11 +147,11 @@ async def test_listen_on_a_name_binds_each_address_to_one_port(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     teach(monkeypatch, twice=["127.0.0.1", "::1", "127.0.0.1"])
-    with closing(*await datagram.listen("twice", 0)) as socks:
+    with closing(*await udp.listen("twice", 0)) as socks:
         assert [sock.family for sock in socks] == [socket.AF_INET, socket.AF_INET6]
         assert len({sock.getsockname()[1] for sock in socks}) == 1, "one port for all"
     port = free_port()
-    with closing(*await datagram.listen("twice", port)) as socks:
+    with closing(*await udp.listen("twice", port)) as socks:
         assert [sock.getsockname()[1] for sock in socks] == [port, port]
 
 
@@ -159,7 +159,7 @@ async def test_listen_says_what_is_in_use_and_how_to_go_without() -> None:
     with bound("127.0.0.1") as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ListenError, match="in use; udp=0 goes without UDP") as caught:
-            await datagram.listen("127.0.0.1", port)
+            await udp.listen("127.0.0.1", port)
     assert caught.value.errno == errno.EADDRINUSE
     assert caught.value.address == f"udp 127.0.0.1:{port}"
     assert f"udp 127.0.0.1:{port}" in str(caught.value)
@@ -170,7 +170,7 @@ async def test_listen_gives_back_what_it_had(monkeypatch: pytest.MonkeyPatch) ->
     with bound("127.0.0.1") as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ListenError):
-            await datagram.listen("twice", port)
+            await udp.listen("twice", port)
         bound("127.0.0.2", port).close()
 
 
@@ -186,7 +186,7 @@ async def test_listen_on_what_is_not_here(
 ) -> None:
     teach(monkeypatch)
     with pytest.raises(ListenError, match=re.escape(told)) as caught:
-        await datagram.listen(host, 80)
+        await udp.listen(host, 80)
     assert caught.value.errno == errno.EADDRNOTAVAIL
 
 
@@ -198,24 +198,24 @@ async def test_buffers_beyond_the_limit_are_asked_for_and_else_up_to_it(
     recorded: type[Recorded], is_privileged: bool
 ) -> None:
     recorded.refused = frozenset() if is_privileged else frozenset(FORCED)
-    with closing(*await datagram.listen("127.0.0.1", 0)) as (gate,):
+    with closing(*await udp.listen("127.0.0.1", 0)) as (gate,):
         forced = [(option, value) for option, value in recorded.asked if option in FORCED]
         plain = [(option, value) for option, value in recorded.asked if option not in FORCED]
-        assert dict(forced) == dict.fromkeys(FORCED, datagram.GATE_BUFFER)
+        assert dict(forced) == dict.fromkeys(FORCED, udp.GATE_BUFFER)
         if not is_privileged:
-            assert dict(plain) == dict.fromkeys(FORCED.values(), datagram.GATE_BUFFER)
+            assert dict(plain) == dict.fromkeys(FORCED.values(), udp.GATE_BUFFER)
         recorded.asked.clear()
-        sock, _ = await datagram.dial("127.0.0.1", gate.getsockname()[1], 5)
+        sock, _ = await udp.dial("127.0.0.1", gate.getsockname()[1], 5)
         sock.close()
         asked = FORCED if is_privileged else FORCED.values()
-        assert {(option, datagram.TARGET_BUFFER) for option in asked} <= set(recorded.asked)
+        assert {(option, udp.TARGET_BUFFER) for option in asked} <= set(recorded.asked)
 
 
 async def test_buffers_are_larger_than_what_is_usual() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as usual:
-        usual.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, datagram.GATE_BUFFER)
+        usual.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, udp.GATE_BUFFER)
         best = usual.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
-    with closing(*await datagram.listen("127.0.0.1", 0)) as (gate,):
+    with closing(*await udp.listen("127.0.0.1", 0)) as (gate,):
         assert gate.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) >= best
 
 
@@ -226,7 +226,7 @@ async def test_buffers_are_larger_than_what_is_usual() -> None:
 async def test_dial_connects_a_bare_socket() -> None:
     with bound("127.0.0.1") as target:
         port = target.getsockname()[1]
-        sock, address = await datagram.dial("127.0.0.1", port, 5)
+        sock, address = await udp.dial("127.0.0.1", port, 5)
         with sock:
             assert address == ("127.0.0.1", port) == sock.getpeername()
             assert sock.type == socket.SOCK_DGRAM
@@ -239,10 +239,10 @@ async def test_dial_connects_a_bare_socket() -> None:
 @needs_ipv6
 async def test_dial_takes_ipv4_first(monkeypatch: pytest.MonkeyPatch) -> None:
     teach(monkeypatch, service=["::1", "127.0.0.1"], six=["::1"])
-    sock, address = await datagram.dial("service", 9, 5)
+    sock, address = await udp.dial("service", 9, 5)
     sock.close()
     assert address == ("127.0.0.1", 9)
-    sock, address = await datagram.dial("six", 9, 5)
+    sock, address = await udp.dial("six", 9, 5)
     sock.close()
     assert address == ("::1", 9, 0, 0)
     assert sock.family == socket.AF_INET6
@@ -250,7 +250,7 @@ async def test_dial_takes_ipv4_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_dial_of_no_host_is_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     teach(monkeypatch, localhost=["127.0.0.1"])
-    sock, address = await datagram.dial("", 9, 5)
+    sock, address = await udp.dial("", 9, 5)
     sock.close()
     assert address == ("127.0.0.1", 9)
 
@@ -267,7 +267,7 @@ async def test_dial_takes_what_is_avoided_last(monkeypatch: pytest.MonkeyPatch) 
         *([("mixed", {one}, six)] if has_ipv6() else []),
         ("127.0.0.1", {one}, one),
     ):
-        sock, address = await datagram.dial(name, 9, 5, avoid)
+        sock, address = await udp.dial(name, 9, 5, avoid)
         sock.close()
         assert address == expected, (name, avoid)
 
@@ -276,7 +276,7 @@ async def test_dial_goes_on_to_an_address_that_has_a_route(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     teach(monkeypatch, service=[NO_ROUTE, "127.0.0.1"])
-    sock, address = await datagram.dial("service", 9, 5)
+    sock, address = await udp.dial("service", 9, 5)
     sock.close()
     assert address == ("127.0.0.1", 9)
 
@@ -296,21 +296,21 @@ async def test_dial_says_why_no_address_can_be_had(
     with pytest.raises(
         DialError, match=f"udp service:9: {os.strerror(expected).lower()}"
     ) as caught:
-        await datagram.dial("service", 9, 5)
+        await udp.dial("service", 9, 5)
     assert (caught.value.errno, caught.value.attempts) == (expected, 2)
 
 
 async def test_dial_of_a_name_without_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [])
     with pytest.raises(DialError) as caught:
-        await datagram.dial("empty", 9, 5)
+        await udp.dial("empty", 9, 5)
     assert (caught.value.errno, caught.value.attempts) == (errno.EHOSTUNREACH, 0)
 
 
 async def test_dial_of_a_name_that_does_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
     teach(monkeypatch)
     with pytest.raises(DialError, match="udp nowhere:9: the name does not resolve") as caught:
-        await datagram.dial("nowhere", 9, 5)
+        await udp.dial("nowhere", 9, 5)
     assert (caught.value.errno, caught.value.attempts) == (errno.EHOSTUNREACH, 0)
 
 
@@ -325,7 +325,7 @@ async def test_dial_ends_in_time_while_resolving(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     with pytest.raises(DialError, match="lookup took longer") as caught:
-        await datagram.dial("slow", 9, 0.02)
+        await udp.dial("slow", 9, 0.02)
     assert asked.wait(5)
     answers.set()
     assert (caught.value.errno, caught.value.attempts) == (errno.ETIMEDOUT, 0)
@@ -337,7 +337,7 @@ def test_buffers_elsewhere_are_asked_for_by_name_alone(monkeypatch: pytest.Monke
     with Recorded(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.asked = []
         sock.refused = frozenset({socket.SO_RCVBUF})
-        datagram._set_buffers(sock, datagram.GATE_BUFFER)
+        udp._set_buffers(sock, udp.GATE_BUFFER)
         assert [option for option, _ in sock.asked] == [socket.SO_RCVBUF, socket.SO_SNDBUF]
 
 
@@ -347,12 +347,12 @@ def test_buffers_elsewhere_are_asked_for_by_name_alone(monkeypatch: pytest.Monke
 def test_link_that_carries_datagrams_holds_few_and_not_for_long() -> None:
     near, far = tcp_pair()
     with closing(near, far):
-        datagram.tune_link(near, 7.5)
+        udp.tune_link(near, 7.5)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             assert near.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 7500
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             held = near.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
-            assert held == datagram.UNSENT_LINK
+            assert held == udp.UNSENT_LINK
 
 
 def test_link_is_tuned_as_far_as_the_platform_goes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,14 +360,14 @@ def test_link_is_tuned_as_far_as_the_platform_goes(monkeypatch: pytest.MonkeyPat
         monkeypatch.delattr(socket, option, raising=False)
     near, far = tcp_pair()
     with closing(near, far):
-        datagram.tune_link(near, 7.5)
+        udp.tune_link(near, 7.5)
 
 
 def test_link_that_has_died_cannot_be_tuned() -> None:
     near, far = tcp_pair()
     near.close()
     with closing(far), pytest.raises(OSError, match="Bad file descriptor"):
-        datagram.tune_link(near, 7.5)
+        udp.tune_link(near, 7.5)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="an option of Linux")
@@ -377,11 +377,11 @@ async def test_c13_routers_may_cut_what_leaves() -> None:
     for host in ("127.0.0.1", "::1", ""):
         if host == "::1" and not has_ipv6():
             continue
-        for sock in await datagram.listen(host, 0):
+        for sock in await udp.listen(host, 0):
             with sock:
                 assert sock.getsockopt(socket.IPPROTO_IP, ip_mtu_discover) == 0
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as there:
         there.bind(("127.0.0.1", 0))
-        sock, _ = await datagram.dial("127.0.0.1", there.getsockname()[1], 1.0)
+        sock, _ = await udp.dial("127.0.0.1", there.getsockname()[1], 1.0)
         with sock:
             assert sock.getsockopt(socket.IPPROTO_IP, ip_mtu_discover) == 0

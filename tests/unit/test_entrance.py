@@ -12,7 +12,7 @@ import pytest
 from tests.system.rig.timing import until, within
 from tests.unit.street import Street
 
-from nodepass.net import net
+from nodepass.net import tcp
 from nodepass.protocol import wire
 from nodepass.protocol.message import Hello, LinkClaim
 from nodepass.server.entrance import MAX_CALLERS, MAX_CALLERS_PER_SOURCE
@@ -25,7 +25,7 @@ CLAIM = wire.pack_link_claim(LinkClaim("ab" * 8, 7, b"p" * 32))
 
 def most() -> int:
     """Most callers at once on this machine."""
-    return min(MAX_CALLERS, net.descriptor_limit() // 8)
+    return min(MAX_CALLERS, tcp.descriptor_limit() // 8)
 
 
 # --- greeting and openings ---------------------------------------------------------------------
@@ -129,7 +129,7 @@ async def test_who_leaves_is_counted(said: bytes, how: str) -> None:
         far.send(said)
         await asyncio.sleep(0.01)
         if how == "reset":
-            net.reset(far)
+            tcp.reset(far)
         else:
             far.close()
         await until(lambda: not len(street.entrance), 5, "its end")
@@ -232,7 +232,7 @@ async def test_room_is_made_where_there_is_anybody() -> None:
 
 
 async def test_few_descriptors_bound_the_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(net, "descriptor_limit", lambda: 80)
+    monkeypatch.setattr(tcp, "descriptor_limit", lambda: 80)
     async with Street() as street:
         for number in range(20):
             street.come(f"10.0.{number}.1")
@@ -336,7 +336,7 @@ async def test_links_do_not_wait(long_penalty: None) -> None:
 @both
 async def test_addresses_of_one_network_are_one_source(long_penalty: None) -> None:
     async with Street() as street:
-        fail(street, net.source_of("2001:db8::1"))
+        fail(street, tcp.source_of("2001:db8::1"))
         street.come("2001:db8::2").send(HELLO)
         street.come("2001:db8:0:1::2").send(HELLO)
         await until(lambda: street.openings, 5, "the opening")
@@ -482,7 +482,7 @@ async def test_who_waits_and_leaves_is_let_go(long_penalty: None) -> None:
         far.send(HELLO)
         (caller,) = street.entrance._callers.values()
         await until(lambda: caller.wait, 5, "its wait")
-        net.reset(far)
+        tcp.reset(far)
         street.entrance.close()
         assert len(street.entrance) == 0
         await asyncio.sleep(0.01)

@@ -19,7 +19,7 @@ from tests.unit.engines import both, engines, native
 from tests.unit.street import Street, oldest, outside
 
 from nodepass.engine.relay import Handshake
-from nodepass.net import net
+from nodepass.net import tcp
 from nodepass.protocol import wire
 from nodepass.protocol.message import Hello, LinkClaim
 from nodepass.server.entrance import KNOWN_SHARE, MAX_CALLERS_PER_SOURCE
@@ -634,7 +634,7 @@ async def test_crowd_of_handshakes_leaves_no_connection_behind(kind: str) -> Non
     async with street(kind) as here:
         fars = await here.shaking(20)
         for far in fars[::2]:
-            net.reset(far.sock)
+            tcp.reset(far.sock)
         here.entrance.close()
         await gone(here)
         assert here.relays.statistics().tls_in_use == 0

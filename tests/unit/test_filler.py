@@ -15,8 +15,8 @@ from tests.system.rig.timing import until, within
 
 from nodepass.client.filler import MAX_DIALS, QUIET_FAILURES, Filler
 from nodepass.errors import PeerWireError, PoolTimeout
-from nodepass.net import net
-from nodepass.net.watch import Watch
+from nodepass.net import tcp
+from nodepass.net.readiness import Watch
 from nodepass.observe.log import Log
 from nodepass.tunnel.pool import Link, Shelf
 
@@ -278,10 +278,10 @@ async def test_claim_whose_link_comes_in_the_turn_of_the_time_out(delay: float) 
         try:
             link = await claiming
         except PoolTimeout:
-            await until(lambda: 1 in yard.far and net.has_ended(yard.far[1]), 5, "the reset")
+            await until(lambda: 1 in yard.far and tcp.has_ended(yard.far[1]), 5, "the reset")
         else:
             assert link.name == 1
-            assert not net.has_ended(yard.far[1])
+            assert not tcp.has_ended(yard.far[1])
         assert 1 not in yard.shelf
 
 
@@ -299,7 +299,7 @@ async def test_claim_times_out_with_its_link_in_hand() -> None:
         asyncio.get_running_loop().call_later(0.03, open_late)
         link = await claiming
         assert link.name == 1
-        assert not net.has_ended(yard.far[1])
+        assert not tcp.has_ended(yard.far[1])
 
 
 @both
@@ -317,9 +317,9 @@ async def test_claim_cancelled_around_the_arrival_of_its_link(turns: int) -> Non
         await yard.settle()
         if claiming.cancelled() and 1 not in yard.shelf:
             assert 1 in yard.far
-            await until(lambda: net.has_ended(yard.far[1]), 5, "the reset of the link")
+            await until(lambda: tcp.has_ended(yard.far[1]), 5, "the reset of the link")
         else:
-            assert not net.has_ended(yard.far[1])
+            assert not tcp.has_ended(yard.far[1])
 
 
 # --- closing -----------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ async def test_close_during_dials_leaks_nothing() -> None:
         assert len(yard.shelf) == 0
         assert yard.filler.made == 0
         for far in yard.far.values():
-            await until(lambda far=far: net.has_ended(far), 5, "its end")  # type: ignore[misc]
+            await until(lambda far=far: tcp.has_ended(far), 5, "its end")  # type: ignore[misc]
         yard.filler.fill()
         assert yard.filler.dialling == 0
 

@@ -21,7 +21,7 @@ from nodepass.config.config import Config
 from nodepass.config.environment import Settings
 from nodepass.engine.relay import Gate, Relays, UdpRelay
 from nodepass.errors import EngineError
-from nodepass.net import datagram
+from nodepass.net import udp
 from nodepass.observe.stats import NOTHING
 from nodepass.server.server import Server
 
@@ -225,7 +225,7 @@ async def test_engine_that_refuses_costs_a_visitor_and_a_link(
             (link,) = await desk.links(client, 1)
             with monkeypatch.context() as patch:
                 if fault == "link":
-                    patch.setattr(datagram, "tune_link", fail)
+                    patch.setattr(udp, "tune_link", fail)
                 else:
                     patch.setattr(desk.server.relays, "bind", fail)
                 come(desk, b"x")
@@ -598,7 +598,7 @@ async def test_gates_of_a_start_that_fails_later_are_closed(
         return [udp_socket(host, port), udp_socket("127.0.0.2", port)]
 
     monkeypatch.setattr(relays, "serve", serve_one)
-    monkeypatch.setattr(datagram, "listen", listen)
+    monkeypatch.setattr(udp, "listen", listen)
     port = free_port()
     server = Server(f"server://127.0.0.1:{free_port()}/127.0.0.1:{port}?log=none", relays=relays)
     with pytest.raises(EngineError):

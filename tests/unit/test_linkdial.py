@@ -18,8 +18,8 @@ from tests.system.rig.timing import free_port, until
 from nodepass.client.client import Client
 from nodepass.client.linkdial import LinkDials
 from nodepass.errors import DialError, NodePassError, PeerWireError, TunnelError
-from nodepass.net import net
-from nodepass.net.watch import Watch
+from nodepass.net import tcp
+from nodepass.net.readiness import Watch
 from nodepass.protocol import wire
 from nodepass.protocol.handshake import ClientHandshake, ServerHandshake
 from nodepass.protocol.message import KEY_SIZE, NONCE_SIZE, VERSION, Greeting, LinkClaim
@@ -95,7 +95,7 @@ def full() -> Iterator[socket.socket]:
         listening.bind(("127.0.0.1", 0))
         listening.listen(0)
         for _ in range(4):
-            early = stack.enter_context(net.open_stream(socket.AF_INET))
+            early = stack.enter_context(tcp.open_stream(socket.AF_INET))
             early.connect_ex(listening.getsockname())
         yield listening
 
@@ -315,7 +315,7 @@ async def test_what_is_no_greeting_of_our_server(
 async def test_reset_before_the_greeting() -> None:
     with server() as listening, post(name_of(listening)) as here:
         here.begin()
-        net.reset(accept(listening))
+        tcp.reset(accept(listening))
         failure = await here.failure()
         assert isinstance(failure, TunnelError)
         assert "broke during the handshake: connection reset" in str(failure)
@@ -338,7 +338,7 @@ async def test_no_socket_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> socket.socket:
         raise OSError(errno.EMFILE, "too many open files")
 
-    monkeypatch.setattr(net, "open_stream", fail)
+    monkeypatch.setattr(tcp, "open_stream", fail)
     with post(("127.0.0.1", 1)) as here:
         here.begin()
         assert (await here.dial_error()).errno == errno.EMFILE
@@ -365,7 +365,7 @@ async def test_never_talks_to_itself(monkeypatch: pytest.MonkeyPatch, host: str)
         sock.bind(("127.0.0.1", port))
         return sock
 
-    monkeypatch.setattr(net, "open_stream", open_there)
+    monkeypatch.setattr(tcp, "open_stream", open_there)
     with post((host, port)) as here:
         here.begin()
         assert (await here.dial_error()).errno == errno.ECONNREFUSED
@@ -376,7 +376,7 @@ async def test_a_claim_that_cannot_be_sent(monkeypatch: pytest.MonkeyPatch) -> N
         raise BrokenPipeError(errno.EPIPE, "gone")
 
     with server() as listening, post(name_of(listening)) as here:
-        monkeypatch.setattr(net, "send_line", fail)
+        monkeypatch.setattr(tcp, "send_line", fail)
         here.begin()
         with accept(listening) as far:
             far.send(greeting().greeting_line)

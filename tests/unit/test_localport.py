@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from tests.engine.rig import tcp_pair
 
-from nodepass.net import localport, net
-from nodepass.net.localport import PERIOD, LocalPorts, Need
+from nodepass.net import local_ports, tcp
+from nodepass.net.local_ports import PERIOD, LocalPorts, Need
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="an option of Linux")
 
@@ -33,7 +33,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(localport, "time", clock)
+    monkeypatch.setattr(local_ports, "time", clock)
     return clock
 
 
@@ -41,7 +41,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def ports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clock: Clock) -> LocalPorts:
     (tmp_path / "ip_local_port_range").write_text(f"{FIRST}\t{LAST}\n")
     (tmp_path / "ip_local_reserved_ports").write_text(f"{LAST - 9}-{LAST - 5},{LAST}\n")
-    monkeypatch.setattr(localport, "_SYSCTL", tmp_path)
+    monkeypatch.setattr(local_ports, "_SYSCTL", tmp_path)
     return LocalPorts()
 
 
@@ -92,23 +92,23 @@ def test_c15_ports_come_in_turn_and_reserved_ones_never(ports: LocalPorts) -> No
     assert set(given) == allowed
     assert given[:94] == given[94:], "the one that was used longest ago is next"
     tried = list(itertools.islice(ports.choose(), 100))
-    assert len(tried) == localport.TRIES
+    assert len(tried) == local_ports.TRIES
     assert set(tried) <= allowed
 
 
 def test_c15_a_range_that_cannot_be_read_is_the_kernels_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(localport, "_SYSCTL", tmp_path / "nowhere")
+    monkeypatch.setattr(local_ports, "_SYSCTL", tmp_path / "nowhere")
     ports = LocalPorts()
     ports.note(*SERVER)
     assert 32768 < next(iter(ports.choose())) <= 60999
 
 
 def test_c15_the_number_of_addresses_is_bounded(ports: LocalPorts) -> None:
-    for number in range(3 * localport.MAX_ADDRESSES):
+    for number in range(3 * local_ports.MAX_ADDRESSES):
         ports.note(f"192.0.2.{number % 250}", number)
-    assert len(ports._addresses) <= localport.MAX_ADDRESSES
+    assert len(ports._addresses) <= local_ports.MAX_ADDRESSES
 
 
 # --- how net uses them ---------------------------------------------------------------------------
@@ -143,11 +143,11 @@ def free(count: int) -> list[int]:
 async def test_c15_a_dial_takes_a_port_of_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     taken, wanted, other = free(3)
     short = Short(taken, wanted, other)
-    monkeypatch.setattr(net, "LOCAL_PORTS", short)
+    monkeypatch.setattr(tcp, "LOCAL_PORTS", short)
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as holder:
         holder.bind(("0.0.0.0", taken))
         holder.listen(1)
-        with await net.dial("127.0.0.1", server.getsockname()[1], 5) as sock:
+        with await tcp.dial("127.0.0.1", server.getsockname()[1], 5) as sock:
             assert sock.getsockname()[1] == wanted
             far, _ = server.accept()
             with far:
@@ -159,15 +159,15 @@ async def test_c15_a_dial_takes_a_port_of_its_turn(monkeypatch: pytest.MonkeyPat
 async def test_c15_a_port_in_time_wait_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten times the same pair of addresses within a moment, this side ending first each time."""
     (port,) = free(1)
-    monkeypatch.setattr(net, "LOCAL_PORTS", Short(port))
+    monkeypatch.setattr(tcp, "LOCAL_PORTS", Short(port))
     with socket.create_server(("127.0.0.2", 0)) as server:
         for _ in range(10):
-            sock = await net.dial("127.0.0.2", server.getsockname()[1], 5)
+            sock = await tcp.dial("127.0.0.2", server.getsockname()[1], 5)
             with sock:
                 assert sock.getsockname()[1] == port
                 far, _ = server.accept()
                 with far:
-                    net.disarm(sock)
+                    tcp.disarm(sock)
                     sock.shutdown(socket.SHUT_WR)
                     assert far.recv(1) == b""
                     far.close()
@@ -180,11 +180,11 @@ async def test_c15_without_any_port_of_its_turn_the_kernel_chooses(
 ) -> None:
     (taken,) = free(1)
     short = Short(taken)
-    monkeypatch.setattr(net, "LOCAL_PORTS", short)
+    monkeypatch.setattr(tcp, "LOCAL_PORTS", short)
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as holder:
         holder.bind(("0.0.0.0", taken))
         holder.listen(1)
-        with await net.dial("127.0.0.1", server.getsockname()[1], 5) as sock:
+        with await tcp.dial("127.0.0.1", server.getsockname()[1], 5) as sock:
             assert sock.getsockname()[1] != taken
         server.accept()[0].close()
     assert short.missed == 1
@@ -193,8 +193,8 @@ async def test_c15_without_any_port_of_its_turn_the_kernel_chooses(
 def test_c15_a_dial_does_not_meet_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bound to the very port that it dials, where nobody listens, it would be connected."""
     (port,) = free(1)
-    monkeypatch.setattr(net, "LOCAL_PORTS", Short(port))
-    sock, has_begun = net.open_dial(socket.AF_INET, ("127.0.0.1", port))
+    monkeypatch.setattr(tcp, "LOCAL_PORTS", Short(port))
+    sock, has_begun = tcp.open_dial(socket.AF_INET, ("127.0.0.1", port))
     sock.close()
     assert not has_begun
 
@@ -207,7 +207,7 @@ def test_c15_when_none_is_left_it_is_tried_once_more_bound(
     far.close()
     (port,) = free(1)
     faults = [errno.EADDRNOTAVAIL]
-    real = net.begin_connect
+    real = tcp.begin_connect
 
     def begin(sock: socket.socket, address: tuple[str, int]) -> None:
         if faults:
@@ -218,9 +218,9 @@ def test_c15_when_none_is_left_it_is_tried_once_more_bound(
         def note(self, *_: object) -> Need:
             return Need.BOUND if self.missed else Need.FRESH
 
-    monkeypatch.setattr(net, "begin_connect", begin)
-    monkeypatch.setattr(net, "LOCAL_PORTS", Learning(port))
+    monkeypatch.setattr(tcp, "begin_connect", begin)
+    monkeypatch.setattr(tcp, "LOCAL_PORTS", Learning(port))
     with socket.create_server(("127.0.0.1", 0)) as server:
-        with net.begin_dial(socket.AF_INET, server.getsockname()) as sock:
+        with tcp.begin_dial(socket.AF_INET, server.getsockname()) as sock:
             assert sock.getsockname()[1] == port
         server.accept()[0].close()

@@ -24,7 +24,7 @@ from tests.system.rig.timing import free_port, until, within
 
 import nodepass
 from nodepass.errors import DialError, ListenError
-from nodepass.net import net
+from nodepass.net import tcp
 from nodepass.net.listener import ACCEPT_BATCH, Listener, listen
 
 both = pytest.mark.loops("asyncio", "uvloop")
@@ -150,7 +150,7 @@ def faulty(*faults: int) -> Faulty:
     ],
 )
 def test_join_address(host: str, shown: str) -> None:
-    assert net.join_address(host, 80) == shown
+    assert tcp.join_address(host, 80) == shown
 
 
 @pytest.mark.parametrize(
@@ -158,26 +158,26 @@ def test_join_address(host: str, shown: str) -> None:
     [("::ffff:10.0.0.1", "10.0.0.1"), ("10.0.0.1", "10.0.0.1"), ("::ffff:1", "::ffff:1")],
 )
 def test_plain_host(host: str, plain: str) -> None:
-    assert net.plain_host(host) == plain
+    assert tcp.plain_host(host) == plain
 
 
 def test_tune_sets_what_every_leg_has() -> None:
     with ends() as (near, _):
         near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
-        net.tune(near)
+        tcp.tune(near)
         assert near.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert near.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         if hasattr(socket, "TCP_KEEPIDLE"):
             idle = near.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
-            assert idle == net.KEEPALIVE_IDLE
+            assert idle == tcp.KEEPALIVE_IDLE
 
 
 def test_tune_where_keepalive_has_no_knobs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"):
         monkeypatch.delattr(socket, name, raising=False)
-    monkeypatch.setattr(net, "_TUNING", net._tuning())
+    monkeypatch.setattr(tcp, "_TUNING", tcp._tuning())
     with ends() as (near, _):
-        net.tune(near)
+        tcp.tune(near)
         assert near.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
 
@@ -185,7 +185,7 @@ def test_tune_where_keepalive_has_no_knobs(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(("seconds", "milliseconds"), [(1.5, 1500), (0.0, 1)])
 def test_limit_silence(seconds: float, milliseconds: int) -> None:
     with ends() as (near, _):
-        net.limit_silence(near, seconds)
+        tcp.limit_silence(near, seconds)
         set_to = near.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
         assert set_to == milliseconds
 
@@ -193,16 +193,16 @@ def test_limit_silence(seconds: float, milliseconds: int) -> None:
 def test_limit_silence_elsewhere_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(socket, "TCP_USER_TIMEOUT", raising=False)
     with ends() as (near, _):
-        net.limit_silence(near, 1.0)
+        tcp.limit_silence(near, 1.0)
 
 
 def test_reset_is_no_clean_end() -> None:
     with ends() as (near, far):
-        net.reset(near)
+        tcp.reset(near)
         far.setblocking(True)
         with pytest.raises(ConnectionResetError):
             far.recv(100)
-    net.reset(near)  # a closed one is harmless
+    tcp.reset(near)  # a closed one is harmless
 
 
 def is_armed(sock: socket.socket) -> bool:
@@ -213,32 +213,32 @@ def is_armed(sock: socket.socket) -> bool:
 
 def test_c21_finish_lets_the_last_words_arrive() -> None:
     with ends() as (near, far):
-        net.arm(near)
+        tcp.arm(near)
         near.send(b"refuse://auth\n")
-        net.finish(near)
+        tcp.finish(near)
         far.settimeout(5)
         assert far.recv(100) == b"refuse://auth\n"
         assert far.recv(100) == b""
-    net.finish(near)  # a closed one is harmless
+    tcp.finish(near)  # a closed one is harmless
 
 
 def test_has_ended() -> None:
     with ends() as (near, far):
-        assert not net.has_ended(near)
+        assert not tcp.has_ended(near)
         far.send(b"x")
         assert select.select([near], [], [], 5)[0]
-        assert not net.has_ended(near)
+        assert not tcp.has_ended(near)
         assert near.recv(10) == b"x", "the byte is still there"
         far.close()
         assert select.select([near], [], [], 5)[0]
-        assert net.has_ended(near)
+        assert tcp.has_ended(near)
 
 
 def test_has_ended_by_reset() -> None:
     with ends() as (near, far):
-        net.reset(far)
+        tcp.reset(far)
         assert select.select([near], [], [], 5)[0]
-        assert net.has_ended(near)
+        assert tcp.has_ended(near)
 
 
 @pytest.mark.parametrize("how", ["quiet", "bytes", "end", "reset", "reset behind bytes"])
@@ -251,19 +251,19 @@ def test_is_alive_unless_reset(how: str) -> None:
         if how == "end":
             far.shutdown(socket.SHUT_WR)
         if "reset" in how:
-            net.reset(far)
+            tcp.reset(far)
         if how != "quiet":
             assert select.select([near], [], [], 5)[0]
-        assert net.is_alive(near) is (how != "reset")
+        assert tcp.is_alive(near) is (how != "reset")
 
 
 def test_peer_host() -> None:
     with ends() as (near, far):
-        assert net.peer_host(near) == "127.0.0.1"
-        net.reset(far)
+        assert tcp.peer_host(near) == "127.0.0.1"
+        tcp.reset(far)
         assert select.select([near], [], [], 5)[0]
         with pytest.raises(OSError, match="not connected"):
-            net.peer_host(near)
+            tcp.peer_host(near)
 
 
 @needs_ipv6
@@ -273,7 +273,7 @@ def test_peer_host_undoes_the_dual_stack() -> None:
             accepted, _ = target.accept()
         with accepted:
             assert accepted.getpeername()[0] == "::ffff:127.0.0.1"
-            assert net.peer_host(accepted) == "127.0.0.1"
+            assert tcp.peer_host(accepted) == "127.0.0.1"
 
 
 def test_peer_host_keeps_the_zone_of_a_link_local_address() -> None:
@@ -282,17 +282,17 @@ def test_peer_host_keeps_the_zone_of_a_link_local_address() -> None:
             return ("fe80::1", 80, 0, socket.if_nametoindex("lo"))
 
     with Scoped() as sock:
-        assert net.peer_host(sock) == "fe80::1%lo"
+        assert tcp.peer_host(sock) == "fe80::1%lo"
 
 
 def test_descriptor_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert net.descriptor_limit() == soft
+    assert tcp.descriptor_limit() == soft
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     monkeypatch.setattr(resource, "getrlimit", lambda _: unlimited)
-    assert net.descriptor_limit() == net.UNLIMITED_DESCRIPTORS
+    assert tcp.descriptor_limit() == tcp.UNLIMITED_DESCRIPTORS
     monkeypatch.setitem(sys.modules, "resource", None)
-    assert net.descriptor_limit() == net.UNLIMITED_DESCRIPTORS
+    assert tcp.descriptor_limit() == tcp.UNLIMITED_DESCRIPTORS
 
 
 @pytest.mark.parametrize(
@@ -302,10 +302,10 @@ def test_descriptor_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_share_descriptors(
     limit: int, expected: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(net, "descriptor_limit", lambda: limit)
-    shares = net.share_descriptors(1000, 500)
+    monkeypatch.setattr(tcp, "descriptor_limit", lambda: limit)
+    shares = tcp.share_descriptors(1000, 500)
     assert shares == expected
-    spent = shares.visitors * net.DESCRIPTORS_PER_VISITOR + shares.stock
+    spent = shares.visitors * tcp.DESCRIPTORS_PER_VISITOR + shares.stock
     assert limit < 100 or spent < limit
 
 
@@ -317,12 +317,12 @@ def test_is_stalled(monkeypatch: pytest.MonkeyPatch) -> None:
             return bytes((1, 0, self.resends, 0, 0, 0, 0, 0))
 
     with ends() as (near, _), Deaf() as deaf:
-        assert not net.is_stalled(near)
-        assert not net.is_stalled(deaf)
-        deaf.resends = net.STALLED_RESENDS
-        assert net.is_stalled(deaf)
+        assert not tcp.is_stalled(near)
+        assert not tcp.is_stalled(deaf)
+        deaf.resends = tcp.STALLED_RESENDS
+        assert tcp.is_stalled(deaf)
         monkeypatch.delattr(socket, "TCP_INFO", raising=False)
-        assert not net.is_stalled(deaf)
+        assert not tcp.is_stalled(deaf)
 
 
 # --- listen ------------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ async def test_listen_on_every_address_is_one_dual_stack_socket() -> None:
         listener = Listener(socks, hearer.accept, hearer.complain)
         listener.resume()
         for host in ("127.0.0.1", "::1"):
-            (await net.dial(host, listener.address[1], 5)).close()
+            (await tcp.dial(host, listener.address[1], 5)).close()
         await until(lambda: len(hearer.peers) == 2, 5, "both connections")
         assert [host for host, _ in hearer.peers] == ["127.0.0.1", "::1"]
         listener.close()
@@ -404,10 +404,10 @@ async def test_c21_every_socket_is_born_armed(monkeypatch: pytest.MonkeyPatch) -
         listener = Listener(socks, hearer.accept, hearer.complain)
         listener.resume()
         for host in ("127.0.0.1", "name"):
-            with await net.dial(host, listener.address[1], 5) as dialled:
+            with await tcp.dial(host, listener.address[1], 5) as dialled:
                 assert is_armed(dialled)
         for host in ("127.0.0.1", "192.0.2.1"):
-            with net.open_stream(socket.AF_INET, host) as fresh:
+            with tcp.open_stream(socket.AF_INET, host) as fresh:
                 assert is_armed(fresh)
         await until(lambda: len(hearer.socks) == 2, 5, "both connections")
         assert all(is_armed(sock) for sock in hearer.socks)
@@ -419,7 +419,7 @@ async def test_what_is_accepted_is_tuned() -> None:
         assert not socks[0].getblocking()
         listener = Listener(socks, hearer.accept, hearer.complain)
         listener.resume()
-        with await net.dial(*listener.address, 5) as dialled:
+        with await tcp.dial(*listener.address, 5) as dialled:
             await until(lambda: hearer.socks, 5, "the connection")
             assert hearer.peers == [dialled.getsockname()]
             for sock in (dialled, hearer.socks[0]):
@@ -438,7 +438,7 @@ async def test_listener_leaves_callers_in_the_queue_while_paused() -> None:
         listener = Listener(await listen("127.0.0.1", 0), hearer.accept, hearer.complain)
         stack.callback(listener.close)
         assert listener.is_paused
-        stack.enter_context(await net.dial(*listener.address, 5))
+        stack.enter_context(await tcp.dial(*listener.address, 5))
         await asyncio.sleep(0.02)
         assert not hearer.socks
         listener.resume()
@@ -446,7 +446,7 @@ async def test_listener_leaves_callers_in_the_queue_while_paused() -> None:
         await until(lambda: len(hearer.socks) == 1, 5, "the first")
         listener.pause()
         listener.pause()
-        stack.enter_context(await net.dial(*listener.address, 5))
+        stack.enter_context(await tcp.dial(*listener.address, 5))
         await asyncio.sleep(0.02)
         assert len(hearer.socks) == 1
         listener.resume()
@@ -465,7 +465,7 @@ async def test_listener_stops_in_mid_batch(word: str) -> None:
         listener = Listener(await listen("127.0.0.1", 0), accept_one, hearer.complain)
         stack.callback(listener.close)
         for _ in range(3):
-            stack.enter_context(await net.dial(*listener.address, 5))
+            stack.enter_context(await tcp.dial(*listener.address, 5))
         listener.resume()
         await until(lambda: hearer.socks, 5, "the first")
         await asyncio.sleep(0.02)
@@ -500,7 +500,7 @@ async def test_listener_goes_on_behind_a_connection_that_died_in_the_queue() -> 
         sock = faulty(errno.ECONNABORTED, errno.EPROTO, errno.EINTR)
         listener = Listener([sock], hearer.accept, hearer.complain)
         listener.resume()
-        with await net.dial(*listener.address, 5):
+        with await tcp.dial(*listener.address, 5):
             await until(lambda: hearer.socks, 5, "the connection behind it")
         listener.close()
         assert not hearer.complaints
@@ -517,7 +517,7 @@ async def test_listener_backs_off_and_comes_back(
     with Hearer() as hearer:
         listener = Listener([faulty(code, code)], hearer.accept, hearer.complain)
         listener.resume()
-        with await net.dial(*listener.address, 5):
+        with await tcp.dial(*listener.address, 5):
             await until(lambda: hearer.complaints, 5, "the complaint")
             assert not hearer.socks
             await until(lambda: hearer.socks, 5, "the connection")
@@ -532,7 +532,7 @@ async def test_listener_stays_paused_when_the_back_off_ends(
     with Hearer() as hearer:
         listener = Listener([faulty(errno.EMFILE)], hearer.accept, hearer.complain)
         listener.resume()
-        with await net.dial(*listener.address, 5):
+        with await tcp.dial(*listener.address, 5):
             await until(lambda: hearer.complaints, 5, "the complaint")
             listener.pause()
             await asyncio.sleep(0.05)
@@ -550,14 +550,14 @@ async def test_listener_closed_while_backing_off_never_comes_back(
         listener = Listener([faulty(errno.EMFILE)], hearer.accept, hearer.complain)
         address = listener.address
         listener.resume()
-        with await net.dial(*address, 5):
+        with await tcp.dial(*address, 5):
             await until(lambda: hearer.complaints, 5, "the complaint")
             listener.close()
             listener.close()
             await asyncio.sleep(0.05)
             assert not hearer.socks
         with pytest.raises(DialError):
-            await net.dial(*address, 5)
+            await tcp.dial(*address, 5)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts descriptors in /proc")
@@ -609,13 +609,13 @@ def test_listener_out_of_descriptors_neither_ends_nor_spins() -> None:
 @both
 @pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6)])
 async def test_dial_an_address(host: str) -> None:
-    with listening(host) as target, await net.dial(host, target.getsockname()[1], 5) as sock:
+    with listening(host) as target, await tcp.dial(host, target.getsockname()[1], 5) as sock:
         assert sock.getpeername() == target.getsockname()
 
 
 @both
 async def test_dial_no_host_is_this_machine() -> None:
-    with listening() as target, await net.dial("", target.getsockname()[1], 5) as sock:
+    with listening() as target, await tcp.dial("", target.getsockname()[1], 5) as sock:
         assert sock.getpeername() == target.getsockname()
 
 
@@ -626,7 +626,7 @@ async def test_dial_resolves_afresh_each_time(monkeypatch: pytest.MonkeyPatch) -
         with listening("127.0.0.2", port):
             for host in ("127.0.0.1", "127.0.0.2"):
                 teach(monkeypatch, moving=[host])
-                with await net.dial("moving", port, 5) as sock:
+                with await tcp.dial("moving", port, 5) as sock:
                     assert sock.getpeername() == (host, port)
 
 
@@ -637,18 +637,18 @@ async def test_dial_does_not_wait_for_an_address_that_never_answers(
     teach(monkeypatch, split=["127.0.0.2", "127.0.0.3", "127.0.0.1"])
     with black_hole("127.0.0.2") as port, black_hole("127.0.0.3", port), listening(port=port):
         async with within(10):
-            with await net.dial("split", port, 30) as sock:
+            with await tcp.dial("split", port, 30) as sock:
                 assert sock.getpeername() == ("127.0.0.1", port)
 
 
 @both
 async def test_dial_goes_on_at_once_behind_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(net, "HAPPY_DELAY", 60.0)
+    monkeypatch.setattr(tcp, "HAPPY_DELAY", 60.0)
     teach(monkeypatch, split=["127.0.0.2", "127.0.0.1"])
     with listening() as target:
         port = target.getsockname()[1]
         async with within(10):
-            with await net.dial("split", port, 30) as sock:
+            with await tcp.dial("split", port, 30) as sock:
                 assert sock.getpeername() == ("127.0.0.1", port)
 
 
@@ -661,9 +661,9 @@ async def test_dial_takes_turns_between_the_families(monkeypatch: pytest.MonkeyP
         raise ConnectionRefusedError(errno.ECONNREFUSED, f"attempt {len(tried)}")
 
     teach(monkeypatch, many=["::1", "::2", "::3", "127.0.0.1"])
-    monkeypatch.setattr(net, "connect", refuse)
+    monkeypatch.setattr(tcp, "connect", refuse)
     with pytest.raises(DialError) as caught:
-        await net.dial("many", 80, 5)
+        await tcp.dial("many", 80, 5)
     assert tried == ["::1", "127.0.0.1", "::2", "::3"]
     assert caught.value.errno == errno.ECONNREFUSED
     assert caught.value.attempts == 4
@@ -673,7 +673,7 @@ async def test_dial_takes_turns_between_the_families(monkeypatch: pytest.MonkeyP
 @both
 async def test_dial_keeps_one_of_two_that_answer_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The leak guard sees to it that the other one is closed."""
-    connect, gate, arrived = net.connect, asyncio.Event(), 0
+    connect, gate, arrived = tcp.connect, asyncio.Event(), 0
 
     async def hold(sock: socket.socket, address: tuple[str, int]) -> None:
         nonlocal arrived
@@ -683,10 +683,10 @@ async def test_dial_keeps_one_of_two_that_answer_at_once(monkeypatch: pytest.Mon
             gate.set()
         await gate.wait()
 
-    monkeypatch.setattr(net, "HAPPY_DELAY", 0.01)
-    monkeypatch.setattr(net, "connect", hold)
+    monkeypatch.setattr(tcp, "HAPPY_DELAY", 0.01)
+    monkeypatch.setattr(tcp, "connect", hold)
     teach(monkeypatch, two=["127.0.0.1", "127.0.0.2"])
-    with listening("0.0.0.0") as target, await net.dial("two", target.getsockname()[1], 5) as sock:
+    with listening("0.0.0.0") as target, await tcp.dial("two", target.getsockname()[1], 5) as sock:
         assert sock.getpeername()[0] in ("127.0.0.1", "127.0.0.2")
         assert arrived == 2
 
@@ -695,7 +695,7 @@ async def test_dial_keeps_one_of_two_that_answer_at_once(monkeypatch: pytest.Mon
 async def test_dial_that_gets_one_refused_and_one_connected_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    connect, gate, arrived = net.connect, asyncio.Event(), 0
+    connect, gate, arrived = tcp.connect, asyncio.Event(), 0
 
     async def hold(sock: socket.socket, address: tuple[str, int]) -> None:
         nonlocal arrived
@@ -705,10 +705,10 @@ async def test_dial_that_gets_one_refused_and_one_connected_at_once(
         await gate.wait()
         await connect(sock, address)
 
-    monkeypatch.setattr(net, "HAPPY_DELAY", 0.01)
-    monkeypatch.setattr(net, "connect", hold)
+    monkeypatch.setattr(tcp, "HAPPY_DELAY", 0.01)
+    monkeypatch.setattr(tcp, "connect", hold)
     teach(monkeypatch, two=["127.0.0.2", "127.0.0.1"])
-    with listening() as target, await net.dial("two", target.getsockname()[1], 5) as sock:
+    with listening() as target, await tcp.dial("two", target.getsockname()[1], 5) as sock:
         assert sock.getpeername()[0] == "127.0.0.1"
 
 
@@ -716,7 +716,7 @@ async def test_dial_that_gets_one_refused_and_one_connected_at_once(
 async def test_dial_waits_for_a_slow_address_when_the_last_one_refuses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    connect, refused = net.connect, asyncio.Event()
+    connect, refused = tcp.connect, asyncio.Event()
 
     async def hold(sock: socket.socket, address: tuple[str, int]) -> None:
         if address[0] == "127.0.0.1":
@@ -727,10 +727,10 @@ async def test_dial_waits_for_a_slow_address_when_the_last_one_refuses(
         finally:
             refused.set()
 
-    monkeypatch.setattr(net, "HAPPY_DELAY", 0.01)
-    monkeypatch.setattr(net, "connect", hold)
+    monkeypatch.setattr(tcp, "HAPPY_DELAY", 0.01)
+    monkeypatch.setattr(tcp, "connect", hold)
     teach(monkeypatch, two=["127.0.0.1", "127.0.0.2"])
-    with listening() as target, await net.dial("two", target.getsockname()[1], 5) as sock:
+    with listening() as target, await tcp.dial("two", target.getsockname()[1], 5) as sock:
         assert sock.getpeername()[0] == "127.0.0.1"
 
 
@@ -738,17 +738,17 @@ async def test_dial_waits_for_a_slow_address_when_the_last_one_refuses(
 async def test_dial_a_name_that_does_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
     teach(monkeypatch, empty=[])
     with pytest.raises(DialError, match="does not resolve") as caught:
-        await net.dial("nowhere", 80, 5)
+        await tcp.dial("nowhere", 80, 5)
     assert (caught.value.errno, caught.value.attempts) == (errno.EHOSTUNREACH, 0)
     with pytest.raises(DialError) as caught:
-        await net.dial("empty", 80, 5)
+        await tcp.dial("empty", 80, 5)
     assert (caught.value.errno, caught.value.attempts) == (errno.EHOSTUNREACH, 0)
 
 
 @both
 async def test_dial_refused() -> None:
     with pytest.raises(DialError) as caught:
-        await net.dial("127.0.0.1", free_port(), 5)
+        await tcp.dial("127.0.0.1", free_port(), 5)
     assert (caught.value.errno, caught.value.attempts) == (errno.ECONNREFUSED, 1)
 
 
@@ -764,7 +764,7 @@ async def test_dial_whose_answer_takes_a_while(is_refused: bool) -> None:
         for caller in early:
             caller.setblocking(False)
             caller.connect_ex(name)
-        dialling = asyncio.create_task(net.dial("127.0.0.1", name[1], 10))
+        dialling = asyncio.create_task(tcp.dial("127.0.0.1", name[1], 10))
         await asyncio.sleep(0.1)
         assert not dialling.done()
         if is_refused:
@@ -781,12 +781,12 @@ async def test_dial_whose_answer_takes_a_while(is_refused: bool) -> None:
 @both
 @pytest.mark.parametrize("host", ["127.0.0.2", "holes"])
 async def test_dial_ends_in_time(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
-    monkeypatch.setattr(net, "HAPPY_DELAY", 0.01)
+    monkeypatch.setattr(tcp, "HAPPY_DELAY", 0.01)
     teach(monkeypatch, holes=["127.0.0.2", "127.0.0.3"])
     with black_hole("127.0.0.2") as port, black_hole("127.0.0.3", port):
         async with within(10):
             with pytest.raises(DialError, match="timed out") as caught:
-                await net.dial(host, port, 0.1)
+                await tcp.dial(host, port, 0.1)
     assert caught.value.errno == errno.ETIMEDOUT
 
 
@@ -800,7 +800,7 @@ async def test_dial_ends_in_time_while_resolving(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     with pytest.raises(DialError) as caught:
-        await net.dial("slow", 80, 0.02)
+        await tcp.dial("slow", 80, 0.02)
     assert asked.is_set()
     answers.set()
     assert (caught.value.errno, caught.value.attempts) == (errno.ETIMEDOUT, 0)
@@ -816,24 +816,24 @@ async def test_dial_translates_what_the_kernel_says(
     async def fail(*_: object) -> None:
         raise fault
 
-    monkeypatch.setattr(net, "connect", fail)
+    monkeypatch.setattr(tcp, "connect", fail)
     with pytest.raises(DialError) as caught:
-        await net.dial("127.0.0.1", 80, 5)
+        await tcp.dial("127.0.0.1", 80, 5)
     assert caught.value.errno == code
 
 
 @both
 async def test_dial_never_talks_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    connect = net.connect
+    connect = tcp.connect
 
     async def connect_from_there(sock: socket.socket, address: tuple[str, int]) -> None:
         # What the kernel does once in a while: it picks the wanted port as our own.
         sock.bind(address)
         await connect(sock, address)
 
-    monkeypatch.setattr(net, "connect", connect_from_there)
+    monkeypatch.setattr(tcp, "connect", connect_from_there)
     with pytest.raises(DialError) as caught:
-        await net.dial("127.0.0.1", free_port(), 5)
+        await tcp.dial("127.0.0.1", free_port(), 5)
     assert caught.value.errno == errno.ECONNREFUSED
 
 
@@ -842,10 +842,10 @@ async def test_dial_never_talks_to_itself(monkeypatch: pytest.MonkeyPatch) -> No
 async def test_dial_cancelled_leaves_no_descriptor(
     monkeypatch: pytest.MonkeyPatch, host: str
 ) -> None:
-    monkeypatch.setattr(net, "HAPPY_DELAY", 0.01)
+    monkeypatch.setattr(tcp, "HAPPY_DELAY", 0.01)
     teach(monkeypatch, holes=["127.0.0.2", "127.0.0.3"])
     with black_hole("127.0.0.2") as port, black_hole("127.0.0.3", port):
-        dialling = asyncio.create_task(net.dial(host, port, 30))
+        dialling = asyncio.create_task(tcp.dial(host, port, 30))
         await asyncio.sleep(0.05)
         dialling.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -858,17 +858,17 @@ async def test_dial_cancelled_with_a_connection_in_hand(
     monkeypatch: pytest.MonkeyPatch, turns: int
 ) -> None:
     """At whichever turn around the success the cancellation comes, nothing stays open."""
-    connect, gate, connected = net.connect, asyncio.Event(), asyncio.Event()
+    connect, gate, connected = tcp.connect, asyncio.Event(), asyncio.Event()
 
     async def hold(sock: socket.socket, address: tuple[str, int]) -> None:
         await connect(sock, address)
         connected.set()
         await gate.wait()
 
-    monkeypatch.setattr(net, "connect", hold)
+    monkeypatch.setattr(tcp, "connect", hold)
     teach(monkeypatch, two=["127.0.0.1", "127.0.0.2"])
     with listening("0.0.0.0") as target:
-        dialling = asyncio.create_task(net.dial("two", target.getsockname()[1], 5))
+        dialling = asyncio.create_task(tcp.dial("two", target.getsockname()[1], 5))
         async with within(5):
             await connected.wait()
         gate.set()
@@ -886,13 +886,13 @@ async def test_dial_cancelled_with_a_connection_in_hand(
 )
 def test_keepalive_where_a_peer_may_vanish(host: str, is_far: bool) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with net.open_stream(family, host) as sock:
+    with tcp.open_stream(family, host) as sock:
         assert not sock.getblocking()
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)) is is_far
         if is_far:
             idle = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
-            assert idle == net.KEEPALIVE_IDLE
+            assert idle == tcp.KEEPALIVE_IDLE
 
 
 @pytest.mark.parametrize(
@@ -907,12 +907,12 @@ def test_keepalive_where_a_peer_may_vanish(host: str, is_far: bool) -> None:
     ],
 )
 def test_literal(host: str, wanted: object) -> None:
-    assert net.literal(host, 9) == wanted
+    assert tcp.literal(host, 9) == wanted
 
 
 def test_literal_with_a_zone() -> None:
     zone = socket.if_nametoindex("lo")
-    assert net.literal("fe80::1%lo", 9) == (socket.AF_INET6, ("fe80::1", 9, 0, zone))
+    assert tcp.literal("fe80::1%lo", 9) == (socket.AF_INET6, ("fe80::1", 9, 0, zone))
 
 
 # --- several addresses, several fates ------------------------------------------------------------
@@ -981,7 +981,7 @@ def fates(monkeypatch: pytest.MonkeyPatch, **of: int) -> None:
             await asyncio.sleep(60)
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(net, "_connect", connect)
+    monkeypatch.setattr(tcp, "_connect", connect)
 
 
 @pytest.mark.parametrize(
@@ -1001,7 +1001,7 @@ async def test_c7_the_most_telling_failure_is_reported(
 ) -> None:
     fates(monkeypatch, a=first, b=second)
     with pytest.raises(DialError) as caught:
-        await net.dial("some", 80, 5)
+        await tcp.dial("some", 80, 5)
     assert caught.value.errno == winner
     assert caught.value.attempts == 2
     for code, host in ((first, "127.0.0.1"), (second, "127.0.0.2")):
@@ -1017,14 +1017,14 @@ async def test_c7_a_refusal_is_not_forgotten_when_the_time_is_over(
     with pytest.raises(
         DialError, match=r"refused .127\.0\.0\.1., .*timed out .127\.0\.0\.2."
     ) as caught:
-        await net.dial("some", 80, 0.3)
+        await tcp.dial("some", 80, 0.3)
     assert caught.value.errno == errno.ECONNREFUSED
 
 
 async def test_c7_one_failure_of_all_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     fates(monkeypatch, a=errno.ECONNREFUSED, b=errno.ECONNREFUSED)
     with pytest.raises(DialError) as caught:
-        await net.dial("some", 80, 5)
+        await tcp.dial("some", 80, 5)
     assert str(caught.value) == "cannot reach some:80: connection refused"
 
 
@@ -1045,7 +1045,7 @@ async def test_c29_a_listener_without_room_in_the_kernel_tries_again(
     with closing(await listen("127.0.0.1", 0)) as socks, Hearer() as hearer:
         listener = Listener(socks, hearer.accept, hearer.complain)
         listener.resume()
-        with await net.dial(*listener.address, 5):
+        with await tcp.dial(*listener.address, 5):
             await until(lambda: hearer.socks, 5, "a connection in spite of that")
         assert [exc.errno for exc in hearer.complaints] == [errno.ENOMEM, errno.ENOSPC]
         listener.close()

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from tests.system.rig.timing import until
 
-from nodepass.net.patience import Patience
+from nodepass.net.deadlines import Patience
 
 both = pytest.mark.loops("asyncio", "uvloop")
 

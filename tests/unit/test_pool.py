@@ -14,8 +14,8 @@ from tests.engine.rig import tcp_pair
 from tests.system.rig.timing import until, within
 
 from nodepass.errors import PoolClosed, PoolTimeout
-from nodepass.net import net
-from nodepass.net.watch import Watch
+from nodepass.net import tcp
+from nodepass.net.readiness import Watch
 from nodepass.protocol.message import Dialect, Idle
 from nodepass.protocol.session import Role, Session, State
 from nodepass.tunnel.pool import (
@@ -72,7 +72,7 @@ class House:
         return False
 
     def is_open(self, name: int | str) -> bool:
-        return not net.has_ended(self.far[name])
+        return not tcp.has_ended(self.far[name])
 
     def _count(self, _link: Link) -> None:
         self.lost += 1
@@ -129,7 +129,7 @@ async def test_shelf_notices_a_dead_link_at_once(how: str) -> None:
         shelf.put(house.link(1))
         shelf.put(house.link(2))
         if how == "reset":
-            net.reset(house.far[1])
+            tcp.reset(house.far[1])
         else:
             house.far[1].close()
         await until(lambda: house.lost, 5, "the loss")
@@ -147,7 +147,7 @@ async def test_shelf_takes_no_link_that_died_in_this_very_turn(how: str) -> None
         dead = house.link(2)
         shelf.put(dead)
         if how == "reset":
-            net.reset(house.far[2])
+            tcp.reset(house.far[2])
         else:
             house.far[2].close()
         assert select.select([dead.sock], [], [], 5)[0]
@@ -209,7 +209,7 @@ async def test_shelf_has_no_grace_for_a_reset_link() -> None:
     with House() as house:
         shelf = house.shelf(grace=5.0)
         shelf.put(house.link(1))
-        net.reset(house.far[1])
+        tcp.reset(house.far[1])
         await until(lambda: house.lost, 5, "the reset")
         assert 1 not in shelf
         assert shelf.lost == 1
@@ -237,7 +237,7 @@ async def test_shelf_retires_a_link_that_dies_meanwhile() -> None:
     with House() as house:
         shelf = house.shelf()
         shelf.put(house.link(1))
-        net.reset(house.far[1])
+        tcp.reset(house.far[1])
         shelf.retire(1)
         await asyncio.sleep(0.02)
         assert (len(shelf), house.lost) == (0, 0)
@@ -451,7 +451,7 @@ async def test_pool_passes_over_links_that_have_died() -> None:
             pool.add(member)
         pool.give(one, dead := house.link(1))
         pool.give(two, alive := house.link(2))
-        net.reset(house.far[1])
+        tcp.reset(house.far[1])
         assert select.select([dead.sock], [], [], 5)[0]
         assert await pool.take(1.0) == (two, alive)
         assert house.lost == 1

@@ -22,7 +22,7 @@ from tests.unit.street import outside
 
 from nodepass.config.environment import Settings
 from nodepass.engine.relay import Relays
-from nodepass.net.watch import Watch
+from nodepass.net.readiness import Watch
 from nodepass.observe.log import Log
 from nodepass.tls.record import Records
 from nodepass.tls.tls import ClientTls, ServerTls

@@ -18,7 +18,7 @@ from nodepass.config.environment import Settings
 from nodepass.engine.relay import Reason, Relay, RelayResult, Relays
 from nodepass.engine.twin import _pycopy
 from nodepass.errors import EngineClosed, EngineError
-from nodepass.net import net
+from nodepass.net import tcp
 
 
 class House:
@@ -90,7 +90,7 @@ async def test_bytes_travel_and_the_result_counts_them(kind: str) -> None:
 async def test_reset_is_a_result(kind: str) -> None:
     async with House(kind) as house:
         visitor, relay, target = house.join()
-        net.reset(target)
+        tcp.reset(target)
         async with within(5):
             result = await relay.result
         assert (result.reason, result.side) == (Reason.RESET, 2)
@@ -149,7 +149,7 @@ async def test_connect_dials_and_joins(kind: str) -> None:
     async with House(kind) as house:
         visitor, a, _, _ = house.legs()
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            b = net.open_stream(socket.AF_INET)
+            b = tcp.open_stream(socket.AF_INET)
             name = listener.getsockname()
             relay = house.relays.connect(a, b, name, head=b"early ", timeout=5.0)
             assert (a.fileno(), b.fileno(), len(house.relays)) == (-1, -1, 1)
@@ -174,7 +174,7 @@ async def test_connect_in_vain_is_a_result(kind: str) -> None:
         visitor, a, _, _ = house.legs()
         with socket.socket() as nobody:
             nobody.bind(("127.0.0.1", 0))
-            b = net.open_stream(socket.AF_INET)
+            b = tcp.open_stream(socket.AF_INET)
             relay = house.relays.connect(a, b, nobody.getsockname(), head=b"early", timeout=5.0)
             async with within(5):
                 result = await relay.result
@@ -194,7 +194,7 @@ async def test_connect_moves_ownership_on_success_only(kind: str) -> None:
         b.close()
         with pytest.raises(EngineError):
             house.relays.connect(a, b, ("127.0.0.1", 9), timeout=5.0)
-        with net.open_stream(socket.AF_INET) as b, pytest.raises(ValueError, match="localhost"):
+        with tcp.open_stream(socket.AF_INET) as b, pytest.raises(ValueError, match="localhost"):
             house.relays.connect(a, b, ("localhost", 9), timeout=5.0)
         assert a.fileno() >= 0, "still ours"
         assert len(house.relays) == 0

@@ -21,7 +21,7 @@ from tests.unit.server_desk import config, is_reset, launched, serving
 from nodepass.config.environment import Settings
 from nodepass.engine.relay import Relay, Relays
 from nodepass.errors import ListenError, TunnelError
-from nodepass.net import net
+from nodepass.net import tcp
 from nodepass.net.listener import Listener
 from nodepass.server import roster
 from nodepass.server import server as server_module
@@ -301,7 +301,7 @@ async def test_link_number_is_good_for_one_link() -> None:
 async def test_links_beyond_all_bounds_are_reset() -> None:
     async with serving(min_pool_capacity=1, max_pool_capacity=2) as desk:
         client = await desk.client()
-        room = net.IDLE_ROOM * 2
+        room = tcp.IDLE_ROOM * 2
         await desk.links(client, *range(room))
         assert await is_reset(await desk.link(client, 99))
         assert desk.figures.links_idle == room
@@ -549,7 +549,7 @@ async def test_demand_is_announced_and_shrinks_in_quiet() -> None:
         await until(lambda: seen[-1] == 2, 10, "the wish for fewer")
         await until(lambda: desk.figures.links_idle <= 3, 5, "the retirement")
         assert desk.figures.links_wanted == 2
-        assert sum(net.has_ended(link.sock) for link in links) >= len(links) - 4
+        assert sum(tcp.has_ended(link.sock) for link in links) >= len(links) - 4
         listening.cancel()
         await asyncio.wait({listening})
 
@@ -566,7 +566,7 @@ async def test_crowd_at_the_tunnel_port_does_not_push_a_client_out(
         stranger = await desk.call("127.0.0.2")
         await desk.call()
         assert await is_reset(stranger)
-        assert not any(net.has_ended(stream.sock) for stream in ours)
+        assert not any(tcp.has_ended(stream.sock) for stream in ours)
 
 
 # --- the seed dialect --------------------------------------------------------------------------
@@ -626,7 +626,7 @@ async def test_seed_client_that_answers_keeps_its_place() -> None:
         await second.dial()
         assert await is_reset(second.control)
         await old.dial()
-        assert not net.has_ended(old.control.sock) or old.control.sock.recv(10) == b"\n"
+        assert not tcp.has_ended(old.control.sock) or old.control.sock.recv(10) == b"\n"
         assert (desk.figures.sessions, desk.figures.sessions_open) == (1, 1)
 
 
@@ -673,7 +673,7 @@ async def test_seed_caller_beside_a_native_client_needs_patience(
         data = await desk.data()
         assert await is_reset(data)
         assert greeting
-        assert not net.has_ended(late_link.sock), "it may still say that it is a link"
+        assert not tcp.has_ended(late_link.sock), "it may still say that it is a link"
         await asyncio.sleep(0.15)
         data = await desk.data()
         async with within(5):
@@ -817,7 +817,7 @@ async def test_stop_resumes_no_paused_listener() -> None:
 async def test_few_descriptors_bound_visitors_and_links(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(net, "descriptor_limit", lambda: net.RESERVED_DESCRIPTORS + 8)
+    monkeypatch.setattr(tcp, "descriptor_limit", lambda: tcp.RESERVED_DESCRIPTORS + 8)
     with caplog.at_level(logging.WARNING, "nodepass"):
         async with serving("log=warn") as desk:
             client = await desk.client()
@@ -906,7 +906,7 @@ async def test_f18_visitors_that_were_served_survive_the_silence() -> None:
 async def test_who_has_most_links_gives_way_when_the_stock_is_full(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(net, "descriptor_limit", lambda: net.RESERVED_DESCRIPTORS + 24)
+    monkeypatch.setattr(tcp, "descriptor_limit", lambda: tcp.RESERVED_DESCRIPTORS + 24)
     async with serving() as desk:  # a stock of 6
         hog, honest = await desk.client("hog"), await desk.client("honest")
         links = await desk.links(hog, *range(6))

@@ -30,7 +30,7 @@ from tests.unit.street import outside
 from nodepass.config.environment import Settings
 from nodepass.engine.relay import Relays
 from nodepass.errors import ConfigError
-from nodepass.net import net
+from nodepass.net import tcp
 from nodepass.server import dataport
 from nodepass.server.server import Server
 
@@ -464,7 +464,7 @@ async def is_out(stream: TlsStream) -> bool:
     with contextlib.suppress(OSError, EOFError):
         async with within(5):
             assert not (await stream.read_line()).startswith(b"welcome")
-    return net.has_ended(stream.sock)
+    return tcp.has_ended(stream.sock)
 
 
 @both
@@ -627,9 +627,9 @@ async def test_seed_client_that_leaves_during_a_handshake(kind: str) -> None:
 async def test_data_port_gives_no_link_beyond_all_bounds() -> None:
     async with serving("log=none&tls=1", min_pool_capacity=1, max_pool_capacity=1) as desk:
         client = await desk.seed()
-        for _ in range(net.IDLE_ROOM):
+        for _ in range(tcp.IDLE_ROOM):
             await client.dial()
-        await desk.idle(net.IDLE_ROOM)
+        await desk.idle(tcp.IDLE_ROOM)
         before = desk.server.relays.statistics().handshakes
         assert await is_reset(desk.knock(client.data_port))
         assert desk.server.relays.statistics().handshakes == before
@@ -649,8 +649,8 @@ async def test_handshakes_under_way_give_no_links_beyond_the_bounds() -> None:
                 async with within(5):
                     link = await secure(stream, PythonSide(python_client()))
                     given += len(await link.read(100)) == 8
-        assert given == net.IDLE_ROOM - 1
-        await desk.idle(net.IDLE_ROOM)
+        assert given == tcp.IDLE_ROOM - 1
+        await desk.idle(tcp.IDLE_ROOM)
 
 
 @both

@@ -17,7 +17,7 @@ from nodepass.client import target
 from nodepass.client.target import UdpTarget
 from nodepass.engine.relay import Reason, UdpResult
 from nodepass.errors import DialError, EngineError
-from nodepass.net import datagram
+from nodepass.net import udp
 from nodepass.observe.log import Log
 from nodepass.observe.stats import Datagrams
 
@@ -96,7 +96,7 @@ async def world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
             raise here.failure
         return [(socket.AF_INET, address) for address in here.addresses]
 
-    monkeypatch.setattr(datagram, "look_up", look_up)
+    monkeypatch.setattr(udp, "look_up", look_up)
     try:
         yield here
     finally:

@@ -15,8 +15,8 @@ import pytest
 from tests.engine.rig import tcp_pair
 from tests.system.rig.timing import until
 
-from nodepass.net import net
-from nodepass.net.watch import Watch
+from nodepass.net import tcp
+from nodepass.net.readiness import Watch
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -55,7 +55,7 @@ async def test_watch_tells_of_a_hangup(watch_kind: str, how: str) -> None:
         await asyncio.sleep(0.02)
         assert not heard
         if how == "reset":
-            net.reset(far)
+            tcp.reset(far)
         else:
             far.close()
         await until(lambda: heard, 5, "the hang-up")
@@ -282,10 +282,10 @@ async def test_watch_tells_how_a_connect_ends(watch_kind: str, is_refused: bool)
         full.listen(0)
         name = full.getsockname()
         for _ in range(4):
-            stack.enter_context(net.open_stream(socket.AF_INET)).connect_ex(name)
-        sock = stack.enter_context(net.open_stream(socket.AF_INET))
+            stack.enter_context(tcp.open_stream(socket.AF_INET)).connect_ex(name)
+        sock = stack.enter_context(tcp.open_stream(socket.AF_INET))
         watch = stack.enter_context(watching())
-        net.begin_connect(sock, name)
+        tcp.begin_connect(sock, name)
         heard: list[str] = []
         watch.readable(sock, lambda: heard.append("answer"))
         await asyncio.sleep(0.02)

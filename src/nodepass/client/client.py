@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Final
 from nodepass.config.config import Config, Mode
 from nodepass.engine.relay import Relays
 from nodepass.errors import AuthError, NodePassError, PoolTimeout, TlsError, TunnelError
-from nodepass.net import net
-from nodepass.net.watch import Watch
+from nodepass.net import tcp
+from nodepass.net.readiness import Watch
 from nodepass.observe.stats import TunnelStatistics
 from nodepass.protocol import wire
 from nodepass.protocol.handshake import ClientHandshake
@@ -223,9 +223,9 @@ class Client(Tunnel):
     async def _pair(self) -> Lost:
         """Make one connection to the server and serve until it is lost."""
         tunnel = self.config.tunnel
-        sock = await net.dial(tunnel.host, tunnel.port, self.settings.dial_timeout)
+        sock = await tcp.dial(tunnel.host, tunnel.port, self.settings.dial_timeout)
         try:
-            host = net.peer_host(sock)
+            host = tcp.peer_host(sock)
             handshake, greeting = await self.greet(sock)
             mode, records = greeting.tls, None
             if greeting.is_native:
@@ -236,17 +236,17 @@ class Client(Tunnel):
                 port = greeting.data_port
                 pairing = Pairing(self, Dialect.SEED, host, port, "", b"", 0, mode)
         except BaseException:
-            net.finish(sock)  # not reset: an alert that says why may be on its way
+            tcp.finish(sock)  # not reset: an alert that says why may be on its way
             raise
         if self.is_stopping:  # it was asked for before the handshake was done
-            net.finish(sock)
+            tcp.finish(sock)
             return Lost("stopped")
         self.pairing = pairing
         self.counters.sessions += 1
         try:
             interval = self.settings.report_interval
             await pairing.control.open(sock, interval, handshake.rest(), records)
-            self._tell_up(net.join_address(host, tunnel.port), pairing, records)
+            self._tell_up(tcp.join_address(host, tunnel.port), pairing, records)
             self.doubt_links(LINK, is_back=True)  # all of them are of earlier sessions
             pairing.filler.fill()
             return await pairing.lost

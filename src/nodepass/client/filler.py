@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Final
 
 from nodepass.errors import PoolError, PoolTimeout
-from nodepass.net import net
+from nodepass.net import tcp
 from nodepass.observe.log import Log
 from nodepass.protocol.session import Backoff
 from nodepass.tunnel.pool import Link, Shelf, has_result
@@ -114,7 +114,7 @@ class Filler:
             raise PoolTimeout(f"link {name} never came") from exc
         except asyncio.CancelledError:
             if has_result(place):
-                net.reset(place.result().sock)
+                tcp.reset(place.result().sock)
             raise
         finally:
             if self._claims.get(name) is place:
@@ -163,11 +163,11 @@ class Filler:
 
     def _give(self, link: Link) -> None:
         if self._is_closed:
-            net.reset(link.sock)  # a visitor may be on it already: no clean end for him
+            tcp.reset(link.sock)  # a visitor may be on it already: no clean end for him
             return
         if link.name in self._too_late:
             self._too_late.remove(link.name)
-            net.reset(link.sock)  # here as well
+            tcp.reset(link.sock)  # here as well
             return
         self.made += 1
         place = self._claims.pop(link.name, None)
@@ -176,7 +176,7 @@ class Filler:
         elif not place.done():
             place.set_result(link)
         else:
-            net.reset(link.sock)  # its launch is given up in this very turn
+            tcp.reset(link.sock)  # its launch is given up in this very turn
 
     def _fail(self, exc: Exception) -> None:
         if self._is_closed:

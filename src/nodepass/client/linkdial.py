@@ -18,8 +18,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from nodepass.errors import DialError, NodePassError, PeerWireError, TunnelError
-from nodepass.net import net
-from nodepass.net.patience import Patience
+from nodepass.net import tcp
+from nodepass.net.deadlines import Patience
 from nodepass.protocol import wire
 from nodepass.protocol.handshake import ClientHandshake
 from nodepass.protocol.proof import LinkKey
@@ -65,7 +65,7 @@ class LinkDials:
     def __init__(
         self, client: Client, host: str, port: int, session: str, key: bytes, tls: int
     ) -> None:
-        address = net.literal(host, port)
+        address = tcp.literal(host, port)
         assert address is not None, f"{host} is no address"
         self._client = client
         self._address = address
@@ -89,7 +89,7 @@ class LinkDials:
         """
         family, address = self._address
         try:
-            sock = net.begin_dial(family, address)
+            sock = tcp.begin_dial(family, address)
         except OSError as exc:
             on_end(self._error(exc))
             return
@@ -108,7 +108,7 @@ class LinkDials:
         self._is_closed = True
         for dial in list(self._open):
             self._release(dial)
-            net.finish(dial.sock)  # it has claimed nothing: nobody's stream
+            tcp.finish(dial.sock)  # it has claimed nothing: nobody's stream
         self._dialling.close()
         self._waiting.close()
 
@@ -155,9 +155,9 @@ class LinkDials:
         number = self._number
         line = dial.handshake.claim_link(self._key, number)
         try:
-            net.send_line(dial.sock, line)
+            tcp.send_line(dial.sock, line)
         except OSError as exc:
-            net.reset(dial.sock)
+            tcp.reset(dial.sock)
             dial.on_end(exc)
             return
         self._client.counters.links += 1
@@ -172,20 +172,20 @@ class LinkDials:
             self._number += 1
             number = self._number
             line = dial.handshake.claim_link(self._key, number, records.binding())
-            net.send_line(sock, records.seal(line))
+            tcp.send_line(sock, records.seal(line))
         except (NodePassError, OSError) as exc:
-            net.finish(sock)  # not reset: an alert that says why may be on its way
+            tcp.finish(sock)  # not reset: an alert that says why may be on its way
             dial.on_end(exc)
             return
         except BaseException:
-            net.reset(sock)
+            tcp.reset(sock)
             dial.on_end(TunnelError("its making was cut short"))
             raise
         self._client.counters.links += 1
         dial.on_end(Link(sock, number, tls=records.connection))
 
     def _on_unanswered(self, dial: _Dial) -> None:
-        if net.is_connected(dial.sock):
+        if tcp.is_connected(dial.sock):
             self._waiting.add(dial)
         else:
             self._fail(dial, self._error(TimeoutError(errno.ETIMEDOUT, "")))
@@ -200,11 +200,11 @@ class LinkDials:
 
     def _error(self, exc: OSError) -> DialError:
         host, port = self._address[1][:2]
-        return DialError(net.join_address(host, port), exc.errno or errno.EIO, 1)
+        return DialError(tcp.join_address(host, port), exc.errno or errno.EIO, 1)
 
     def _fail(self, dial: _Dial, exc: Exception) -> None:
         self._release(dial)
-        net.finish(dial.sock)
+        tcp.finish(dial.sock)
         dial.on_end(exc)
 
     def _release(self, dial: _Dial) -> None:

@@ -24,8 +24,8 @@ from nodepass.errors import (
     PoolError,
     PoolTimeout,
 )
-from nodepass.net import datagram, net
-from nodepass.net.localport import LOCAL_PORTS
+from nodepass.net import tcp, udp
+from nodepass.net.local_ports import LOCAL_PORTS
 from nodepass.net.resolver import Candidate, SocketAddress
 from nodepass.protocol import wire
 from nodepass.protocol.message import (
@@ -98,7 +98,7 @@ class Pairing:
         self._host = host
         self._port = port
         target = client.config.target
-        self._target = net.literal(target.host, target.port)
+        self._target = tcp.literal(target.host, target.port)
         """Where visitors go, None if that is a name."""
         self.tls = tls
         """TLS mode that the server greeted us with, and every link is to have."""
@@ -172,14 +172,14 @@ class Pairing:
         on_end(link)
 
     async def _dial_seed_link(self) -> Link:
-        sock = await net.dial(self._host, self._port, self._settings.dial_timeout)
+        sock = await tcp.dial(self._host, self._port, self._settings.dial_timeout)
         said = b""
         records: Records | None = None
         try:
             if self.tls:
                 records = await self._client.secure(sock, self.tls, is_native=False)
         except BaseException:
-            net.finish(sock)  # not reset: an alert that says why may be on its way
+            tcp.finish(sock)  # not reset: an alert that says why may be on its way
             raise
         try:
             async with asyncio.timeout(self._settings.handshake_timeout):
@@ -193,7 +193,7 @@ class Pairing:
                 raise PeerWireError("the data port gave no id of 8 hex characters")
         except BaseException as exc:
             # With its name given it may be a link there, and a visitor on it already.
-            end = net.reset if said else net.finish
+            end = tcp.reset if said else tcp.finish
             end(sock)
             if isinstance(exc, TimeoutError):
                 raise PeerWireError("the data port gave no id in time") from exc
@@ -276,7 +276,7 @@ class Pairing:
                 try:
                     is_joined = self._connect(link, visitor, self._target, is_watched)
                 except Exception as exc:  # noqa: BLE001 - it must not end the session
-                    net.reset(link.sock)
+                    tcp.reset(link.sock)
                     client.log.error(
                         "a fault of ours in serving a visitor; please report it", error=exc
                     )
@@ -295,11 +295,11 @@ class Pairing:
         family, address = target
         try:
             if is_watched:  # only a connect that we begin ourselves tells us its local address
-                sock, has_begun = net.begin_dial(family, address, is_armed=False), True
+                sock, has_begun = tcp.begin_dial(family, address, is_armed=False), True
             else:
-                sock, has_begun = net.open_dial(family, address, False)
+                sock, has_begun = tcp.open_dial(family, address, False)
         except OSError as exc:
-            net.reset(link.sock)
+            tcp.reset(link.sock)
             self._miss(link.name, self._dial_error(exc.errno))
             return False
         try:
@@ -313,12 +313,12 @@ class Pairing:
                 timeout=self._settings.dial_timeout,
             )
         except EngineError as exc:
-            net.reset(sock)
-            net.reset(link.sock)
+            tcp.reset(sock)
+            tcp.reset(link.sock)
             self._give_up(link.name, Failure.LIMIT, str(exc))
             return False
         except BaseException:
-            net.reset(sock)
+            tcp.reset(sock)
             raise
         self._hold(relay, link.name, visitor, local)
         return True
@@ -338,7 +338,7 @@ class Pairing:
                 self._give_up(name, Failure.UNKNOWN, str(exc))
                 return
             if kind not in client.config.carries.split(","):
-                net.reset(link.sock)
+                tcp.reset(link.sock)
                 why = f"{kind}=0 is set here, but not on the server"
                 self._give_up(name, Failure.REFUSED, why)
                 return
@@ -353,24 +353,24 @@ class Pairing:
         try:
             await client.wait_slot()
         except PoolTimeout as exc:
-            net.reset(link.sock)
+            tcp.reset(link.sock)
             self._give_up(link.name, Failure.LIMIT, str(exc))
             return False
         except BaseException:
-            net.reset(link.sock)
+            tcp.reset(link.sock)
             raise
         is_joined = False
         try:
             if kind is Kind.TCP:
-                sock = await net.dial(target.host, target.port, self._settings.dial_timeout)
+                sock = await tcp.dial(target.host, target.port, self._settings.dial_timeout)
             else:
                 sock, address = await client.udp_target.dial()
             is_joined = self._join(kind, link, visitor, sock, address, is_watched)
         except DialError as exc:
-            net.reset(link.sock)
+            tcp.reset(link.sock)
             self._miss(link.name, exc)
         except BaseException:
-            net.reset(link.sock)
+            tcp.reset(link.sock)
             raise
         finally:
             if not is_joined:
@@ -383,7 +383,7 @@ class Pairing:
 
     def _dial_error(self, code: int | None) -> DialError:
         target = self._client.config.target
-        return DialError(net.join_address(target.host, target.port), code or errno.EIO, 1)
+        return DialError(tcp.join_address(target.host, target.port), code or errno.EIO, 1)
 
     def _join(
         self,
@@ -407,12 +407,12 @@ class Pairing:
                 if address is not None:
                     client.udp_target.watch(relay, address, host)
         except EngineError as exc:
-            net.reset(link.sock)
-            net.reset(sock)
+            tcp.reset(link.sock)
+            tcp.reset(sock)
             self._give_up(link.name, Failure.LIMIT, str(exc))
             return False
         except BaseException:
-            net.reset(sock)
+            tcp.reset(sock)
             raise
         self._hold(relay, link.name, visitor, local)
         return True
@@ -432,7 +432,7 @@ class Pairing:
         settings = self._settings
         is_raw = self.session.dialect is Dialect.SEED
         with contextlib.suppress(OSError):  # the link has died, as the engine will find
-            datagram.tune_link(link.sock, SILENT_PERIODS * settings.report_interval)
+            udp.tune_link(link.sock, SILENT_PERIODS * settings.report_interval)
         idle = settings.udp_idle_timeout
         return self._client.relays.dial(
             link.sock,
@@ -474,7 +474,7 @@ class Pairing:
             self.session.send(Fail(name, why))
         link = self.shelf.claim(name)
         if link is not None:
-            net.reset(link.sock)
+            tcp.reset(link.sock)
             self.filler.fill()
 
     def _part(
@@ -511,4 +511,4 @@ class Pairing:
 
 def _local_address(sock: socket.socket) -> str:
     host, port = sock.getsockname()[:2]
-    return net.join_address(host, port)
+    return tcp.join_address(host, port)

@@ -29,7 +29,7 @@ from typing import Final
 
 from nodepass.engine.relay import UdpRelay, UdpResult
 from nodepass.errors import DialError, EngineError
-from nodepass.net import datagram
+from nodepass.net import udp
 from nodepass.net.resolver import Candidate, SocketAddress
 from nodepass.observe.log import Log
 
@@ -127,7 +127,7 @@ class UdpTarget:
     @property
     def shown(self) -> str:
         """The target as errors and log lines name it."""
-        return datagram.shown_target(self._host, self._port)
+        return udp.shown_target(self._host, self._port)
 
     async def dial(self) -> tuple[socket.socket, SocketAddress]:
         """Connect a UDP socket; an address that has refused is tried last.
@@ -136,9 +136,9 @@ class UdpTarget:
             The socket, the caller's own, and where it is connected to.
 
         Raises:
-            DialError: see `datagram.dial`.
+            DialError: see `udp.dial`.
         """
-        return await datagram.dial(self._host, self._port, self._timeout, self._avoided)
+        return await udp.dial(self._host, self._port, self._timeout, self._avoided)
 
     def avoid(self, address: SocketAddress) -> None:
         """Take it that nobody is to be had at one of the target's addresses."""
@@ -193,7 +193,7 @@ class UdpTarget:
     async def _find(self, sessions: list[_Session]) -> None:
         """Resolve the target and move the sessions that have a reason to."""
         try:
-            candidates = await datagram.look_up(self._host, self._port, self._timeout)
+            candidates = await udp.look_up(self._host, self._port, self._timeout)
         except DialError as exc:
             self._log.repeated("warn", "lost target", "the target cannot be found", why=str(exc))
             return
@@ -229,7 +229,7 @@ class UdpTarget:
             session.misses = 0
         if not why:
             return
-        sock, address = datagram.connect(self.shown, candidates, avoided)
+        sock, address = udp.connect(self.shown, candidates, avoided)
         source = sock.getsockname()[0]
         try:
             if not session.relay.retarget(sock):
@@ -256,6 +256,6 @@ class UdpTarget:
 
     def _source_of(self, known: list[Candidate]) -> str:
         """Return the address of ours that a socket to there would have now."""
-        sock, _ = datagram.connect(self.shown, known)
+        sock, _ = udp.connect(self.shown, known)
         with sock:
             return str(sock.getsockname()[0])

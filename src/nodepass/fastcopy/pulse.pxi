@@ -9,7 +9,7 @@
 # A sign of life is an acknowledgement, new or not, or a byte; an answer to a probe is one, too. An
 # end counts as gone when resends and probes have gone unanswered since the last one, for long:
 #
-#     as a rule        `patience` of silence, three parts of ten watched, and MISSES
+#     as a rule        `deadlines` of silence, three parts of ten watched, and MISSES
 #     an end in doubt  one part of ten since it was doubted, and DOUBT_MISSES
 #
 # The patience is 50 s where nobody says otherwise: keepalive gives a quiet connection 60 s, and

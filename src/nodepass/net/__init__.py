@@ -1,3 +1,3 @@
 """Sockets: names, dialling, listening, readiness, deadlines."""
 
-__all__ = ["datagram", "listener", "localport", "net", "patience", "resolver", "watch"]
+__all__ = ["deadlines", "listener", "local_ports", "readiness", "resolver", "tcp", "udp"]

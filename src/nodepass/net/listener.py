@@ -1,7 +1,7 @@
 """Listening: ports are bound, connections accepted, and nothing spins when the system is full.
 
 Owns: listening sockets. Hands over bare non-blocking connections, never wrapped in a transport
-(see `net`). Called by `server` and `datagram`.
+(see `tcp`). Called by `server` and `udp`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, Final
 from nodepass.errors import ListenError
 from nodepass.runtime import fork
 
-from .net import arm, join_address, literal, plain_host, tune
 from .resolver import Candidate, SocketAddress, resolve
+from .tcp import arm, join_address, literal, plain_host, tune
 
 BACKLOG: Final = 4096
 """Connections the kernel may hold for us; it cuts this to net.core.somaxconn."""

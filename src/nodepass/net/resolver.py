@@ -3,7 +3,7 @@
 Owns: the lookups under way. A resolver whose servers are gone holds its thread for many
 seconds, and both asyncio and uvloop wait for their own lookup threads before a process may
 end; ours are daemons, so a stop during a network outage stays a matter of milliseconds.
-Called by `net`.
+Called by `tcp`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nodepass.engine.relay import Handshake
-from nodepass.net import net
+from nodepass.net import tcp
 from nodepass.protocol.handshake import ServerHandshake
 from nodepass.tls.record import Records
 
@@ -50,7 +50,7 @@ class Caller:
         self.sock = sock
         self.host = host
         self.source = source
-        """Of its host, as `net.source_of` says."""
+        """Of its host, as `tcp.source_of` says."""
         self.port = port
         self.handshake = handshake
         self.on_ready: Callable[[], None] | None = None
@@ -72,7 +72,7 @@ class Caller:
 
     @property
     def address(self) -> str:
-        return net.join_address(self.host, self.port)
+        return tcp.join_address(self.host, self.port)
 
     @property
     def is_silent(self) -> bool:

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Final
 
 from nodepass.engine.relay import Handshake, HandshakeResult, Relays
 from nodepass.errors import EngineError, TlsError
-from nodepass.net import net
-from nodepass.net.patience import Patience
+from nodepass.net import tcp
+from nodepass.net.deadlines import Patience
 from nodepass.observe.log import Log
 from nodepass.observe.stats import Counters
 from nodepass.protocol.message import SEED_ID_SIZE
@@ -58,7 +58,7 @@ class _Green:
         self.client = client
         self.link = link
         self.since = since
-        self.is_acknowledged = net.is_acknowledged(link.sock)
+        self.is_acknowledged = tcp.is_acknowledged(link.sock)
         """Whether the client's kernel had the id when we looked last."""
 
 
@@ -113,7 +113,7 @@ class DataPort:
         if caller is not None:
             current = self._roster.seat_seed(caller)
         if current is None or current.host != host:
-            net.reset(sock)
+            tcp.reset(sock)
             self._counters.strangers += 1
             self._log.repeated("warn", f"data {host}", "turned away at the data port", host=host)
         elif len(self._shakes) >= MAX_SHAKES or self._is_stocked(current):
@@ -129,17 +129,17 @@ class DataPort:
             shake.abort()  # its socket is closed when the engine has given it back
         self._ripening.close()
         for green in self._green.values():
-            net.reset(green.link.sock)
+            tcp.reset(green.link.sock)
         self._green.clear()
 
     def _secure(self, client: Client, sock: socket.socket, connection: Connection) -> None:
         try:
             shake = self._relays.shake(sock, connection)
         except EngineError:
-            net.reset(sock)
+            tcp.reset(sock)
             return
         except BaseException:
-            net.reset(sock)
+            tcp.reset(sock)
             raise
         self._shakes.add(shake)
         deadline = self._loop.call_later(self._timeout, shake.abort)
@@ -158,9 +158,9 @@ class DataPort:
         deadline.cancel()
         self._shakes.discard(shake)
         if client is not self._roster.seed_client() or result.cancelled():
-            net.reset(sock)
+            tcp.reset(sock)
         elif not result.result().is_done:
-            net.finish(sock)  # not reset: an alert that says why may be on its way
+            tcp.finish(sock)  # not reset: an alert that says why may be on its way
             self._tell_failed(client, shake.connection, result.result())
         elif self._is_stocked(client):
             self._roster.refuse_link(sock, client)
@@ -189,7 +189,7 @@ class DataPort:
             # One segment, one record: the Go client reads it in one call.
             sock.send(line if records is None else records.seal(line))
         except (OSError, TlsError):
-            net.reset(sock)
+            tcp.reset(sock)
             return
         self._counters.links += 1
         client.brought += 1
@@ -202,16 +202,16 @@ class DataPort:
         link = green.link
         if green.is_acknowledged:
             del self._green[str(link.name)]
-            if net.has_ended(link.sock):
-                net.reset(link.sock)
+            if tcp.has_ended(link.sock):
+                tcp.reset(link.sock)
                 self._counters.links_lost += 1
             else:
                 self._pool.give(green.client, link)
         elif self._loop.time() - green.since > self._timeout:
             del self._green[str(link.name)]
-            net.reset(link.sock)
+            tcp.reset(link.sock)
         else:
-            green.is_acknowledged = net.is_acknowledged(link.sock)
+            green.is_acknowledged = tcp.is_acknowledged(link.sock)
             self._ripening.add(green)
 
     def _is_stocked(self, client: Client) -> bool:
@@ -224,7 +224,7 @@ class DataPort:
                 return link_id
 
     def _turn_away_second(self, caller: Caller, current: Client) -> None:
-        net.reset(caller.sock)
+        tcp.reset(caller.sock)
         self._counters.strangers += 1
         self._log.repeated(
             "warn",

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Final
 
 from nodepass.engine.relay import HandshakeResult, Relays
 from nodepass.errors import EngineError, PeerWireError, TlsError
-from nodepass.net import net
-from nodepass.net.patience import Patience
-from nodepass.net.watch import Watch
+from nodepass.net import tcp
+from nodepass.net.deadlines import Patience
+from nodepass.net.readiness import Watch
 from nodepass.observe.log import Log
 from nodepass.observe.stats import Counters
 from nodepass.protocol import wire
@@ -66,7 +66,7 @@ class Entrance:
     Args:
         timeout: seconds from accept to a whole first line.
         on_opening: called with the caller, whose socket is then the hearer's, and its line.
-        is_known: tells whether a client is connected from a source (`net.source_of`).
+        is_known: tells whether a client is connected from a source (`tcp.source_of`).
         counters: `strangers` grows by each connection that is turned away.
         relays: do the TLS handshakes.
         watch: tells when callers say something; the one that links are watched with later.
@@ -104,7 +104,7 @@ class Entrance:
         self._per_source: dict[str, int] = {}
         self._has_swept = False
         # Strangers must not be able to take all the files that this process may open.
-        self._most = max(8, min(MAX_CALLERS, net.descriptor_limit() // 8))
+        self._most = max(8, min(MAX_CALLERS, tcp.descriptor_limit() // 8))
         self.data_port = 0
         """What the greeting offers to seed clients; 0 = they are not admitted."""
 
@@ -113,7 +113,7 @@ class Entrance:
 
     def admit(self, sock: socket.socket, host: str, port: int) -> None:
         """Greet a fresh connection; it is the entrance's from here on."""
-        source = net.source_of(host)
+        source = tcp.source_of(host)
         if self._is_full(source):
             self._sweep()
             if self._is_crowded(source):
@@ -251,7 +251,7 @@ class Entrance:
             return  # a sweep was here first
         connection, caller.shake = caller.shake.connection, None
         if caller.is_released:
-            net.reset(caller.sock)
+            tcp.reset(caller.sock)
             return
         if result.cancelled():
             self._drop(caller, "the engine has ended")
@@ -357,17 +357,17 @@ class Entrance:
         if caller.shake is not None:
             caller.shake.abort()  # closed when the engine has given it back
         elif self._tls is not None and caller.records is None:
-            net.finish(caller.sock)  # not reset: an alert that says why may be on its way
+            tcp.finish(caller.sock)  # not reset: an alert that says why may be on its way
         else:
-            net.reset(caller.sock)
+            tcp.reset(caller.sock)
 
     def _turn_away(self, sock: socket.socket, host: str, why: str) -> None:
-        net.reset(sock)
+        tcp.reset(sock)
         self._tell(host, why)
 
     def _tell(self, host: str, why: str) -> None:
         self._counters.strangers += 1
-        key = f"stranger {net.source_of(host)}"
+        key = f"stranger {tcp.source_of(host)}"
         self._log.repeated("warn", key, "turned away", host=host, why=why)
 
     def _release(self, caller: Caller) -> None:

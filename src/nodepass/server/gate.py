@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from nodepass.engine.relay import Gate
 from nodepass.errors import EngineError, PoolClosed, PoolTimeout
-from nodepass.net import datagram, net
+from nodepass.net import tcp, udp
 from nodepass.observe.stats import Datagrams
 from nodepass.protocol.message import Dialect
 from nodepass.protocol.session import SILENT_PERIODS
@@ -72,7 +72,7 @@ class Gates:
         Raises:
             ListenError: an address cannot be bound.
         """
-        self._socks = await datagram.listen(host, port, self._server.tell_absent)
+        self._socks = await udp.listen(host, port, self._server.tell_absent)
         name = self._socks[0].getsockname()
         self.address = (str(name[0]), int(name[1]))
 
@@ -191,7 +191,7 @@ class Gates:
         server, settings = self._server, self._settings
         is_raw = member.session.dialect is Dialect.SEED
         try:
-            datagram.tune_link(link.sock, SILENT_PERIODS * settings.report_interval)
+            udp.tune_link(link.sock, SILENT_PERIODS * settings.report_interval)
             relay = server.relays.bind(
                 gate,
                 newcomer,
@@ -202,15 +202,15 @@ class Gates:
                 is_raw=is_raw,
             )
         except (EngineError, OSError) as exc:
-            net.reset(link.sock)
+            tcp.reset(link.sock)
             # Not at once: the next in the queue would fail within this very call, and so on.
             give = functools.partial(server.slots.give, is_udp=True)
             asyncio.get_running_loop().call_soon(give)
             self._turn_away(_Waiting(gate, newcomer, 0.0), str(exc))
             return
         except BaseException:
-            net.reset(link.sock)
+            tcp.reset(link.sock)
             server.slots.give(is_udp=True)
             raise
-        visitor = net.join_address(newcomer.host, newcomer.port)
+        visitor = tcp.join_address(newcomer.host, newcomer.port)
         server.launch(relay, member, link.name, visitor)

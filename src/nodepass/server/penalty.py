@@ -22,7 +22,7 @@ MAX_SOURCES: Final = 4096
 
 
 class Penalties:
-    """Failures by source, as `net.source_of` names it."""
+    """Failures by source, as `tcp.source_of` names it."""
 
     def __init__(self) -> None:
         self._failures: dict[str, tuple[int, float]] = {}

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Final
 
 from nodepass.engine.relay import Relay
-from nodepass.net import net
+from nodepass.net import tcp
 from nodepass.observe.log import Log
 
 SILENCE: Final = 30.0
@@ -148,4 +148,4 @@ def _rank(relay: Relay, age: float, *, is_heavy: bool) -> int | None:
 
 
 def _source(visitor: str) -> str:
-    return net.source_of(visitor.rpartition(":")[0].strip("[]"))
+    return tcp.source_of(visitor.rpartition(":")[0].strip("[]"))

@@ -22,8 +22,8 @@ from typing import Final
 from nodepass.config.environment import Settings
 from nodepass.engine.relay import Relay, UdpRelay
 from nodepass.errors import AuthError, TlsError, TunnelError
-from nodepass.net import net
-from nodepass.net.watch import Watch
+from nodepass.net import tcp
+from nodepass.net.readiness import Watch
 from nodepass.observe.log import Log
 from nodepass.observe.stats import Counters
 from nodepass.protocol import wire
@@ -142,7 +142,7 @@ class Roster:
         pool: Pool,
         watch: Watch,
         spawn: Spawn,
-        shares: net.Shares,
+        shares: tcp.Shares,
         penalties: Penalties | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -169,7 +169,7 @@ class Roster:
         return iter(list(self._clients.values()))
 
     def has_source(self, source: str) -> bool:
-        """Tell whether any client is connected from a source, as `net.source_of` names it."""
+        """Tell whether any client is connected from a source, as `tcp.source_of` names it."""
         return self._sources[source] > 0
 
     def has_native(self, host: str) -> bool:
@@ -231,7 +231,7 @@ class Roster:
         key = None if client is None else client.key
         if client is None or key is None or not caller.handshake.is_link_proven(claim, key):
             # A link of a session that has just ended is no attack; it has no key to prove.
-            net.reset(caller.sock)
+            tcp.reset(caller.sock)
             if client is not None:
                 self._penalties.fail(caller.source, self._loop.time())
                 self._counters.strangers += 1
@@ -252,7 +252,7 @@ class Roster:
         Args:
             coming: links of it that are on no shelf yet.
         """
-        if len(client.shelf) + coming >= net.IDLE_ROOM * self._most_idle:
+        if len(client.shelf) + coming >= tcp.IDLE_ROOM * self._most_idle:
             return True
         # Callers are watched along with the links; only where that is too many we count.
         if len(self._watch) < self._stock or self._count_idle() < self._stock:
@@ -269,7 +269,7 @@ class Roster:
 
     def refuse_link(self, sock: socket.socket, client: Client) -> None:
         """Reset a link that there is no room for."""
-        net.reset(sock)
+        tcp.reset(sock)
         self._log.repeated("warn", f"surplus {client.name}", "a link too many", client=client.name)
 
     def _take_hello(self, caller: Caller, hello: Hello) -> None:
@@ -285,7 +285,7 @@ class Roster:
             )
             caller.send(welcome)
         except (OSError, TlsError) as exc:
-            net.reset(caller.sock)
+            tcp.reset(caller.sock)
             self._log.debug("a client left during its handshake", host=caller.host, why=str(exc))
             return
         except TunnelError as exc:
@@ -304,7 +304,7 @@ class Roster:
             caller.send(wire.pack_answer(Refuse(exc.reason)))
         except (OSError, TlsError) as error:
             self._log.debug("a refused client left first", host=caller.host, why=str(error))
-        net.finish(caller.sock)
+        tcp.finish(caller.sock)
         self._counters.strangers += 1
         self._log.repeated(
             "warn", f"refused {caller.host}", "client refused", host=caller.host, why=str(exc)
@@ -341,7 +341,7 @@ class Roster:
         )
         client.control = Control(session, functools.partial(self._on_event, client))
         self._clients[session_id] = client
-        self._sources[net.source_of(client.host)] += 1
+        self._sources[tcp.source_of(client.host)] += 1
         self._counters.sessions += 1
         self._pool.add(client)
         self._welcome_back(client)
@@ -366,7 +366,7 @@ class Roster:
         if self._clients.get(client.id) is client:
             del self._clients[client.id]
             self._doubt(client)
-            source = net.source_of(client.host)
+            source = tcp.source_of(client.host)
             self._sources[source] -= 1
             if not self._sources[source]:
                 del self._sources[source]
@@ -399,7 +399,7 @@ class Roster:
         elif isinstance(event, Lost):
             self._unseat(client)
             if event.is_flood:  # it would be back at once
-                self._penalties.fail(net.source_of(client.host), self._loop.time())
+                self._penalties.fail(tcp.source_of(client.host), self._loop.time())
             self._log.bounded(
                 "info" if event.is_orderly else "warn",
                 f"lost {client.name}",

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Final
 from nodepass.config.config import Config, Mode
 from nodepass.engine.relay import Relay, RelayResult, Relays, UdpRelay, UdpResult
 from nodepass.errors import EngineError, PoolClosed, PoolTimeout
-from nodepass.net import net
+from nodepass.net import tcp
 from nodepass.net.listener import Listener, OnAccept, listen
-from nodepass.net.watch import Watch
+from nodepass.net.readiness import Watch
 from nodepass.observe.stats import Datagrams, TunnelStatistics, least_rtt
 from nodepass.protocol.message import Kind
 from nodepass.runtime import aside
@@ -165,11 +165,11 @@ class Server(Tunnel):
         self.resources.callback(self._stop_resting)
         data = {} if self._data is None else {"data": self._data.address[1]}
         # Among several tunnels it is the label of each line.
-        tunnel = {"tunnel": net.join_address(*self._tunnel.address)}
+        tunnel = {"tunnel": tcp.join_address(*self._tunnel.address)}
         self.log.info(
             "server listening",
             **({} if self.config.label else tunnel),
-            target=net.join_address(*self._target_address),
+            target=tcp.join_address(*self._target_address),
             carries=self.config.carries,
             **data,
             tls=self.config.tls,
@@ -297,9 +297,9 @@ class Server(Tunnel):
         self.slots.take()
         found = self.pool.take_nowait()
         if found is not None:
-            self._join(sock, net.join_address(host, port), *found)
+            self._join(sock, tcp.join_address(host, port), *found)
         else:
-            self.spawn(self._join_later(sock, net.join_address(host, port)), "waiting for a link")
+            self.spawn(self._join_later(sock, tcp.join_address(host, port)), "waiting for a link")
 
     async def _join_later(self, sock: socket.socket, visitor: str) -> None:
         waiting = asyncio.current_task()
@@ -307,7 +307,7 @@ class Server(Tunnel):
 
         def leave() -> None:
             nonlocal is_gone
-            if not net.is_alive(sock):  # a clean end is no reason: an answer may be wanted
+            if not tcp.is_alive(sock):  # a clean end is no reason: an answer may be wanted
                 is_gone = True
                 assert waiting is not None
                 waiting.cancel()
@@ -322,7 +322,7 @@ class Server(Tunnel):
             return
         except BaseException:
             self._waiting.remove(sock)
-            net.reset(sock)
+            tcp.reset(sock)
             self.slots.give()
             if is_gone and waiting is not None and not waiting.uncancel():
                 return  # the visitor has gone; that is all
@@ -331,7 +331,7 @@ class Server(Tunnel):
         self._join(sock, visitor, member, link)
 
     def _turn_away(self, sock: socket.socket, level: str, key: str, why: object) -> None:
-        net.reset(sock)
+        tcp.reset(sock)
         self.counters.visitors_refused += 1
         self.slots.give()
         self.log.repeated(level, key, "a visitor was turned away", why=why)
@@ -345,12 +345,12 @@ class Server(Tunnel):
         try:
             relay = self.relays.join(sock, link.sock, tls_b=link.tls, head_b=link.head)
         except EngineError as exc:
-            net.reset(link.sock)
+            tcp.reset(link.sock)
             self._turn_away(sock, "error", "engine", exc)
             return
         except BaseException:
-            net.reset(link.sock)
-            net.reset(sock)
+            tcp.reset(link.sock)
+            tcp.reset(sock)
             self.slots.give()
             raise
         self._relief.join(relay, visitor)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import Final
 
 from nodepass.engine.relay import Relay, UdpRelay
-from nodepass.net.patience import Patience
+from nodepass.net.deadlines import Patience
 from nodepass.observe.log import Log
 from nodepass.observe.stats import Counters
 from nodepass.protocol.message import Kind

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Final, cast
 
 from nodepass.errors import TlsError
-from nodepass.net.net import disarm, finish, is_stalled, limit_silence
+from nodepass.net.tcp import disarm, finish, is_stalled, limit_silence
 from nodepass.protocol.session import MAX_UNSENT, SILENT_PERIODS, Event, Lost, Session
 from nodepass.runtime import fork
 from nodepass.tls.record import Records

@@ -21,8 +21,8 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from nodepass.errors import PoolClosed, PoolTimeout, TlsError
-from nodepass.net import net
-from nodepass.net.watch import Watch
+from nodepass.net import tcp
+from nodepass.net.readiness import Watch
 from nodepass.protocol.message import Dialect, Idle
 from nodepass.protocol.session import Session, State
 from nodepass.tls.record import Records
@@ -138,7 +138,7 @@ class Shelf:
         for link in list(self._idle.values())[: max(0, count)]:
             del self._idle[link.name]
             self._watch.remove(link.sock)
-            net.reset(link.sock)
+            tcp.reset(link.sock)
 
     def clear(self) -> None:
         """Reset all: a visitor whose launch never arrived must not wait on one of them."""
@@ -146,7 +146,7 @@ class Shelf:
         for link in list(self._ending.values()):
             if link.ending is not None:
                 link.ending.cancel()
-            net.reset(link.sock)
+            tcp.reset(link.sock)
         self._ending.clear()
 
     def _check(self, link: Link) -> None:
@@ -172,10 +172,10 @@ class Shelf:
         if self._ending.pop(link.name, None) is not None:
             if link.ending is not None:
                 link.ending.cancel()
-            net.reset(link.sock)
+            tcp.reset(link.sock)
 
     def _bury(self, link: Link) -> None:
-        net.reset(link.sock)  # it may live: then a visitor may be on it already
+        tcp.reset(link.sock)  # it may live: then a visitor may be on it already
         self.lost += 1
         self._on_lost(link)
 
@@ -192,7 +192,7 @@ class LinkState(Enum):
 
 def _has_ended(link: Link) -> bool:
     if link.tls is None:
-        return net.has_ended(link.sock)
+        return tcp.has_ended(link.sock)
     return _tls_state_of(link, Records(link.tls)) is not LinkState.USABLE
 
 
@@ -357,7 +357,7 @@ class Pool:
                     member, link = await self._next()
                     if member.can_launch:
                         return member, link
-                    net.reset(link.sock)  # its session ended in the turn that gave it to us
+                    tcp.reset(link.sock)  # its session ended in the turn that gave it to us
         except TimeoutError as exc:
             found = self.take_nowait()  # one may have come in the turn in which the time ran out
             if found is not None:
@@ -390,7 +390,7 @@ class Pool:
     def give(self, member: Member, link: Link) -> None:
         """Take in a fresh link of a session; it is the pool's from here on."""
         if self._is_closed or not member.can_launch:
-            net.reset(link.sock)
+            tcp.reset(link.sock)
             return
         while self._waiting:
             place = self._waiting.popleft()

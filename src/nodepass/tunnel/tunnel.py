@@ -19,7 +19,7 @@ from nodepass.config.config import Config, Mode
 from nodepass.config.environment import Settings, show_duration
 from nodepass.engine.relay import Reason, Relay, RelayResult, Relays, UdpRelay, UdpResult
 from nodepass.errors import ConfigError, TunnelError
-from nodepass.net import net
+from nodepass.net import tcp
 from nodepass.observe.drop import DropReport
 from nodepass.observe.log import Log
 from nodepass.observe.stats import Counters, Datagrams, TunnelStatistics
@@ -221,14 +221,14 @@ class Tunnel(ABC):
         # It takes 0.1 s on purpose, and other tunnels of this loop may be at work.
         return await aside.run(lambda: stretch_password(password.reveal()))
 
-    def share_descriptors(self) -> net.Shares:
+    def share_descriptors(self) -> tcp.Shares:
         """Return how many visitors and idle links fit the limit of open files; warn if few."""
         wanted = self.settings.semaphore_limit
-        shares = net.share_descriptors(wanted, self.settings.max_pool_capacity)
+        shares = tcp.share_descriptors(wanted, self.settings.max_pool_capacity)
         if shares.visitors < wanted:
             self.log.warn(
                 "the limit of open files (ulimit -n) is too low for SEMAPHORE_LIMIT visitors",
-                files=net.descriptor_limit(),
+                files=tcp.descriptor_limit(),
                 visitors=shares.visitors,
                 wanted=wanted,
             )

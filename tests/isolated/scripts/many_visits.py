@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 
-from nodepass.net import net
+from nodepass.net import tcp
 
 CLONE_NEWNET = 0x40000000
 VISITS = 600
@@ -52,11 +52,11 @@ async def visit(address: tuple[str, int]) -> None:
     loop = asyncio.get_running_loop()
     for number in range(VISITS):
         try:
-            sock = await net.dial(*address, 5)
+            sock = await tcp.dial(*address, 5)
         except OSError as exc:
             sys.exit(f"visit {number}: {exc}")
         with sock:
-            net.disarm(sock)
+            tcp.disarm(sock)
             sock.shutdown(socket.SHUT_WR)  # this side ends first, and waits for the other
             assert await loop.sock_recv(sock, 1) == b""
     print("ok")

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from nodepass.config.hostname import readable
 from nodepass.errors import DialError
 
-from .localport import LOCAL_PORTS, Need
+from .local_ports import LOCAL_PORTS, Need
 from .resolver import Candidate, SocketAddress, resolve
 
 if TYPE_CHECKING:

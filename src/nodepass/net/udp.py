@@ -16,7 +16,7 @@ from typing import Final
 
 from nodepass.errors import DialError
 
-from . import net
+from . import tcp
 from .listener import OnAbsent, bind_all
 from .resolver import Candidate, SocketAddress, resolve
 
@@ -56,7 +56,7 @@ async def listen(
     Raises:
         ListenError: the name does not resolve, or an address cannot be bound.
     """
-    shown = f"udp {net.join_address(host, port)}"
+    shown = f"udp {tcp.join_address(host, port)}"
     way_out = "udp=0 goes without UDP"
     return await bind_all(host, port, _bind, shown, on_absent, way_out)
 
@@ -130,7 +130,7 @@ async def dial(
 
 def shown_target(host: str, port: int) -> str:
     """Return a target as errors and log lines name it."""
-    return f"udp {net.join_address(host or 'localhost', port)}"
+    return f"udp {tcp.join_address(host or 'localhost', port)}"
 
 
 async def look_up(host: str, port: int, timeout: float) -> list[Candidate]:  # noqa: ASYNC109
@@ -208,6 +208,6 @@ def tune_link(sock: socket.socket, silence: float) -> None:
         silence: seconds that bytes may go unacknowledged, at least LEAST_SILENCE. (Its far
             end always reads, so there is no slow reader that this could cut off.)
     """
-    net.limit_silence(sock, max(silence, LEAST_SILENCE))
+    tcp.limit_silence(sock, max(silence, LEAST_SILENCE))
     if hasattr(socket, "TCP_NOTSENT_LOWAT"):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_LINK)

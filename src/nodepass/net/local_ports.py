@@ -8,7 +8,7 @@ told otherwise. So where connections to one address come fast, a quarter of the 
 turn. The other three quarters stay with the rest of the machine: the kernel gives a port that was
 bound by hand to nobody else.
 
-Owns: how often each address was dialled of late, and whose turn it is. Touches no socket; `net`
+Owns: how often each address was dialled of late, and whose turn it is. Touches no socket; `tcp`
 binds and connects.
 
     FRESH ──dialled often──> MARKED ──oftener──> BOUND ──slack again──> FRESH
