@@ -30,7 +30,7 @@ from tests.engine.tls_rig import (
 from nodepass.engine.twin._pycopy import Completion
 from nodepass.errors import EngineClosed, EngineError
 from nodepass.tls import _openssl
-from nodepass.tls.record import Records
+from nodepass.tls.codec import Records
 
 Engine = Callable[..., Rig]
 every_role = pytest.mark.parametrize("is_server", [True, False], ids=["server", "client"])

@@ -12,7 +12,7 @@ from tests.system.rig.authority import Issued
 
 from nodepass.observe.log import Log
 from nodepass.tls import _openssl
-from nodepass.tls.tls import ClientTls, ServerTls, explain
+from nodepass.tls.contexts import ClientTls, ServerTls, explain
 
 NAME: Final = "a.example.org"
 ROUNDS: Final = 8

@@ -27,7 +27,7 @@ from nodepass.protocol.message import Hello, LinkClaim
 from nodepass.server.caller import Caller
 from nodepass.server.entrance import Entrance
 from nodepass.server.penalty import Penalties
-from nodepass.tls.tls import ServerTls
+from nodepass.tls.contexts import ServerTls
 
 
 class CountedTls(ServerTls):

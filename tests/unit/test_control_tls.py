@@ -18,8 +18,8 @@ from tests.unit.street import outside
 from nodepass.observe.log import Log
 from nodepass.protocol.message import Dialect, Fail, Idle, Kind, Launch
 from nodepass.protocol.session import Event, Lost, Role, Session, State
-from nodepass.tls.record import Records
-from nodepass.tls.tls import ServerTls
+from nodepass.tls.codec import Records
+from nodepass.tls.contexts import ServerTls
 from nodepass.tunnel import control as control_module
 from nodepass.tunnel.control import Control
 

@@ -34,7 +34,7 @@ from nodepass.protocol.message import (
     Welcome,
 )
 from nodepass.server import dataport, entrance, penalty, roster
-from nodepass.tls import certificate, record, tls
+from nodepass.tls import certificate, codec, contexts
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "nodepass"
@@ -307,7 +307,7 @@ LIMITS = {
         f"scrypt, N = 2^{proof.SCRYPT_COST.bit_length() - 1}, r = {proof.SCRYPT_BLOCK}, p = 1",
         f"salt `{proof.SCRYPT_SALT.decode()}`",
         f"1 to {password.PASSWORD_LIMIT} bytes",
-        f"daily from {tls.EXPIRY_WARNING.days} days before",
+        f"daily from {contexts.EXPIRY_WARNING.days} days before",
         f"has {8 * keygen.SECRET_SIZE} random bits",
     ),
     "docs/protocol.md": (
@@ -317,15 +317,15 @@ LIMITS = {
         f"{penalty.FORGET_AFTER:g} s without a failure",
         f"{penalty.MAX_SOURCES} sources",
         f"| {dataport.MAX_SHAKES}, HANDSHAKE_TIMEOUT each |",
-        f"offers `{tls.ALPN.decode()}`",
-        f"| {record.MOST_FRUITLESS // 1024} KiB, at any time |",
+        f"offers `{contexts.ALPN.decode()}`",
+        f"| {codec.MOST_FRUITLESS // 1024} KiB, at any time |",
         f"`0x{entrance.TLS_FIRST_BYTE:x}`",
-        f'"{record.BINDING_LABEL.decode()}"',
+        f'"{codec.BINDING_LABEL.decode()}"',
         f"1 to {password.PASSWORD_LIMIT} bytes",
     ),
     "docs/operations.md": (
-        f"From {tls.EXPIRY_WARNING.days} days before",
-        f"less than {tls.EXPIRY_WARNING.days} days are left",
+        f"From {contexts.EXPIRY_WARNING.days} days before",
+        f"less than {contexts.EXPIRY_WARNING.days} days are left",
         f"at most {log.LINES_A_MINUTE} lines a minute of one kind, a quarter of them",
         f"in a queue of {outlet.ROOM >> 20} MiB",
         f"written within {console.SHORT_WORDS:g} s",

@@ -54,7 +54,7 @@ CIRCLES_FOR_TYPES = {("server.gate", "server.server")} | {
     (name, "client.client") for name in ("client.linkdial", "client.pairing")
 }
 
-SANS_IO = ("server.penalty", "tls.record")
+SANS_IO = ("server.penalty", "tls.codec")
 """Beside the whole of `protocol`."""
 OUTSIDE = {
     "asyncio", "datetime", "io", "logging", "os", "random", "secrets", "select", "selectors",
@@ -250,7 +250,7 @@ def test_only_relay_knows_the_engine() -> None:
 
 
 HEAVY = {"OpenSSL", "cryptography"}
-LOADS_OPENSSL = {"tls.certificate", "tls.tls", "tls.trial", "tls.verdict"}
+LOADS_OPENSSL = {"tls.certificate", "tls.contexts", "tls.trial", "tls.explain"}
 """Modules that cost 0.1 s to load; nobody loads them before TLS is wanted."""
 
 

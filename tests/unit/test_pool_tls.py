@@ -24,8 +24,8 @@ from nodepass.config.environment import Settings
 from nodepass.engine.relay import Relays
 from nodepass.net.readiness import Watch
 from nodepass.observe.log import Log
-from nodepass.tls.record import Records
-from nodepass.tls.tls import ClientTls, ServerTls
+from nodepass.tls.codec import Records
+from nodepass.tls.contexts import ClientTls, ServerTls
 from nodepass.tunnel.pool import LOOKS, READ_SIZE, Link, Shelf
 
 both = pytest.mark.loops("asyncio", "uvloop")

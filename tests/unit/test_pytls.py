@@ -14,7 +14,7 @@ from tests.unit.test_record import linked
 from nodepass.engine.twin import _pytls
 from nodepass.engine.twin._pytls import FRUITLESS_BYTES, RECORD_BYTES, Leg, TlsFault, TlsLeg
 from nodepass.tls import _openssl
-from nodepass.tls.record import Records
+from nodepass.tls.codec import Records
 
 BAD_MAC = 20 << 23 | 281
 """SSL_R_DECRYPTION_FAILED_OR_BAD_RECORD_MAC of ERR_LIB_SSL, packed."""

@@ -10,7 +10,7 @@ from OpenSSL import SSL
 from tests.engine.tls_rig import our_end
 
 from nodepass.errors import TlsError, TunnelError
-from nodepass.tls.record import BINDING_SIZE, Records
+from nodepass.tls.codec import BINDING_SIZE, Records
 
 BLOB = bytes(range(256)) * 400
 RECORD_OVERHEAD = 5 + 1 + 16

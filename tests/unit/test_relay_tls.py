@@ -27,8 +27,8 @@ from nodepass.engine.relay import Handshake, HandshakeResult, Reason, Relay, Rel
 from nodepass.engine.twin import _pycopy
 from nodepass.errors import EngineClosed, EngineError, TlsError
 from nodepass.observe.log import Log
-from nodepass.tls import tls
-from nodepass.tls.record import Records
+from nodepass.tls import contexts
+from nodepass.tls.codec import Records
 
 
 class House:
@@ -36,7 +36,9 @@ class House:
 
     def __init__(self, kind: str) -> None:
         self.relays = Relays(Settings(threads=1, engine=kind))  # type: ignore[arg-type]
-        self.tls = tls.ServerTls(1, None, None, Log("house", "none"), self.relays.alpn_selector)
+        self.tls = contexts.ServerTls(
+            1, None, None, Log("house", "none"), self.relays.alpn_selector
+        )
         self._socks: list[socket.socket] = []
 
     def pair(self) -> tuple[Stream, socket.socket]:
@@ -109,15 +111,15 @@ async def test_handshake_of_both_ends_here(kind: str) -> None:
     """A client's and a server's at once, agreed on our protocol and bound to each other."""
     async with House(kind) as house:
         outer, inner = house.pair()
-        ours = tls.ClientTls("127.0.0.1", None, None).connect(1, is_native=True)
+        ours = contexts.ClientTls("127.0.0.1", None, None).connect(1, is_native=True)
         theirs = house.tls.accept(is_native=True)
         async with within(10):
             results = await asyncio.gather(
                 house.relays.secure(outer.sock, ours), house.relays.secure(inner, theirs)
             )
         assert all(result.is_done for result in results)
-        tls.check_alpn(ours)
-        tls.check_alpn(theirs)
+        contexts.check_alpn(ours)
+        contexts.check_alpn(theirs)
         assert Records(ours).binding() == Records(theirs).binding()
 
 
@@ -176,7 +178,9 @@ async def test_handshake_that_fails_says_how(
         assert bool(result.describe_break()) is (code != errno.EBADMSG)
         if code == errno.EBADMSG:
             assert result.detail
-            assert "does not speak TLS" in tls.explain(connection, result.detail, is_server=True)
+            assert "does not speak TLS" in contexts.explain(
+                connection, result.detail, is_server=True
+            )
         assert inner.fileno() >= 0, "still ours"
         assert house.relays.statistics().handshakes_failed == 1
         handshake.abort()  # a no-op now
@@ -196,7 +200,7 @@ async def test_handshake_that_we_refuse_tells_the_peer_why(kind: str) -> None:
                 await far.shake()
         result = await shaken(handshake)
         assert (result.code, bool(result.detail)) == (errno.EBADMSG, True)
-        assert "TLS 1.3" in tls.explain(connection, result.detail, is_server=True)
+        assert "TLS 1.3" in contexts.explain(connection, result.detail, is_server=True)
 
 
 @both
@@ -607,7 +611,7 @@ def test_no_word_of_tls_where_none_is_used(
 MOVED = """
 import asyncio, logging, socket, sys
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
-from nodepass.tls.tls import _openssl
+from nodepass.tls.contexts import _openssl
 
 def gone():
     raise _openssl.Moved("SSL_read is not where it was")
@@ -618,7 +622,7 @@ from nodepass.observe.log import Log
 from nodepass.engine.relay import Relays
 
 async def main():
-    from nodepass.tls.tls import ClientTls, ServerTls
+    from nodepass.tls.contexts import ClientTls, ServerTls
     relays = Relays(Settings(threads=1))
     print(relays.kind)
     server = ServerTls(1, None, None, Log("t", "none"), relays.alpn_selector)

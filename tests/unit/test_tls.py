@@ -38,10 +38,10 @@ from tests.unit.pump import (
 
 from nodepass.errors import ConfigError, TlsError
 from nodepass.observe.log import Log, setup
-from nodepass.tls import _openssl, tls
+from nodepass.tls import _openssl, contexts
 from nodepass.tls.certificate import fingerprint, load, read_certificates
-from nodepass.tls.record import Records
-from nodepass.tls.tls import ALPN, ClientTls, ServerTls, check_alpn, explain, fingerprint_of
+from nodepass.tls.codec import Records
+from nodepass.tls.contexts import ALPN, ClientTls, ServerTls, check_alpn, explain, fingerprint_of
 
 DAY = timedelta(days=1)
 PATIENCE: Final = 20.0
@@ -264,9 +264,9 @@ def test_connections_are_independent(authority: Authority, issued: Issued) -> No
 def test_cipher_follows_the_weaker_machine(
     server_is_fast: bool, client_is_fast: bool, cipher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tls, "is_aes_fast", lambda: server_is_fast)
+    monkeypatch.setattr(contexts, "is_aes_fast", lambda: server_is_fast)
     server = server_tls()
-    monkeypatch.setattr(tls, "is_aes_fast", lambda: client_is_fast)
+    monkeypatch.setattr(contexts, "is_aes_fast", lambda: client_is_fast)
     client = ClientTls(NAME, None, None)
     outcome = shake(server.accept(is_native=True), client.connect(1, is_native=True))
     assert outcome.is_good
@@ -276,7 +276,7 @@ def test_cipher_follows_the_weaker_machine(
 
 def test_all_suites_stay_allowed() -> None:
     """A peer that can do just one of them is served."""
-    for suite in tls.FAST_AES.split(b":"):
+    for suite in contexts.FAST_AES.split(b":"):
         context = SSL.Context(SSL.TLS_CLIENT_METHOD)
         context.set_tls13_ciphersuites(suite)
         client = SSL.Connection(context, None)
@@ -298,7 +298,7 @@ def test_all_suites_stay_allowed() -> None:
 )
 def test_is_aes_fast(text: str, is_fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: text)
-    assert tls.is_aes_fast.__wrapped__() is is_fast
+    assert contexts.is_aes_fast.__wrapped__() is is_fast
 
 
 @pytest.mark.parametrize(("machine", "is_fast"), [("arm64", True), ("mips", False)])
@@ -310,7 +310,7 @@ def test_is_aes_fast_without_proc(
 
     monkeypatch.setattr(Path, "read_text", missing)
     monkeypatch.setattr("platform.machine", lambda: machine)
-    assert tls.is_aes_fast.__wrapped__() is is_fast
+    assert contexts.is_aes_fast.__wrapped__() is is_fast
 
 
 def test_hybrid_key_exchange() -> None:
@@ -324,7 +324,7 @@ def test_hybrid_key_exchange() -> None:
 
 def test_contexts() -> None:
     for method in (SSL.TLS_SERVER_METHOD, SSL.TLS_CLIENT_METHOD):
-        context = tls._context(method)
+        context = contexts._context(method)
         assert context.set_mode(0) & SSL.MODE_RELEASE_BUFFERS
         assert context.get_session_cache_mode() == SSL.SESS_CACHE_OFF
         assert context.set_options(0) & SSL.OP_NO_TICKET

@@ -26,7 +26,7 @@ from nodepass.protocol.handshake import ClientHandshake
 from nodepass.protocol.message import NONCE_SIZE, Dialect, Greeting
 from nodepass.protocol.session import Backoff, Lost
 from nodepass.runtime import aside
-from nodepass.tls.record import Records
+from nodepass.tls.codec import Records
 from nodepass.tunnel.slot import Queue
 from nodepass.tunnel.tunnel import Tunnel
 
@@ -35,7 +35,7 @@ from .pairing import LINK, Pairing
 from .target import UdpTarget
 
 if TYPE_CHECKING:
-    from nodepass.tls.tls import ClientTls
+    from nodepass.tls.contexts import ClientTls
 
 READ_SIZE: Final = wire.MAX_GREETING
 """Bytes per read of a greeting: what follows it belongs to others."""
@@ -298,7 +298,7 @@ class Client(Tunnel):
             if self._tls is None:
                 await aside.run(self._load_tls)
         assert self._tls is not None
-        from nodepass.tls import tls
+        from nodepass.tls import contexts
 
         connection = self._tls.connect(mode, is_native=is_native)
         timeout = self.settings.handshake_timeout
@@ -310,14 +310,14 @@ class Client(Tunnel):
             raise TunnelError(text) from exc
         if not result.is_done:
             why = result.describe_break()
-            raise TlsError(why or tls.explain(connection, result.detail, is_server=False))
+            raise TlsError(why or contexts.explain(connection, result.detail, is_server=False))
         if is_native:
-            tls.check_alpn(connection)
+            contexts.check_alpn(connection)
         return Records(connection)
 
     def _load_tls(self) -> None:
         self.relays.load_tls()
-        from nodepass.tls.tls import ClientTls
+        from nodepass.tls.contexts import ClientTls
 
         config = self.config
         self._tls = ClientTls(config.tunnel.host, config.ca, config.sni, self.log)
@@ -361,7 +361,7 @@ class Client(Tunnel):
             raise TunnelError(f"the server has not answered our hello in {timeout:g} s") from exc
         except AuthError as exc:
             if records is not None:
-                from nodepass.tls.tls import fingerprint_of
+                from nodepass.tls.contexts import fingerprint_of
 
                 exc.fingerprint = fingerprint_of(records.connection)
             raise
@@ -372,7 +372,7 @@ class Client(Tunnel):
     def _tell_up(self, server: str, pairing: Pairing, records: Records | None) -> None:
         fields: dict[str, object] = {"dialect": pairing.session.dialect, "tls": pairing.tls}
         if records is not None:
-            from nodepass.tls.tls import fingerprint_of
+            from nodepass.tls.contexts import fingerprint_of
 
             fields["fingerprint"] = fingerprint_of(records.connection)
         self.log.forget("dial", "tls", "auth")

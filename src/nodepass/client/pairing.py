@@ -40,7 +40,7 @@ from nodepass.protocol.message import (
     SeedLaunch,
 )
 from nodepass.protocol.session import SILENT_PERIODS, Drained, Event, Lost, Role, Session
-from nodepass.tls.record import Records
+from nodepass.tls.codec import Records
 from nodepass.tunnel.control import Control
 from nodepass.tunnel.pool import Demand, Link, Shelf
 

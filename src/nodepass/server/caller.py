@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from nodepass.engine.relay import Handshake
 from nodepass.net import tcp
 from nodepass.protocol.handshake import ServerHandshake
-from nodepass.tls.record import Records
+from nodepass.tls.codec import Records
 
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection

@@ -27,7 +27,7 @@ from nodepass.net.deadlines import Patience
 from nodepass.observe.log import Log
 from nodepass.observe.stats import Counters
 from nodepass.protocol.message import SEED_ID_SIZE
-from nodepass.tls.record import Records
+from nodepass.tls.codec import Records
 from nodepass.tunnel.pool import Link, Pool
 
 from .caller import Caller
@@ -36,7 +36,7 @@ from .roster import Client, Roster
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection
 
-    from nodepass.tls.tls import ServerTls
+    from nodepass.tls.contexts import ServerTls
 
 MAX_SHAKES: Final = 64
 """TLS handshakes at once: the Go client dials one after another."""
@@ -170,7 +170,7 @@ class DataPort:
     def _tell_failed(
         self, client: Client, connection: Connection, outcome: HandshakeResult
     ) -> None:
-        from nodepass.tls.tls import explain
+        from nodepass.tls.contexts import explain
 
         why = outcome.describe_break() or explain(connection, outcome.detail, is_server=True)
         self._counters.strangers += 1

@@ -35,13 +35,13 @@ from nodepass.observe.stats import Counters
 from nodepass.protocol import wire
 from nodepass.protocol.handshake import ServerHandshake
 from nodepass.protocol.message import NONCE_SIZE, VERSION, Greeting, Hello, LinkClaim
-from nodepass.tls.record import Records
+from nodepass.tls.codec import Records
 
 from .caller import Caller
 from .penalty import Penalties
 
 if TYPE_CHECKING:
-    from nodepass.tls.tls import ServerTls
+    from nodepass.tls.contexts import ServerTls
 
 MAX_CALLERS: Final = 256
 """Unfinished handshakes at once. Measured: 1 KiB each while they say nothing, 50 KiB in the middle
@@ -256,7 +256,7 @@ class Entrance:
         if result.cancelled():
             self._drop(caller, "the engine has ended")
             return
-        from nodepass.tls import tls
+        from nodepass.tls import contexts
 
         outcome = result.result()
         if not outcome.is_done:
@@ -265,11 +265,11 @@ class Entrance:
                 self._leave(caller, broke)  # a client that stops in the middle of its refill
             else:
                 self._drop(
-                    caller, broke or tls.explain(connection, outcome.detail, is_server=True)
+                    caller, broke or contexts.explain(connection, outcome.detail, is_server=True)
                 )
             return
         try:
-            tls.check_alpn(connection)
+            contexts.check_alpn(connection)
         except TlsError as exc:
             self._drop(caller, str(exc))
             return

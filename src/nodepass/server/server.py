@@ -37,7 +37,7 @@ from .roster import Client, Roster
 from .silence import Silences
 
 if TYPE_CHECKING:
-    from nodepass.tls.tls import ServerTls
+    from nodepass.tls.contexts import ServerTls
 
 NATIVE_PATIENCE: Final = 1.0
 """Seconds that a caller must have been silent to pass for a seed client where its address has
@@ -183,7 +183,7 @@ class Server(Tunnel):
         if not self.config.tls:
             return None
         selector = self.relays.alpn_selector  # first: it says what is wrong with OpenSSL
-        from nodepass.tls.tls import ServerTls
+        from nodepass.tls.contexts import ServerTls
 
         return ServerTls(self.config.tls, self.config.crt, self.config.key, self.log, selector)
 

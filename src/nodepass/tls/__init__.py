@@ -1,3 +1,3 @@
 """Certificates, contexts, records, and why a handshake failed."""
 
-__all__ = ["_openssl", "advisory", "record", "tls"]
+__all__ = ["_openssl", "advisory", "codec", "contexts"]

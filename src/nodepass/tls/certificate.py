@@ -2,7 +2,7 @@
 
 A file is taken as it should be or not at all: what cannot be used is a `ConfigError` that
 names the option and says what is wrong with the file. Never tells a byte of a key. Called
-by `tls`.
+by `contexts`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from OpenSSL import SSL, crypto
 
 from . import _openssl
-from .record import reason_of
+from .codec import reason_of
 
 __all__ = ["doubt_of", "failure_of"]
 

@@ -18,7 +18,7 @@ from nodepass.errors import TlsError
 from nodepass.net.tcp import disarm, finish, is_stalled, limit_silence
 from nodepass.protocol.session import MAX_UNSENT, SILENT_PERIODS, Event, Lost, Session
 from nodepass.runtime import fork
-from nodepass.tls.record import Records
+from nodepass.tls.codec import Records
 
 _UNANSWERED: Final = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH})
 """How a connection ends when nobody answers any more."""

@@ -25,7 +25,7 @@ from nodepass.net import tcp
 from nodepass.net.readiness import Watch
 from nodepass.protocol.message import Dialect, Idle
 from nodepass.protocol.session import Session, State
-from nodepass.tls.record import Records
+from nodepass.tls.codec import Records
 
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection

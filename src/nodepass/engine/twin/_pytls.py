@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from nodepass.tls import _openssl
-from nodepass.tls.record import Records, reason_of
+from nodepass.tls.codec import Records, reason_of
 
 from ._pypulse import Pulse
 

@@ -10,9 +10,10 @@ from OpenSSL import SSL
 from tests.system.rig.authority import Authority, Issued, self_signed
 from tests.unit.pump import NAME, OLD, server_tls, shake, step, verified
 
-from nodepass.tls import _openssl, verdict
+from nodepass.tls import _openssl
+from nodepass.tls import explain as words
 from nodepass.tls.certificate import load, read_certificates
-from nodepass.tls.tls import ClientTls, ServerTls, explain
+from nodepass.tls.contexts import ClientTls, ServerTls, explain
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_c09_wrong_name_of_another_script(authority: Authority) -> None:
 def test_wrong_name_of_many(authority: Authority) -> None:
     files = authority.issue(*(f"{n}.{'x' * 60}.{'y' * 60}" for n in range(7)), label="many")
     says = verified(files, authority.ca).client_fault or ""
-    assert says.count("…") == verdict.SHOWN_NAMES
+    assert says.count("…") == words.SHOWN_NAMES
     assert " and 2 more, not for a.example.org;" in says
     assert len(says) < 700
 
@@ -201,12 +202,12 @@ def test_garbage_in_a_record() -> None:
 
 
 def test_every_alert_has_words() -> None:
-    for number in (*verdict.ALERTS, 10, 20, 22, 47, 50, 51, 86, 110, 111, 200):
+    for number in (*words.ALERTS, 10, 20, 22, 47, 50, 51, 86, 110, 111, 200):
         side = ClientTls(NAME, None, None).connect(1, is_native=True)
         side.bio_write(b"\x15\x03\x03\x00\x02\x02" + bytes([number]))
         says = explain(side, step(side) or 0, is_server=False)
-        if number in verdict.ALERTS:
-            assert says == verdict.ALERTS[number].format(peer="server")
+        if number in words.ALERTS:
+            assert says == words.ALERTS[number].format(peer="server")
         else:
             assert says.startswith("the server broke off: "), says
             assert not says.endswith(": ")
@@ -229,21 +230,21 @@ def test_reasons_are_those_of_this_openssl() -> None:
         376: "no shared signature algorithms",
         396: "version too low",
         410: "no shared groups",
-        verdict.VERIFY_FAILED: "certificate verify failed",
+        words.VERIFY_FAILED: "certificate verify failed",
     }
     server_tls()  # OpenSSL loads its texts with the first context
     for reason, text in expected.items():
-        code = verdict.SSL_LIBRARY << verdict.LIBRARY_SHIFT | reason
+        code = words.SSL_LIBRARY << words.LIBRARY_SHIFT | reason
         assert _openssl.describe(code) == text
-    assert verdict.REASONS.keys() == expected.keys() - {verdict.VERIFY_FAILED}
+    assert words.REASONS.keys() == expected.keys() - {words.VERIFY_FAILED}
 
 
 def test_verdicts_are_those_of_this_openssl() -> None:
     codes = SSL.X509VerificationCodes
-    assert verdict.EXPIRED == codes.ERR_CERT_HAS_EXPIRED
-    assert verdict.NOT_YET_VALID == codes.ERR_CERT_NOT_YET_VALID
-    assert verdict.SELF_SIGNED == codes.ERR_DEPTH_ZERO_SELF_SIGNED_CERT
-    assert set(verdict.UNTRUSTED) == {
+    assert words.EXPIRED == codes.ERR_CERT_HAS_EXPIRED
+    assert words.NOT_YET_VALID == codes.ERR_CERT_NOT_YET_VALID
+    assert words.SELF_SIGNED == codes.ERR_DEPTH_ZERO_SELF_SIGNED_CERT
+    assert set(words.UNTRUSTED) == {
         codes.ERR_UNABLE_TO_GET_ISSUER_CERT,
         codes.ERR_DEPTH_ZERO_SELF_SIGNED_CERT,
         codes.ERR_SELF_SIGNED_CERT_IN_CHAIN,
@@ -251,8 +252,8 @@ def test_verdicts_are_those_of_this_openssl() -> None:
         codes.ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE,
         codes.ERR_CERT_UNTRUSTED,
     }
-    assert verdict.WRONG_PURPOSE == codes.ERR_INVALID_PURPOSE
-    assert verdict.WRONG_NAME == (codes.ERR_HOSTNAME_MISMATCH, codes.ERR_IP_ADDRESS_MISMATCH)
+    assert words.WRONG_PURPOSE == codes.ERR_INVALID_PURPOSE
+    assert words.WRONG_NAME == (codes.ERR_HOSTNAME_MISMATCH, codes.ERR_IP_ADDRESS_MISMATCH)
 
 
 def refused_client(authority: Authority, issued: Issued, host: str = NAME) -> SSL.Connection:
@@ -267,7 +268,7 @@ def test_without_a_code(authority: Authority, issued: Issued) -> None:
     fresh = ClientTls(NAME, authority.ca, None).connect(2, is_native=True)
     assert explain(fresh, 0, False) == "TLS with the server failed: no reason is known"
     for library in (1, 6, 57):  # no reasons of ours, whatever their numbers
-        detail = library << verdict.LIBRARY_SHIFT | 267
+        detail = library << words.LIBRARY_SHIFT | 267
         assert explain(fresh, detail, False).startswith("TLS with the server failed: ")
 
 

@@ -1,7 +1,7 @@
 """Why a TLS handshake failed, in words: who broke it, and what to do about it.
 
 OpenSSL names its reasons by numbers that have been the same since its release 1.1 and by
-texts that change; here is what each means for the two ends of a tunnel. Called by `tls`.
+texts that change; here is what each means for the two ends of a tunnel. Called by `contexts`.
 
 What can be had: of a certificate that was refused, the whole chain as the peer sent it (from
 the Connection, though not its `get_peer_certificate`, which holds accepted ones only). Of a
@@ -99,7 +99,7 @@ def explain(connection: SSL.Connection, detail: int, is_server: bool) -> str:
     """Say in one clause why a handshake failed.
 
     Args:
-        connection: whose handshake it was; one of `tls`.
+        connection: whose handshake it was; one of `contexts`.
         detail: OpenSSL's packed error code, 0 = unknown.
         is_server: whether this side is the server.
     """

@@ -38,9 +38,9 @@ from .certificate import (
     names_of,
     read_certificates,
 )
-from .record import reason_of
+from .codec import reason_of
+from .explain import Asked, explain
 from .trial import doubt_of, failure_of
-from .verdict import Asked, explain
 
 __all__ = ["ALPN", "ClientTls", "ServerTls", "check_alpn", "explain", "fingerprint_of"]
 
