@@ -25,7 +25,7 @@ NATIVE_ONLY = os.environ.get("NODEPASS_TEST_ENGINE") == "native"
 IS_SANITIZED = "san" in os.environ.get("LD_PRELOAD", "")
 """A sanitizer's shadow and quarantine make resident memory say nothing."""
 
-TWINS = {"twin", "engine.twin._pycopy"}
+TWINS = {"twin", "engine.twin.engine"}
 """Words in the ids of tests that run on the twin."""
 
 WHY_NOT = "the native engine is not built for this platform (no nodepass._fastcopy)"
@@ -46,7 +46,7 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"nodepass.{name}")
 
 
-@pytest.fixture(params=["_fastcopy", "engine.twin._pycopy"])
+@pytest.fixture(params=["_fastcopy", "engine.twin.engine"])
 def engine_module(request: pytest.FixtureRequest) -> ModuleType:
     """One implementation of the engine."""
     return load(str(request.param))
@@ -56,7 +56,7 @@ KINDS = {
     "native": ("_fastcopy", True, 1),
     "native-copy": ("_fastcopy", False, 1),
     "native-2": ("_fastcopy", True, 2),
-    "twin": ("engine.twin._pycopy", False, 1),
+    "twin": ("engine.twin.engine", False, 1),
 }
 
 
@@ -67,7 +67,7 @@ def kinds() -> list[Kind]:
         native = importlib.import_module("nodepass._fastcopy")
         found += [Kind(native, True, 1), Kind(native, False, 2)]
     if not NATIVE_ONLY:
-        found.append(Kind(importlib.import_module("nodepass.engine.twin._pycopy"), False, 1))
+        found.append(Kind(importlib.import_module("nodepass.engine.twin.engine"), False, 1))
     return found
 
 

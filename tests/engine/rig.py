@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import NamedTuple, Self
 
-from nodepass.engine.twin._pycopy import Completion
+from nodepass.engine.twin.engine import Completion
 from nodepass.net.resolver import SocketAddress
 
 PATIENCE = 20.0

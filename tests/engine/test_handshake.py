@@ -27,7 +27,7 @@ from tests.engine.tls_rig import (
     their_context,
 )
 
-from nodepass.engine.twin._pycopy import Completion
+from nodepass.engine.twin.engine import Completion
 from nodepass.errors import EngineClosed, EngineError
 from nodepass.tls import _openssl
 from nodepass.tls.codec import Records

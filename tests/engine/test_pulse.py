@@ -12,7 +12,7 @@ import pytest
 from tests.engine.rig import Joined, Kind, Rig, owned
 from tests.engine.street import Street, Unavailable, street
 
-from nodepass.engine.twin._pyudp import UdpCompletion
+from nodepass.engine.twin.udp_relay import UdpCompletion
 
 Open = Callable[..., Rig]
 

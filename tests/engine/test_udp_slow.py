@@ -26,7 +26,7 @@ from tests.engine.udp_words import (
     unix_datagrams,
 )
 
-from nodepass.engine.twin import _pyport
+from nodepass.engine.twin import udp_port
 
 every_kind = pytest.mark.parametrize("kind", ["native", "native-2", "twin"], indirect=True)
 tls_or_not = pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "tls"])
@@ -220,14 +220,14 @@ async def test_full_gate_makes_the_links_wait(kind: Kind, monkeypatch: pytest.Mo
     if kind.is_native:
         pytest.skip("there is no way to fill the gate's socket on loopback")
     tries = itertools.count()
-    send = _pyport.Port.send
+    send = udp_port.Port.send
 
-    def send_sometimes(port: _pyport.Port, *datagram: object) -> None:
+    def send_sometimes(port: udp_port.Port, *datagram: object) -> None:
         if next(tries) % 3:
             raise BlockingIOError
         send(port, *datagram)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(_pyport.Port, "send", send_sometimes)
+    monkeypatch.setattr(udp_port.Port, "send", send_sometimes)
     async with UdpRig(kind) as rig:
         gate = rig.gate()
         visitors = [gate.visitor() for _ in range(3)]

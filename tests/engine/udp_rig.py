@@ -21,7 +21,7 @@ from tests.engine.rig import PATIENCE, Kind, Rig
 from tests.engine.tls_rig import End, ends_for
 from tests.engine.udp_words import ANY, HOST, secure_pair, udp_pair, udp_socket
 
-from nodepass.engine.twin._pycopy import Completion, Newcomer, UdpCompletion, UdpCounts
+from nodepass.engine.twin.engine import Completion, Newcomer, UdpCompletion, UdpCounts
 
 
 class Mouth:

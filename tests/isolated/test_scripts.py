@@ -51,7 +51,7 @@ def run(name: str, *words: str) -> None:
     assert done.stderr == "", said
 
 
-@pytest.mark.parametrize("module", ["_fastcopy", "engine.twin._pycopy"])
+@pytest.mark.parametrize("module", ["_fastcopy", "engine.twin.engine"])
 @pytest.mark.parametrize("name", BOTH)
 def test_on_both(name: str, module: str) -> None:
     if module == "_fastcopy" and not HAS_NATIVE:
@@ -78,7 +78,7 @@ WAYS = [
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    ("module", "loop"), [("_fastcopy", "uvloop"), ("engine.twin._pycopy", "asyncio")]
+    ("module", "loop"), [("_fastcopy", "uvloop"), ("engine.twin.engine", "asyncio")]
 )
 def test_c26_a_program_with_a_tunnel_forks(module: str, loop: str, way: str) -> None:
     if module == "_fastcopy" and not HAS_NATIVE:

@@ -12,7 +12,7 @@ from tests.system.rig.timing import within
 from nodepass.client.client import Client
 from nodepass.config.config import Config
 from nodepass.config.environment import Settings
-from nodepass.engine.relay import Relays
+from nodepass.engine.relays import Relays
 from nodepass.observe.stats import TunnelStatistics
 
 

@@ -19,7 +19,7 @@ from tests.system.rig.stream import Stream
 from tests.system.rig.timing import until, within
 
 from nodepass.config.environment import Settings
-from nodepass.engine.relay import Relays
+from nodepass.engine.relays import Relays
 from nodepass.net.readiness import Watch
 from nodepass.observe.log import Log
 from nodepass.observe.stats import Counters

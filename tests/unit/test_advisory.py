@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nodepass.config.environment import Settings
-from nodepass.engine.relay import Relays
+from nodepass.engine.relays import Relays
 from nodepass.tls import advisory
 
 ROOT = Path(__file__).parents[2]

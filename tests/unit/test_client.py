@@ -28,7 +28,7 @@ from tests.unit.client_desk import (
 )
 
 from nodepass.config.environment import Settings
-from nodepass.engine.relay import Reason, Relay, Relays
+from nodepass.engine.relays import Reason, Relay, Relays
 from nodepass.net import tcp
 from nodepass.net.resolver import SocketAddress
 

@@ -33,7 +33,7 @@ from tests.unit.engines import both, engines
 from nodepass.client import pairing
 from nodepass.client import target as targets
 from nodepass.config.environment import Settings
-from nodepass.engine.relay import Reason, Relays, UdpRelay, UdpResult
+from nodepass.engine.relays import Reason, Relays, UdpRelay, UdpResult
 from nodepass.net import udp
 from nodepass.observe.stats import NOTHING, Datagrams
 

@@ -18,7 +18,7 @@ from tests.system.rig.timing import limit, until, within
 from tests.unit.engines import both, engines, native
 from tests.unit.street import Street, oldest, outside
 
-from nodepass.engine.relay import Handshake
+from nodepass.engine.relays import Handshake
 from nodepass.net import tcp
 from nodepass.protocol import wire
 from nodepass.protocol.message import Hello, LinkClaim

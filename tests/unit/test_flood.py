@@ -16,7 +16,7 @@ from tests.unit.server_desk import serving
 from tests.unit.test_control_tls import Wire as TlsWire
 
 from nodepass.client import filler as filling
-from nodepass.engine import relay
+from nodepass.engine import relays
 from nodepass.protocol.message import Dialect, Drain, Fail, Idle, Kind, Launch, Pong
 from nodepass.protocol.session import TALK_BURST, TALK_RATE, Event, Lost, Role, Session, State
 from nodepass.tunnel.control import LINES_A_TURN, Control
@@ -350,12 +350,12 @@ async def test_c22_news_of_the_engine_leave_the_loop_to_others() -> None:
     """Thousands of ends at once are handed out in turns, in order, newcomers behind them."""
     engine = Teller()
     heard: list[int] = []
-    crew = relay._Crew(engine, Met)  # type: ignore[arg-type]
-    count = 10 * relay.ENDS_A_TURN
+    crew = relays._Crew(engine, Met)  # type: ignore[arg-type]
+    count = 10 * relays.ENDS_A_TURN
     for token in range(count):
         crew.open[token] = Ear(heard)  # type: ignore[assignment]
     met: list[int] = []
-    gate = relay.Gate(engine, 0, asyncio.Future(), lambda _, one: met.append(one.token))  # type: ignore[arg-type]
+    gate = relays.Gate(engine, 0, asyncio.Future(), lambda _, one: met.append(one.token))  # type: ignore[arg-type]
     crew.open[-1] = gate
     engine.told = [Met(5, -1), *map(News, range(count)), *(Met(n, -1) for n in range(500))]
     crew.drain()
@@ -364,8 +364,8 @@ async def test_c22_news_of_the_engine_leave_the_loop_to_others() -> None:
         turns.append((len(heard), len(met)))
         await asyncio.sleep(0)
     steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(turns)]
-    assert all(ends <= relay.ENDS_A_TURN for ends, _ in steps), steps
-    assert all(new <= relay.NEWCOMERS_A_TURN for _, new in steps), steps
+    assert all(ends <= relays.ENDS_A_TURN for ends, _ in steps), steps
+    assert all(new <= relays.NEWCOMERS_A_TURN for _, new in steps), steps
     assert len(turns) >= 10
     assert heard == list(range(count))
     assert met == [5, *range(500)]
@@ -377,14 +377,14 @@ async def test_c22_news_of_the_engine_leave_the_loop_to_others() -> None:
 async def test_c22_the_last_news_are_handed_out_at_once() -> None:
     engine = Teller()
     heard: list[int] = []
-    crew = relay._Crew(engine, Met)  # type: ignore[arg-type]
-    for token in range(3 * relay.ENDS_A_TURN):
+    crew = relays._Crew(engine, Met)  # type: ignore[arg-type]
+    for token in range(3 * relays.ENDS_A_TURN):
         crew.open[token] = Ear(heard)  # type: ignore[assignment]
-    engine.told = [News(token) for token in range(3 * relay.ENDS_A_TURN)]
+    engine.told = [News(token) for token in range(3 * relays.ENDS_A_TURN)]
     crew.drain()
     crew.leave_loop()
     crew.forget()
-    assert heard == list(range(3 * relay.ENDS_A_TURN))
+    assert heard == list(range(3 * relays.ENDS_A_TURN))
     await asyncio.sleep(0)
-    assert len(heard) == 3 * relay.ENDS_A_TURN
+    assert len(heard) == 3 * relays.ENDS_A_TURN
     engine.close()

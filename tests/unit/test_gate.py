@@ -19,7 +19,7 @@ from tests.unit.server_desk import Desk, is_reset, serving
 
 from nodepass.config.config import Config
 from nodepass.config.environment import Settings
-from nodepass.engine.relay import Gate, Relays, UdpRelay
+from nodepass.engine.relays import Gate, Relays, UdpRelay
 from nodepass.errors import EngineError
 from nodepass.net import udp
 from nodepass.observe.stats import NOTHING

@@ -354,7 +354,7 @@ def test_describe(code: int, text: str) -> None:
     assert _openssl.describe(code) == text
 
 
-@pytest.mark.parametrize("module", ["_fastcopy", "engine.twin._pycopy"])
+@pytest.mark.parametrize("module", ["_fastcopy", "engine.twin.engine"])
 @pytest.mark.parametrize(
     ("offered", "chosen"),
     [([b"nodepass/2"], True), ([b"h2", b"nodepass/2"], True), ([b"h2"], False)],
@@ -378,7 +378,7 @@ def test_the_alpn_selector_chooses(module: str, offered: list[bytes], chosen: bo
 
 def test_importing_it_loads_nothing_heavy() -> None:
     code = (
-        "import sys, nodepass.tls._openssl, nodepass.tls.codec, nodepass.engine.twin._pycopy\n"
+        "import sys, nodepass.tls._openssl, nodepass.tls.codec, nodepass.engine.twin.engine\n"
         "assert not {'OpenSSL', 'cryptography'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -21,7 +21,7 @@ from tests.unit.hand_seal import HandSealer
 from tests.unit.street import outside
 
 from nodepass.config.environment import Settings
-from nodepass.engine.relay import Relays
+from nodepass.engine.relays import Relays
 from nodepass.net.readiness import Watch
 from nodepass.observe.log import Log
 from nodepass.tls.codec import Records

@@ -11,8 +11,8 @@ import pytest
 from OpenSSL import SSL
 from tests.unit.test_record import linked
 
-from nodepass.engine.twin import _pytls
-from nodepass.engine.twin._pytls import FRUITLESS_BYTES, RECORD_BYTES, Leg, TlsFault, TlsLeg
+from nodepass.engine.twin import legs
+from nodepass.engine.twin.legs import FRUITLESS_BYTES, RECORD_BYTES, Leg, TlsFault, TlsLeg
 from nodepass.tls import _openssl
 from nodepass.tls.codec import Records
 
@@ -53,20 +53,18 @@ GONE = BrokenPipeError(errno.EPIPE, "")
 
 
 def test_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _pytls.trouble() is None
+    assert legs.trouble() is None
     monkeypatch.setitem(sys.modules, "OpenSSL.SSL", None)
-    assert "pyOpenSSL cannot be loaded" in str(_pytls.trouble())
+    assert "pyOpenSSL cannot be loaded" in str(legs.trouble())
 
 
 def test_fault() -> None:
     SSL.Context(SSL.TLS_METHOD)  # OpenSSL has its words from the first context on
-    _pytls._codes.cache_clear()
+    legs._codes.cache_clear()
     words = "decryption failed or bad record mac"
-    assert (
-        _pytls.fault(SSL.Error([("SSL routines", "", words), ("", "", "more")])).detail == BAD_MAC
-    )
+    assert legs.fault(SSL.Error([("SSL routines", "", words), ("", "", "more")])).detail == BAD_MAC
     for exc in (SSL.Error([]), SSL.Error(), SSL.Error([("", "", "never heard of")])):
-        fault = _pytls.fault(exc)
+        fault = legs.fault(exc)
         assert (fault.errno, fault.detail) == (errno.EBADMSG, 0)
 
 
@@ -75,9 +73,9 @@ def test_fault_without_openssl_s_words(monkeypatch: pytest.MonkeyPatch) -> None:
         raise _openssl.Moved("gone")
 
     monkeypatch.setattr(_openssl, "describe", describe)
-    _pytls._codes.cache_clear()
-    assert _pytls.fault(SSL.Error([("", "", "decryption failed or bad record mac")])).detail == 0
-    _pytls._codes.cache_clear()
+    legs._codes.cache_clear()
+    assert legs.fault(SSL.Error([("", "", "decryption failed or bad record mac")])).detail == 0
+    legs._codes.cache_clear()
 
 
 def test_plaintext_counts_when_its_record_is_out() -> None:

@@ -15,8 +15,8 @@ from tests.system.rig.timing import until, within
 from tests.unit.engines import both, engines
 
 from nodepass.config.environment import Settings
-from nodepass.engine.relay import Reason, Relay, RelayResult, Relays
-from nodepass.engine.twin import _pycopy
+from nodepass.engine.relays import Reason, Relay, RelayResult, Relays
+from nodepass.engine.twin import engine as twin
 from nodepass.errors import EngineClosed, EngineError
 from nodepass.net import tcp
 
@@ -290,7 +290,7 @@ class Stuck:
 async def test_close_of_an_engine_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its relays are cancelled, and whoever looks at them later comes to no harm."""
     module = ModuleType("nodepass._fastcopy")
-    vars(module).update(ABI=_pycopy.ABI, Engine=Stuck, Newcomer=_pycopy.Newcomer)
+    vars(module).update(ABI=twin.ABI, Engine=Stuck, Newcomer=twin.Newcomer)
     monkeypatch.setitem(sys.modules, "nodepass._fastcopy", module)
     async with House("native") as house:
         _, a, b, _ = house.legs()

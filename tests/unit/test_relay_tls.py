@@ -23,8 +23,8 @@ from tests.unit.engines import both, engines, native
 from tests.unit.street import oldest, outside
 
 from nodepass.config.environment import Settings
-from nodepass.engine.relay import Handshake, HandshakeResult, Reason, Relay, RelayResult, Relays
-from nodepass.engine.twin import _pycopy
+from nodepass.engine.relays import Handshake, HandshakeResult, Reason, Relay, RelayResult, Relays
+from nodepass.engine.twin import engine as twin
 from nodepass.errors import EngineClosed, EngineError, TlsError
 from nodepass.observe.log import Log
 from nodepass.tls import contexts
@@ -326,7 +326,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> list[Slow]:
         made.append(Slow())
         return made[-1]
 
-    monkeypatch.setattr(_pycopy, "Engine", make)
+    monkeypatch.setattr(twin, "Engine", make)
     return made
 
 
@@ -523,14 +523,14 @@ def moved_engine() -> ModuleType:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("TLS was given to an engine that has said it cannot")
 
-    class Engine(_pycopy.Engine):
+    class Engine(twin.Engine):
         handshake = refuse  # type: ignore[assignment]
 
     module = ModuleType("nodepass._fastcopy")
     vars(module).update(
-        ABI=_pycopy.ABI,
+        ABI=twin.ABI,
         Engine=Engine,
-        Newcomer=_pycopy.Newcomer,
+        Newcomer=twin.Newcomer,
         tls_trouble=lambda: "SSL_read is not where it was",
         alpn_selector=refuse,
     )
@@ -540,7 +540,7 @@ def moved_engine() -> ModuleType:
 async def test_c27_nothing_can_speak_tls(monkeypatch: pytest.MonkeyPatch) -> None:
     """One clear error, for the start to end with."""
     monkeypatch.setitem(sys.modules, "nodepass._fastcopy", moved_engine())
-    monkeypatch.setattr(_pycopy, "tls_trouble", lambda: "pyOpenSSL cannot be loaded (why)")
+    monkeypatch.setattr(twin, "tls_trouble", lambda: "pyOpenSSL cannot be loaded (why)")
     relays = Relays(Settings(engine="native"))
     try:
         with pytest.raises(TlsError, match=r"TLS cannot be used here: pyOpenSSL cannot"):
@@ -619,7 +619,7 @@ def gone():
 _openssl.table = gone
 from nodepass.config.environment import Settings
 from nodepass.observe.log import Log
-from nodepass.engine.relay import Relays
+from nodepass.engine.relays import Relays
 
 async def main():
     from nodepass.tls.contexts import ClientTls, ServerTls

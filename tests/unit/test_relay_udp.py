@@ -20,9 +20,9 @@ from tests.system.rig.timing import until, within
 from tests.unit.engines import both, engines
 
 from nodepass.config.environment import Settings
-from nodepass.engine.relay import Gate, Reason, Relays, UdpRelay, UdpResult
-from nodepass.engine.twin import _pycopy
-from nodepass.engine.work import Work
+from nodepass.engine.operations import Work
+from nodepass.engine.relays import Gate, Reason, Relays, UdpRelay, UdpResult
+from nodepass.engine.twin import engine as twin
 from nodepass.errors import EngineClosed, EngineError
 from nodepass.observe.stats import NOTHING, Datagrams
 
@@ -314,15 +314,15 @@ async def test_link_may_speak_tls(kind: str) -> None:
 def moved_engine() -> ModuleType:
     """A native engine that cannot do TLS, and must not be given any."""
 
-    class Engine(_pycopy.Engine):
+    class Engine(twin.Engine):
         def udp_serve(self, *_: object, **__: object) -> int:
             raise AssertionError("a gate with TLS was opened on an engine that cannot")
 
     module = ModuleType("nodepass._fastcopy")
     vars(module).update(
-        ABI=_pycopy.ABI,
+        ABI=twin.ABI,
         Engine=Engine,
-        Newcomer=_pycopy.Newcomer,
+        Newcomer=twin.Newcomer,
         tls_trouble=lambda: "SSL_read is not where it was",
     )
     return module
@@ -474,19 +474,19 @@ async def test_news_of_what_is_no_more_and_of_what_never_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module = ModuleType("nodepass._fastcopy")
-    vars(module).update(ABI=_pycopy.ABI, Engine=Stuck, Newcomer=_pycopy.Newcomer)
+    vars(module).update(ABI=twin.ABI, Engine=Stuck, Newcomer=twin.Newcomer)
     monkeypatch.setitem(sys.modules, "nodepass._fastcopy", module)
     async with House("native") as house:
         gate = house.relays.serve(house.keep(udp_socket()), house.meet, has_tls=False)
         relay = house.relays.dial(house.link()[1], house.keep(udp_socket()), idle=0.0)
         engine = house.relays._crew.engine
         assert isinstance(engine, Stuck)
-        counts = _pycopy.UdpCounts(*[0] * 10)
+        counts = twin.UdpCounts(*[0] * 10)
         engine.news = [
-            _pycopy.Newcomer(9, relay.token, "10.0.0.1", 1),
-            _pycopy.Newcomer(9, 77, "10.0.0.1", 1),
-            _pycopy.UdpCompletion(77, counts, 0, 0, 0, 0),
-            _pycopy.Newcomer(9, gate.token, "10.0.0.1", 2),
+            twin.Newcomer(9, relay.token, "10.0.0.1", 1),
+            twin.Newcomer(9, 77, "10.0.0.1", 1),
+            twin.UdpCompletion(77, counts, 0, 0, 0, 0),
+            twin.Newcomer(9, gate.token, "10.0.0.1", 2),
         ]
         house.relays.drain()
         assert [newcomer.port for newcomer in house.newcomers] == [2]
@@ -508,7 +508,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """What the twin was asked of GSO, call by call."""
     made: list[bool] = []
 
-    class Watched(_pycopy.Engine):
+    class Watched(twin.Engine):
         def udp_serve(self, fd: int, *, gso: bool = False, **options: int) -> int:
             made.append(gso)
             return super().udp_serve(fd, gso=gso, **options)
@@ -517,7 +517,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
             made.append(gso)
             return super().udp_dial(*fds, gso=gso, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(_pycopy, "Engine", Watched)
+    monkeypatch.setattr(twin, "Engine", Watched)
     return made
 
 

@@ -19,7 +19,7 @@ from tests.system.rig.timing import free_port, until, within
 from tests.unit.server_desk import config, is_reset, launched, serving
 
 from nodepass.config.environment import Settings
-from nodepass.engine.relay import Relay, Relays
+from nodepass.engine.relays import Relay, Relays
 from nodepass.errors import ListenError, TunnelError
 from nodepass.net import tcp
 from nodepass.net.listener import Listener

@@ -28,7 +28,7 @@ from tests.unit.server_desk import Desk, config, is_reset, launched, serving
 from tests.unit.street import outside
 
 from nodepass.config.environment import Settings
-from nodepass.engine.relay import Relays
+from nodepass.engine.relays import Relays
 from nodepass.errors import ConfigError
 from nodepass.net import tcp
 from nodepass.server import dataport

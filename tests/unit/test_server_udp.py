@@ -24,8 +24,8 @@ from tests.unit.server_desk import Desk, is_reset, launched, serving
 from tests.unit.street import outside
 
 from nodepass.config.environment import Settings
-from nodepass.engine.relay import Gate, Relays, UdpRelay
-from nodepass.engine.twin import _pycopy
+from nodepass.engine.relays import Gate, Relays, UdpRelay
+from nodepass.engine.twin import engine as twin
 from nodepass.errors import EngineClosed, ListenError, TunnelError
 from nodepass.observe.stats import Datagrams
 from nodepass.server.server import Server
@@ -405,14 +405,14 @@ async def test_gates_are_opened_where_tls_runs(monkeypatch: pytest.MonkeyPatch) 
     def refuse(*_: object, **__: object) -> int:
         raise AssertionError("TLS was given to an engine that has said it cannot")
 
-    class Engine(_pycopy.Engine):
+    class Engine(twin.Engine):
         udp_serve = udp_bind = handshake = refuse
 
     module = ModuleType("nodepass._fastcopy")
     vars(module).update(
-        ABI=_pycopy.ABI,
+        ABI=twin.ABI,
         Engine=Engine,
-        Newcomer=_pycopy.Newcomer,
+        Newcomer=twin.Newcomer,
         tls_trouble=lambda: "SSL_read is not where it was",
         alpn_selector=refuse,
     )

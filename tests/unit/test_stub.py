@@ -23,7 +23,7 @@ CLASSES = {node.name: node for node in TREE.body if isinstance(node, ast.ClassDe
 FUNCTIONS = {node.name: node for node in TREE.body if isinstance(node, ast.FunctionDef)}
 
 
-@pytest.fixture(params=["_fastcopy", "engine.twin._pycopy"])
+@pytest.fixture(params=["_fastcopy", "engine.twin.engine"])
 def module(request: pytest.FixtureRequest) -> ModuleType:
     name = f"nodepass.{request.param}"
     if importlib.util.find_spec(name) is None:

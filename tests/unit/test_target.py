@@ -15,7 +15,7 @@ from tests.system.rig.timing import within
 
 from nodepass.client import target
 from nodepass.client.target import UdpTarget
-from nodepass.engine.relay import Reason, UdpResult
+from nodepass.engine.relays import Reason, UdpResult
 from nodepass.errors import DialError, EngineError
 from nodepass.net import udp
 from nodepass.observe.log import Log

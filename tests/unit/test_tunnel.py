@@ -16,7 +16,7 @@ from tests.system.rig.timing import until, within
 from nodepass.client.client import Client
 from nodepass.config.config import Config, Mode
 from nodepass.config.environment import Settings
-from nodepass.engine.relay import Relay, Relays
+from nodepass.engine.relays import Relay, Relays
 from nodepass.errors import ConfigError, EngineError, TunnelError
 from nodepass.observe.stats import TunnelStatistics
 from nodepass.server.server import Server

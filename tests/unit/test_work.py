@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from nodepass.engine.work import (
+from nodepass.engine.operations import (
     Engine,
     Gate,
     Handshake,
@@ -24,7 +24,7 @@ from nodepass.observe.stats import NOTHING, Datagrams
 if TYPE_CHECKING:
     from nodepass._fastcopy import Completion, Newcomer, UdpCompletion, UdpCounts
 else:  # the twin's, which are always there
-    from nodepass.engine.twin._pycopy import Completion, Newcomer, UdpCompletion, UdpCounts
+    from nodepass.engine.twin.engine import Completion, Newcomer, UdpCompletion, UdpCounts
 
 TOKEN = 7
 COUNTS = UdpCounts(*range(1, 11))

@@ -136,13 +136,13 @@ class House(Protocol):
 
 class _RealHouse:
     def relays(self, settings: Settings) -> Closer:
-        from nodepass.engine.relay import Relays
+        from nodepass.engine.relays import Relays
 
         return Relays(settings)
 
     def tunnel(self, config: Config, relays: Closer) -> Tunnel:
         from nodepass.client.client import Client
-        from nodepass.engine.relay import Relays
+        from nodepass.engine.relays import Relays
         from nodepass.server.server import Server
 
         assert isinstance(relays, Relays)

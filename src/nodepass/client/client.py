@@ -16,7 +16,7 @@ import socket
 from typing import TYPE_CHECKING, Final
 
 from nodepass.config.config import Config, Mode
-from nodepass.engine.relay import Relays
+from nodepass.engine.relays import Relays
 from nodepass.errors import AuthError, NodePassError, PoolTimeout, TlsError, TunnelError
 from nodepass.net import tcp
 from nodepass.net.readiness import Watch

@@ -15,7 +15,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from nodepass.engine.relay import Relay, RelayResult, UdpRelay, UdpResult
+from nodepass.engine.relays import Relay, RelayResult, UdpRelay, UdpResult
 from nodepass.errors import (
     DialError,
     EngineError,

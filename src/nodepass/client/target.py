@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Coroutine
 from typing import Final
 
-from nodepass.engine.relay import UdpRelay, UdpResult
+from nodepass.engine.relays import UdpRelay, UdpResult
 from nodepass.errors import DialError, EngineError
 from nodepass.net import udp
 from nodepass.net.resolver import Candidate, SocketAddress

@@ -1,3 +1,3 @@
 """Sockets down, results up: what the rest asks of the engine, native or its twin."""
 
-__all__ = ["relay"]
+__all__ = ["relays"]

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from nodepass.engine.relay import Handshake
+from nodepass.engine.relays import Handshake
 from nodepass.net import tcp
 from nodepass.protocol.handshake import ServerHandshake
 from nodepass.tls.codec import Records

@@ -20,7 +20,7 @@ import secrets
 import socket
 from typing import TYPE_CHECKING, Final
 
-from nodepass.engine.relay import Handshake, HandshakeResult, Relays
+from nodepass.engine.relays import Handshake, HandshakeResult, Relays
 from nodepass.errors import EngineError, TlsError
 from nodepass.net import tcp
 from nodepass.net.deadlines import Patience

@@ -25,7 +25,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from nodepass.engine.relay import HandshakeResult, Relays
+from nodepass.engine.relays import HandshakeResult, Relays
 from nodepass.errors import EngineError, PeerWireError, TlsError
 from nodepass.net import tcp
 from nodepass.net.deadlines import Patience

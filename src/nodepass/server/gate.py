@@ -14,7 +14,7 @@ import socket
 from collections import deque
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from nodepass.engine.relay import Gate
+from nodepass.engine.relays import Gate
 from nodepass.errors import EngineError, PoolClosed, PoolTimeout
 from nodepass.net import tcp, udp
 from nodepass.observe.stats import Datagrams

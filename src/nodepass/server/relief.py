@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
-from nodepass.engine.relay import Relay
+from nodepass.engine.relays import Relay
 from nodepass.net import tcp
 from nodepass.observe.log import Log
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from nodepass.config.environment import Settings
-from nodepass.engine.relay import Relay, UdpRelay
+from nodepass.engine.relays import Relay, UdpRelay
 from nodepass.errors import AuthError, TlsError, TunnelError
 from nodepass.net import tcp
 from nodepass.net.readiness import Watch

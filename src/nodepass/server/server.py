@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from nodepass.config.config import Config, Mode
-from nodepass.engine.relay import Relay, RelayResult, Relays, UdpRelay, UdpResult
+from nodepass.engine.relays import Relay, RelayResult, Relays, UdpRelay, UdpResult
 from nodepass.errors import EngineError, PoolClosed, PoolTimeout
 from nodepass.net import tcp
 from nodepass.net.listener import Listener, OnAccept, listen

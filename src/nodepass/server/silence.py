@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from nodepass.engine.relay import Relay, UdpRelay
+from nodepass.engine.relays import Relay, UdpRelay
 from nodepass.net.deadlines import Patience
 from nodepass.observe.log import Log
 from nodepass.observe.stats import Counters

@@ -17,7 +17,7 @@ from typing import Final, Self
 
 from nodepass.config.config import Config, Mode
 from nodepass.config.environment import Settings, show_duration
-from nodepass.engine.relay import Reason, Relay, RelayResult, Relays, UdpRelay, UdpResult
+from nodepass.engine.relays import Reason, Relay, RelayResult, Relays, UdpRelay, UdpResult
 from nodepass.errors import ConfigError, TunnelError
 from nodepass.net import tcp
 from nodepass.observe.drop import DropReport

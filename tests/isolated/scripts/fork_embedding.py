@@ -21,7 +21,7 @@ from nodepass import Client, Server
 warnings.filterwarnings("ignore", ".*multi-threaded.*", DeprecationWarning)
 
 ENGINE, LOOP, WAY = sys.argv[1:]
-os.environ["NODEPASS_ENGINE"] = "python" if ENGINE == "engine.twin._pycopy" else "native"
+os.environ["NODEPASS_ENGINE"] = "python" if ENGINE == "engine.twin.engine" else "native"
 os.environ["REPORT_INTERVAL"] = "200ms"
 # Some releases of libuv hand epoll_ctl to io_uring, a piece of memory that the child's copy of the
 # loop shares with the parent's; nobody but libuv can take that apart. docs/engine.md.

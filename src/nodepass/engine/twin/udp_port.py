@@ -1,6 +1,6 @@
 """The slow twin's UDP sockets: datagrams with what the kernel remarks on them, and their counts.
 
-Part of `_pycopy`, which describes the whole; nobody else comes here. Elsewhere than on Linux
+Part of `engine`, which describes the whole; nobody else comes here. Elsewhere than on Linux
 answers leave from the address that the kernel chooses, and overruns are not counted: Windows has
 no recvmsg, and others mean other things by these options.
 

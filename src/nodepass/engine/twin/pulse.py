@@ -1,6 +1,6 @@
 """The slow twin's look at what has come back from the far end of a connection.
 
-Part of `_pycopy`, which describes the whole; nobody else comes here. The rules, and why they are
+Part of `engine`, which describes the whole; nobody else comes here. The rules, and why they are
 so, stand in fastcopy/pulse.pxi; the figures here are the same. Only Linux tells what it takes.
 
 Ground floor.

@@ -1,6 +1,6 @@
 """The UDP half of the slow twin's Engine: its methods, and the books of gates and UDP relays.
 
-Part of `_pycopy`, which describes the whole; nobody else comes here.
+Part of `engine`, which describes the whole; nobody else comes here.
 """
 
 from __future__ import annotations
@@ -12,21 +12,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from nodepass.errors import EngineError
 
-from ._pydesk import (
-    DATAGRAM,
-    STREAM,
-    Desk,
-    Watched,
-    check_head,
-    make_leg,
-    take_seconds,
-    take_whole,
-)
-from ._pydial import Dialled, RawDialled
-from ._pyflow import REASON_ABORTED, Ending
-from ._pygate import Bound, Gate, Newcomer, RawBound, Source
-from ._pyport import Port, Tally, UdpCounts, dropped
-from ._pyudp import Relay, UdpCompletion
+from .desk import DATAGRAM, STREAM, Desk, Watched, check_head, make_leg, take_seconds, take_whole
+from .flow import REASON_ABORTED, Ending
+from .gate import Bound, Gate, Newcomer, RawBound, Source
+from .udp_dial import Dialled, RawDialled
+from .udp_port import Port, Tally, UdpCounts, dropped
+from .udp_relay import Relay, UdpCompletion
 
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection

@@ -1,6 +1,6 @@
 """The slow twin's flows: two sides, and the two directions between them.
 
-Part of `_pycopy`, which describes the whole; nobody else comes here.
+Part of `engine`, which describes the whole; nobody else comes here.
 
 Ground floor.
 """
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
-from ._pytls import Leg, TlsFault
+from .legs import Leg, TlsFault
 
 if TYPE_CHECKING:
     from nodepass.net.resolver import SocketAddress

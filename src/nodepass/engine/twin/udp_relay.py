@@ -1,7 +1,7 @@
 """The slow twin's UDP relays: a link whose bytes become datagrams, and the other way round.
 
-Part of `_pycopy`, which describes the whole; nobody else comes here. The UDP side of a relay is
-in `_pygate` for sources and in `_pydial` for targets.
+Part of `engine`, which describes the whole; nobody else comes here. The UDP side of a relay is
+in `gate` for sources and in `udp_dial` for targets.
 
 A relay reads its link only while nothing that came over it waits: whole frames for their turn,
 or a datagram for room in the UDP socket. Towards the link it hands over one frame at a time, so
@@ -17,9 +17,9 @@ import socket
 import time
 from typing import Final, NamedTuple, Protocol
 
-from ._pyflow import REASON_ABORTED, REASON_FINISHED, REASON_IDLE, REASON_RESET, Ending, arm_reset
-from ._pyport import Tally, UdpCounts
-from ._pytls import Leg, TlsFault, TlsLeg
+from .flow import REASON_ABORTED, REASON_FINISHED, REASON_IDLE, REASON_RESET, Ending, arm_reset
+from .legs import Leg, TlsFault, TlsLeg
+from .udp_port import Tally, UdpCounts
 
 HEADER_BYTES: Final = 2  # of a frame: the length of the datagram behind it
 TURN_DATAGRAMS: Final = 64  # per callback, so that one relay does not keep the loop for itself

@@ -1,6 +1,6 @@
 """What the halves of the slow twin's Engine share: descriptors, tokens, the bell, the watch.
 
-Part of `_pycopy`, which describes the whole and has the half for TCP; `_pyserve` has the one for
+Part of `engine`, which describes the whole and has the half for TCP; `udp` has the one for
 UDP. Nobody else comes here.
 """
 
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 from nodepass.errors import EngineClosed, EngineError
 from nodepass.runtime import fork
 
-from ._pytls import Leg, TlsLeg, is_usable
+from .legs import Leg, TlsLeg, is_usable
 
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection

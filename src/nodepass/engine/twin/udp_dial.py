@@ -1,6 +1,6 @@
 """The slow twin's UDP relays on the side that dials: a link, and the target's socket.
 
-Part of `_pycopy`, which describes the whole; nobody else comes here. The target is read only while
+Part of `engine`, which describes the whole; nobody else comes here. The target is read only while
 the link takes what it says: what is too much waits in the kernel, or is dropped there.
 """
 
@@ -11,10 +11,10 @@ import socket
 import time
 from typing import Final
 
-from ._pyflow import REASON_FINISHED, REASON_RESET, Ending
-from ._pyport import MAX_PAYLOAD, Port
-from ._pytls import Leg
-from ._pyudp import HEADER_BYTES, TURN_DATAGRAMS, Relay, UdpHost
+from .flow import REASON_FINISHED, REASON_RESET, Ending
+from .legs import Leg
+from .udp_port import MAX_PAYLOAD, Port
+from .udp_relay import HEADER_BYTES, TURN_DATAGRAMS, Relay, UdpHost
 
 ATTEMPTS: Final = 4  # to send one datagram whose socket reports errors of earlier ones
 REFUSAL_SECONDS: Final = 2.0  # of refusals alone until a target is taken for dead

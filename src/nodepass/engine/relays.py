@@ -25,7 +25,7 @@ from nodepass.observe.log import Log
 from nodepass.runtime import aside, fork
 from nodepass.tls.advisory import outdated
 
-from .work import (
+from .operations import (
     Engine,
     Gate,
     Handshake,
@@ -495,7 +495,7 @@ def _choose(wish: str) -> tuple[str, _Module]:
     if wish == "native":
         try:
             native = importlib.import_module("nodepass._fastcopy")
-            twin = importlib.import_module("nodepass.engine.twin._pycopy")
+            twin = importlib.import_module("nodepass.engine.twin.engine")
             if native.ABI != twin.ABI:
                 raise ImportError("it was built from another release")
             return "native", native
@@ -515,4 +515,4 @@ def _choose(wish: str) -> tuple[str, _Module]:
 
 
 def _twin() -> _Module:
-    return cast(_Module, importlib.import_module("nodepass.engine.twin._pycopy"))
+    return cast(_Module, importlib.import_module("nodepass.engine.twin.engine"))

@@ -9,8 +9,8 @@ its destination for writing; never both, so back-pressure is the kernel's. A soc
 not being read cannot tell of its death, and libuv stops watching one on which it sees an
 error: so a watch asks every socket for its error ten times a second.
 
-UDP: `_pyserve` has the methods, `_pygate` gates and their relays, `_pydial` relays to targets,
-`_pyudp` what both do with their links, `_pyport` the sockets and counts.
+UDP: `udp` has the methods, `gate` gates and their relays, `udp_dial` relays to targets,
+`udp_relay` what both do with their links, `udp_port` the sockets and counts.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from nodepass.errors import EngineError
 
-from . import _pytls
-from ._pydesk import (
+from . import legs
+from .desk import (
     STREAM,
     Watched,
     check_head,
@@ -39,7 +39,7 @@ from ._pydesk import (
     take_seconds,
     take_whole,
 )
-from ._pyflow import (
+from .flow import (
     REASON_ABORTED,
     REASON_FINISHED,
     REASON_IDLE,
@@ -49,11 +49,11 @@ from ._pyflow import (
     Flow,
     arm_reset,
 )
-from ._pygate import Newcomer
-from ._pyport import UdpCounts
-from ._pyserve import UdpHalf
-from ._pytls import Handshake, Leg, TlsFault, TlsLeg
-from ._pyudp import UdpCompletion
+from .gate import Newcomer
+from .legs import Handshake, Leg, TlsFault, TlsLeg
+from .udp import UdpHalf
+from .udp_port import UdpCounts
+from .udp_relay import UdpCompletion
 
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection
@@ -75,7 +75,7 @@ _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 def tls_trouble() -> str | None:
     """Say in a clause what TLS flows lack here, or None."""
-    return _pytls.trouble()
+    return legs.trouble()
 
 
 def alpn_selector() -> None:

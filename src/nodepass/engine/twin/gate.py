@@ -1,6 +1,6 @@
 """The slow twin's gates: the sources that write to them, and the UDP relays of those sources.
 
-Part of `_pycopy`, which describes the whole; nobody else comes here.
+Part of `engine`, which describes the whole; nobody else comes here.
 
     unknown --datagram--> waiting --udp_bind()--> bound --end--> unknown
                              |                      | early reset, end or abort
@@ -16,10 +16,10 @@ import time
 from collections import Counter, deque
 from typing import Any, Final, NamedTuple, Protocol
 
-from ._pyflow import REASON_ABORTED, REASON_FINISHED, REASON_IDLE, Ending
-from ._pyport import MAX_PAYLOAD, Parcel, Port, Remark, Tally, crowd_of, plain_host
-from ._pytls import Leg
-from ._pyudp import HEADER_BYTES, TURN_DATAGRAMS, Relay, UdpHost
+from .flow import REASON_ABORTED, REASON_FINISHED, REASON_IDLE, Ending
+from .legs import Leg
+from .udp_port import MAX_PAYLOAD, Parcel, Port, Remark, Tally, crowd_of, plain_host
+from .udp_relay import HEADER_BYTES, TURN_DATAGRAMS, Relay, UdpHost
 
 CROWD_LEAVES: Final = 8  # one waiting place in so many is for those who have few
 PARKED_BYTES: Final = 65536  # of one source that waits, 2 more for each datagram

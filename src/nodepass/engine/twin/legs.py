@@ -1,6 +1,6 @@
 """What the slow twin's flows have on their two sides, plain or TLS, and its TLS handshakes.
 
-Part of `_pycopy`, which describes the whole; nobody else comes here. TLS is a pyOpenSSL
+Part of `engine`, which describes the whole; nobody else comes here. TLS is a pyOpenSSL
 Connection on memory BIOs; errors of TLS come out as OSError, like those of a socket.
 
 Ground floor. OpenSSL is loaded at the first use of TLS, not with this module.
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 from nodepass.tls import _openssl
 from nodepass.tls.codec import Records, reason_of
 
-from ._pypulse import Pulse
+from .pulse import Pulse
 
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection
