@@ -3,7 +3,7 @@
 Owns: every descriptor handed to relay() until its completion, the worker threads, and all
 memory they use. This file is the control plane, called from one Python thread, and never
 blocks except in close(). What the workers do is in fastcopy/*.pxi, included below; they
-hold no Python state and never take the GIL. _pycopy.py is the same thing in plain Python.
+hold no Python state and never take the GIL. engine/twin/engine.py is the same thing in plain Python.
 """
 
 import atexit

@@ -26,7 +26,7 @@ from nodepass.protocol.message import Dialect, Greeting, Kind, Launch, LinkClaim
 from nodepass.protocol.proof import LinkKey
 from nodepass.protocol.session import Role, Session
 from nodepass.tunnel.pool import Demand
-from nodepass.tunnel.slot import Slots
+from nodepass.tunnel.slots import Slots
 
 HOME: Final = (3, 11)
 """CPython that TABLE was counted on; each release compiles to other bytecodes."""

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from nodepass.runtime import aside
+from nodepass.runtime import threads
 
 ERRORS = (RuntimeError("can't start new thread"), MemoryError())
 
@@ -29,7 +29,7 @@ def fail() -> None:
 
 
 async def test_runs_in_a_thread_that_nobody_waits_for() -> None:
-    thread = await aside.run(where)
+    thread = await threads.run(where)
     assert thread is not where()
     assert thread.daemon
     thread.join(10)
@@ -37,12 +37,12 @@ async def test_runs_in_a_thread_that_nobody_waits_for() -> None:
 
 async def test_failures_come_back() -> None:
     with pytest.raises(KeyError, match="lost"):
-        await aside.run(fail)
+        await threads.run(fail)
 
 
 async def test_the_loop_goes_on_meanwhile() -> None:
     may_end = threading.Event()
-    task = asyncio.create_task(aside.run(lambda: may_end.wait(10)))
+    task = asyncio.create_task(threads.run(lambda: may_end.wait(10)))
     await asyncio.sleep(0)
     assert not task.done()
     may_end.set()
@@ -56,7 +56,7 @@ async def test_who_gives_up_hears_nothing() -> None:
         may_end.wait(10)
         ended.set()
 
-    task = asyncio.create_task(aside.run(work))
+    task = asyncio.create_task(threads.run(work))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -70,7 +70,7 @@ def test_a_loop_that_is_closed_meanwhile() -> None:
     may_end = threading.Event()
 
     async def main() -> None:
-        asyncio.ensure_future(aside.run(lambda: may_end.wait(10)))  # noqa: RUF006 - given up
+        asyncio.ensure_future(threads.run(lambda: may_end.wait(10)))  # noqa: RUF006 - given up
         await asyncio.sleep(0)
 
     asyncio.run(main())
@@ -82,14 +82,14 @@ def test_a_loop_that_is_closed_meanwhile() -> None:
 
 @pytest.mark.usefixtures("no_threads")
 async def test_c12_without_a_thread_it_is_done_here() -> None:
-    assert await aside.run(where) is where()
+    assert await threads.run(where) is where()
     with pytest.raises(KeyError, match="lost"):
-        await aside.run(fail)
-    assert not aside.start(fail, "none")
+        await threads.run(fail)
+    assert not threads.start(fail, "none")
 
 
 @pytest.mark.usefixtures("no_threads")
 def test_c12_nothing_is_left_that_needs_a_thread_to_be_closed() -> None:
     """The executor of asyncio does, and its failure at the end would be a traceback."""
     with asyncio.Runner() as runner:
-        assert runner.run(aside.run(where)) is where()
+        assert runner.run(threads.run(where)) is where()

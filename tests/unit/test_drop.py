@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from nodepass.observe.drop import CAUSES, HINTS, DropReport
 from nodepass.observe.log import REPEAT_PAUSE, Log
+from nodepass.observe.loss import CAUSES, HINTS, DropReport
 from nodepass.observe.stats import NOTHING, Datagrams
 
 

@@ -29,7 +29,7 @@ from nodepass.engine.twin import engine as twin
 from nodepass.errors import EngineClosed, ListenError, TunnelError
 from nodepass.observe.stats import Datagrams
 from nodepass.server.server import Server
-from nodepass.tunnel import tunnel
+from nodepass.tunnel import base
 
 
 def come(desk: Desk, *said: bytes) -> Visitor:
@@ -372,7 +372,7 @@ async def test_stop_waits_for_silence_and_not_for_the_idle_time() -> None:
 async def test_stop_with_a_short_idle_time_does_not_lengthen_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tunnel, "LAST_WORDS", 60.0)
+    monkeypatch.setattr(base, "LAST_WORDS", 60.0)
     async with serving(shutdown_timeout=20.0, udp_idle_timeout=0.1) as desk:
         client = await desk.client()
         _, link = await served(desk, client, 1)

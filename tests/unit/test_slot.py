@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from nodepass.tunnel.slot import TCP_SHARE, Queue, Slots
+from nodepass.tunnel.slots import TCP_SHARE, Queue, Slots
 
 
 class Queues:

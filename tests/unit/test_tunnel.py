@@ -20,8 +20,8 @@ from nodepass.engine.relays import Relay, Relays
 from nodepass.errors import ConfigError, EngineError, TunnelError
 from nodepass.observe.stats import TunnelStatistics
 from nodepass.server.server import Server
-from nodepass.tunnel import tunnel as tunnel_module
-from nodepass.tunnel.tunnel import Tunnel
+from nodepass.tunnel import base as tunnel_module
+from nodepass.tunnel.base import Tunnel
 
 both = pytest.mark.loops("asyncio", "uvloop")
 

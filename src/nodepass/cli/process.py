@@ -27,7 +27,7 @@ from nodepass.config.password import FILE_VARIABLE, is_exposed, keep_out_of_core
 from nodepass.errors import NodePassError
 from nodepass.observe.console import Console
 from nodepass.observe.log import COMPLAINT, LEVELS, Log, mask
-from nodepass.tunnel.tunnel import tell_remarks
+from nodepass.tunnel.base import tell_remarks
 
 __all__ = ["run", "serve"]
 

@@ -25,10 +25,10 @@ from nodepass.protocol import wire
 from nodepass.protocol.handshake import ClientHandshake
 from nodepass.protocol.message import NONCE_SIZE, Dialect, Greeting
 from nodepass.protocol.session import Backoff, Lost
-from nodepass.runtime import aside
+from nodepass.runtime import threads
 from nodepass.tls.codec import Records
-from nodepass.tunnel.slot import Queue
-from nodepass.tunnel.tunnel import Tunnel
+from nodepass.tunnel.base import Tunnel
+from nodepass.tunnel.slots import Queue
 
 from .circle import Circle
 from .pairing import LINK, Pairing
@@ -63,7 +63,7 @@ class Client(Tunnel):
     async def _open(self) -> None:
         self._key = await self.stretch_password()
         if self.config.tls:  # what cannot work is to be known at the start
-            await aside.run(self._load_tls)
+            await threads.run(self._load_tls)
             if self._tls is not None and self.config.tls == 2:
                 self._tls.require_verification()
         self.watch = Watch()
@@ -296,7 +296,7 @@ class Client(Tunnel):
         """
         async with self._loading:  # many links may ask at once
             if self._tls is None:
-                await aside.run(self._load_tls)
+                await threads.run(self._load_tls)
         assert self._tls is not None
         from nodepass.tls import contexts
 

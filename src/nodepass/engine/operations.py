@@ -5,7 +5,7 @@
     Gate        a bound UDP socket, whose sources become newcomers
     UdpRelay    the datagrams of one UDP visitor, joined with a link
 
-Made by `relay` and held by `server`, `client` and their kin. A reset, a lost datagram and an idle
+Made by `relays` and held by `server`, `client` and their kin. A reset, a lost datagram and an idle
 time-out are results, not errors.
 """
 

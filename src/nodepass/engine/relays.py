@@ -1,7 +1,7 @@
 """Relays: connections joined by the engine; TLS handshakes and gates, too.
 
 The only importer of the engine. Owns: the choice between the native engine and its slow
-twin, handing sockets down, and turning completions into results (`work` has their shapes).
+twin, handing sockets down, and turning completions into results (`operations` has their shapes).
 Called by `server` and `client`; one `Relays` serves every tunnel of a process.
 """
 
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final, Protocol, cast
 from nodepass.config.environment import Settings
 from nodepass.errors import TlsError
 from nodepass.observe.log import Log
-from nodepass.runtime import aside, fork
+from nodepass.runtime import fork, threads
 from nodepass.tls.advisory import outdated
 
 from .operations import (
@@ -446,7 +446,7 @@ class Relays:
             crew.leave_loop()
             if crew is self._crew and self.kind == "native":
                 # Joining threads blocks for a moment; the twin has none and lives on this loop.
-                is_joined = await aside.run(functools.partial(crew.engine.close, deadline))
+                is_joined = await threads.run(functools.partial(crew.engine.close, deadline))
             else:
                 crew.engine.close(deadline)
             crew.forget()

@@ -15,7 +15,7 @@ from typing import cast
 
 from nodepass.config.hostname import encode
 from nodepass.errors import TOO_FEW_THREADS
-from nodepass.runtime import aside
+from nodepass.runtime import threads
 
 SocketAddress = tuple[str, int] | tuple[str, int, int, int]
 Candidate = tuple[int, SocketAddress]
@@ -47,7 +47,7 @@ async def resolve(host: str, port: int, flags: int = 0) -> list[Candidate]:
     if answer is None:
         answer = _under_way[key] = loop.create_future()
         answer.add_done_callback(lambda done: done.cancelled() or done.exception())
-        if not aside.start(partial(_look_up, key, answer), "nodepass-resolver"):
+        if not threads.start(partial(_look_up, key, answer), "nodepass-resolver"):
             # Not here instead: a name server that is gone would hold everybody up for long.
             del _under_way[key]
             raise socket.gaierror(socket.EAI_AGAIN, TOO_FEW_THREADS)

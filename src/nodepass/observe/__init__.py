@@ -1,3 +1,3 @@
 """What the program tells: log lines, counts, losses."""
 
-__all__ = ["console", "drop", "log", "outlet", "stats"]
+__all__ = ["console", "log", "loss", "outlet", "stats"]

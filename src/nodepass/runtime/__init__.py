@@ -1,3 +1,3 @@
 """What the interpreter and the kernel do to a running program: threads, forks."""
 
-__all__ = ["aside", "fork"]
+__all__ = ["fork", "threads"]

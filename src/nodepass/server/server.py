@@ -23,10 +23,10 @@ from nodepass.net.listener import Listener, OnAccept, listen
 from nodepass.net.readiness import Watch
 from nodepass.observe.stats import Datagrams, TunnelStatistics, least_rtt
 from nodepass.protocol.message import Kind
-from nodepass.runtime import aside
+from nodepass.runtime import threads
+from nodepass.tunnel.base import ABORT_GRACE, Tunnel
 from nodepass.tunnel.pool import Link, Member, Pool, announce
-from nodepass.tunnel.slot import Slots
-from nodepass.tunnel.tunnel import ABORT_GRACE, Tunnel
+from nodepass.tunnel.slots import Slots
 
 from .dataport import DataPort
 from .entrance import Entrance
@@ -56,7 +56,7 @@ class Server(Tunnel):
     async def _open(self) -> None:
         self._loop = asyncio.get_running_loop()
         key = await self.stretch_password()
-        self._tls = await aside.run(self._load_tls)
+        self._tls = await threads.run(self._load_tls)
         penalties = Penalties()
         shares = self.share_descriptors()
         self.slots = Slots(

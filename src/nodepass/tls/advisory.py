@@ -1,7 +1,7 @@
 """Which installed libraries are older than the least release without a known hole.
 
 The floors are those of our own metadata (pyproject.toml, "dependencies"), so they are declared
-once. pip keeps to them; distributions, frozen images and `--no-deps` do not. Called by `relay`
+once. pip keeps to them; distributions, frozen images and `--no-deps` do not. Called by `relays`
 when TLS is loaded; a plain tunnel uses none of these libraries for anything secret.
 
 Ground floor: imports nothing of ours and nothing heavy.

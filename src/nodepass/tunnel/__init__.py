@@ -1,3 +1,3 @@
 """What a server and a client have in common."""
 
-__all__ = ["control", "pool", "slot", "tunnel"]
+__all__ = ["base", "control", "pool", "slots"]

@@ -1,6 +1,6 @@
 """Lost datagrams in the log: at once, then one line a minute for each cause, with what to do.
 
-Owns: which losses have been told. Called by `tunnel`.
+Owns: which losses have been told. Called by `base`.
 """
 
 from __future__ import annotations

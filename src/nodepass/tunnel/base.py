@@ -20,11 +20,11 @@ from nodepass.config.environment import Settings, show_duration
 from nodepass.engine.relays import Reason, Relay, RelayResult, Relays, UdpRelay, UdpResult
 from nodepass.errors import ConfigError, TunnelError
 from nodepass.net import tcp
-from nodepass.observe.drop import DropReport
 from nodepass.observe.log import Log
+from nodepass.observe.loss import DropReport
 from nodepass.observe.stats import Counters, Datagrams, TunnelStatistics
 from nodepass.protocol.proof import stretch_password
-from nodepass.runtime import aside, fork
+from nodepass.runtime import fork, threads
 
 LAST_WORDS: Final = 1.0
 """Seconds of silence after which a UDP session counts as done once the tunnel stops."""
@@ -219,7 +219,7 @@ class Tunnel(ABC):
         if password is None:
             return None
         # It takes 0.1 s on purpose, and other tunnels of this loop may be at work.
-        return await aside.run(lambda: stretch_password(password.reveal()))
+        return await threads.run(lambda: stretch_password(password.reveal()))
 
     def share_descriptors(self) -> tcp.Shares:
         """Return how many visitors and idle links fit the limit of open files; warn if few."""
