@@ -24,9 +24,9 @@ from nodepass.net.readiness import Watch
 from nodepass.observe.log import Log
 from nodepass.observe.stats import Counters
 from nodepass.protocol.message import Hello, LinkClaim
-from nodepass.server.caller import Caller
-from nodepass.server.entrance import Entrance
-from nodepass.server.penalty import Penalties
+from nodepass.server.acceptor import Entrance
+from nodepass.server.pending import Caller
+from nodepass.server.throttle import Penalties
 from nodepass.tls.contexts import ServerTls
 
 

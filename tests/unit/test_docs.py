@@ -33,7 +33,7 @@ from nodepass.protocol.message import (
     SeedLaunch,
     Welcome,
 )
-from nodepass.server import dataport, entrance, penalty, roster
+from nodepass.server import acceptor, seed_port, sessions, throttle
 from nodepass.tls import certificate, codec, contexts
 
 ROOT = Path(__file__).parents[2]
@@ -293,17 +293,17 @@ def test_worked_examples_reproduce() -> None:
 
 LIMITS = {
     "docs/security.md": (
-        f"{entrance.MAX_CALLERS}, of one source {entrance.MAX_CALLERS_PER_SOURCE} (",
-        f" ({entrance.KNOWN_SHARE * entrance.MAX_CALLERS_PER_SOURCE} where a client is connected",
-        f"{penalty.FIRST_DELAY:g} s, then 0.5 s, 1 s, at most {penalty.LONGEST_DELAY:g} s",
-        f"forgotten after {penalty.FORGET_AFTER:g} s",
-        f"| sources remembered for that | {penalty.MAX_SOURCES} |",
-        f"some {entrance.MAX_CALLERS_PER_SOURCE / penalty.LONGEST_DELAY:g} guesses a second",
+        f"{acceptor.MAX_CALLERS}, of one source {acceptor.MAX_CALLERS_PER_SOURCE} (",
+        f" ({acceptor.KNOWN_SHARE * acceptor.MAX_CALLERS_PER_SOURCE} where a client is connected",
+        f"{throttle.FIRST_DELAY:g} s, then 0.5 s, 1 s, at most {throttle.LONGEST_DELAY:g} s",
+        f"forgotten after {throttle.FORGET_AFTER:g} s",
+        f"| sources remembered for that | {throttle.MAX_SOURCES} |",
+        f"some {acceptor.MAX_CALLERS_PER_SOURCE / throttle.LONGEST_DELAY:g} guesses a second",
         f"all others, with `repeats=`; of one kind {log.LINES_A_MINUTE} a minute",
         f"| log lines that wait for a slow reader | {outlet.ROOM >> 20} MiB;",
-        f"| sessions of one server | {roster.MAX_CLIENTS} |",
+        f"| sessions of one server | {sessions.MAX_CLIENTS} |",
         f"| first line | {wire.MAX_LINE} bytes |",
-        f"takes {dataport.MAX_SHAKES} TLS handshakes",
+        f"takes {seed_port.MAX_SHAKES} TLS handshakes",
         f"scrypt, N = 2^{proof.SCRYPT_COST.bit_length() - 1}, r = {proof.SCRYPT_BLOCK}, p = 1",
         f"salt `{proof.SCRYPT_SALT.decode()}`",
         f"1 to {password.PASSWORD_LIMIT} bytes",
@@ -311,15 +311,15 @@ LIMITS = {
         f"has {8 * keygen.SECRET_SIZE} random bits",
     ),
     "docs/protocol.md": (
-        f"| {entrance.MAX_CALLERS}, and an eighth",
-        f"| {entrance.MAX_CALLERS_PER_SOURCE}; from one with a connected client twice",
-        f"{penalty.FIRST_DELAY:g} s later, then 0.5 s, 1 s, at most {penalty.LONGEST_DELAY:g} s",
-        f"{penalty.FORGET_AFTER:g} s without a failure",
-        f"{penalty.MAX_SOURCES} sources",
-        f"| {dataport.MAX_SHAKES}, HANDSHAKE_TIMEOUT each |",
+        f"| {acceptor.MAX_CALLERS}, and an eighth",
+        f"| {acceptor.MAX_CALLERS_PER_SOURCE}; from one with a connected client twice",
+        f"{throttle.FIRST_DELAY:g} s later, then 0.5 s, 1 s, at most {throttle.LONGEST_DELAY:g} s",
+        f"{throttle.FORGET_AFTER:g} s without a failure",
+        f"{throttle.MAX_SOURCES} sources",
+        f"| {seed_port.MAX_SHAKES}, HANDSHAKE_TIMEOUT each |",
         f"offers `{contexts.ALPN.decode()}`",
         f"| {codec.MOST_FRUITLESS // 1024} KiB, at any time |",
-        f"`0x{entrance.TLS_FIRST_BYTE:x}`",
+        f"`0x{acceptor.TLS_FIRST_BYTE:x}`",
         f'"{codec.BINDING_LABEL.decode()}"',
         f"1 to {password.PASSWORD_LIMIT} bytes",
     ),
@@ -339,7 +339,7 @@ def test_figures_are_those_of_the_code(name: str) -> None:
     assert [figure for figure in LIMITS[name] if figure not in text] == []
     assert (log.CAUSES, log.LINES_A_MINUTE // log.SHARE) == (8, 4)  # "the ninth", "a quarter"
     assert (certificate.OWN_NAME, log.REPEAT_PAUSE) == ("nodepass", 60)  # "once a minute"
-    assert entrance.KNOWN_SHARE == 2  # "twice as many"
+    assert acceptor.KNOWN_SHARE == 2  # "twice as many"
 
 
 # --- log lines -----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from tests.unit.street import Street
 from nodepass.net import tcp
 from nodepass.protocol import wire
 from nodepass.protocol.message import Hello, LinkClaim
-from nodepass.server.entrance import MAX_CALLERS, MAX_CALLERS_PER_SOURCE
+from nodepass.server.acceptor import MAX_CALLERS, MAX_CALLERS_PER_SOURCE
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -289,8 +289,8 @@ async def test_limit_goes_down_with_those_who_leave() -> None:
 @pytest.fixture
 def long_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever has failed waits for longer than a test takes."""
-    monkeypatch.setattr("nodepass.server.penalty.FIRST_DELAY", 60.0)
-    monkeypatch.setattr("nodepass.server.penalty.LONGEST_DELAY", 60.0)
+    monkeypatch.setattr("nodepass.server.throttle.FIRST_DELAY", 60.0)
+    monkeypatch.setattr("nodepass.server.throttle.LONGEST_DELAY", 60.0)
 
 
 def fail(street: Street, source: str = "10.0.0.1") -> None:
@@ -299,7 +299,7 @@ def fail(street: Street, source: str = "10.0.0.1") -> None:
 
 @both
 async def test_hello_of_who_has_failed_waits_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nodepass.server.penalty.FIRST_DELAY", 0.1)
+    monkeypatch.setattr("nodepass.server.throttle.FIRST_DELAY", 0.1)
     async with Street() as street:
         fail(street)
         start = time.monotonic()
@@ -348,7 +348,7 @@ async def test_addresses_of_one_network_are_one_source(long_penalty: None) -> No
 async def test_who_waits_still_counts_and_may_have_to_go(
     long_penalty: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nodepass.server.entrance.MAX_CALLERS_PER_SOURCE", 3)
+    monkeypatch.setattr("nodepass.server.acceptor.MAX_CALLERS_PER_SOURCE", 3)
     async with Street() as street:
         fail(street)
         waiting = [street.come() for _ in range(3)]
@@ -368,7 +368,7 @@ async def test_guessers_do_not_always_push_out_who_waits_with_them(
     long_penalty: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A right client behind a guesser's address: as the oldest it would never get its turn."""
-    monkeypatch.setattr("nodepass.server.entrance.MAX_CALLERS_PER_SOURCE", 3)
+    monkeypatch.setattr("nodepass.server.acceptor.MAX_CALLERS_PER_SOURCE", 3)
     chosen: list[int] = []
 
     def choose_last(count: int) -> int:
@@ -437,7 +437,7 @@ async def test_c24_the_oldest_is_nobodys_favourite() -> None:
 async def test_the_silent_go_before_those_who_wait(
     long_penalty: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nodepass.server.entrance.MAX_CALLERS_PER_SOURCE", 2)
+    monkeypatch.setattr("nodepass.server.acceptor.MAX_CALLERS_PER_SOURCE", 2)
     async with Street() as street:
         fail(street)
         silent, waiting = street.come(), street.come()

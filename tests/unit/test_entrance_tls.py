@@ -22,7 +22,7 @@ from nodepass.engine.relays import Handshake
 from nodepass.net import tcp
 from nodepass.protocol import wire
 from nodepass.protocol.message import Hello, LinkClaim
-from nodepass.server.entrance import KNOWN_SHARE, MAX_CALLERS_PER_SOURCE
+from nodepass.server.acceptor import KNOWN_SHARE, MAX_CALLERS_PER_SOURCE
 
 if TYPE_CHECKING:
     from nodepass._fastcopy import Completion
@@ -419,7 +419,7 @@ async def test_client_that_leaves_in_the_middle_is_no_stranger(
 @both
 @engines
 async def test_evicted_while_shaking(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nodepass.server.entrance.MAX_CALLERS_PER_SOURCE", 4)
+    monkeypatch.setattr("nodepass.server.acceptor.MAX_CALLERS_PER_SOURCE", 4)
     async with street(kind) as here:
         crowd = await here.shaking(4)
         far = await here.secured()
@@ -438,7 +438,7 @@ async def test_descriptor_of_an_evicted_one_is_not_given_away_too_early(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its number stays taken until the engine has let go, or a newcomer would get its events."""
-    monkeypatch.setattr("nodepass.server.entrance.MAX_CALLERS_PER_SOURCE", 1)
+    monkeypatch.setattr("nodepass.server.acceptor.MAX_CALLERS_PER_SOURCE", 1)
     async with street(kind) as here:
         await here.shaking()
         near = here.near()
@@ -556,7 +556,7 @@ async def test_handshakes_that_have_ended_unheard_make_no_crowd(
     is_together: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A turn of the loop takes long; meanwhile the engine is done and the claims are here."""
-    monkeypatch.setattr("nodepass.server.entrance.MAX_CALLERS_PER_SOURCE", 3)
+    monkeypatch.setattr("nodepass.server.acceptor.MAX_CALLERS_PER_SOURCE", 3)
     async with street("native") as here:
         fars = [here.greeted() for _ in range(3)]
         for far in fars:
@@ -613,7 +613,7 @@ async def test_promotes_nobody_whose_first_byte_is_here_but_unread() -> None:
 
 @both
 async def test_sweep_leaves_handshakes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nodepass.server.entrance.MAX_CALLERS_PER_SOURCE", 3)
+    monkeypatch.setattr("nodepass.server.acceptor.MAX_CALLERS_PER_SOURCE", 3)
     async with street("python") as here:
         assert here.tls is not None
         await here.shaking(2)

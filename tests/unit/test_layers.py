@@ -50,11 +50,11 @@ PACKAGE_MAY_USE: dict[str, set[str]] = {
 }  # fmt: skip
 
 # One half of a pair knows the other by its type: to be untied.
-CIRCLES_FOR_TYPES = {("server.gate", "server.server")} | {
+CIRCLES_FOR_TYPES = {("server.udp_visitors", "server.server")} | {
     (name, "client.client") for name in ("client.linkdial", "client.pairing")
 }
 
-SANS_IO = ("server.penalty", "tls.codec")
+SANS_IO = ("server.throttle", "tls.codec")
 """Beside the whole of `protocol`."""
 OUTSIDE = {
     "asyncio", "datetime", "io", "logging", "os", "random", "secrets", "select", "selectors",

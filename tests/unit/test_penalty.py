@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from nodepass.server import penalty
-from nodepass.server.penalty import FIRST_DELAY, FORGET_AFTER, LONGEST_DELAY, Penalties
+from nodepass.server import throttle
+from nodepass.server.throttle import FIRST_DELAY, FORGET_AFTER, LONGEST_DELAY, Penalties
 
 
 def failed(times: int, source: str = "10.0.0.1", now: float = 100.0) -> Penalties:
@@ -63,7 +63,7 @@ def test_failure_after_a_long_time_is_the_first_again() -> None:
 
 
 def test_table_is_bounded_and_the_longest_quiet_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(penalty, "MAX_SOURCES", 4)
+    monkeypatch.setattr(throttle, "MAX_SOURCES", 4)
     penalties = Penalties()
     for moment, number in enumerate((0, 1, 2, 0, 3, 4, 5)):  # 0 does not stay quiet
         penalties.fail(f"10.0.0.{number}", 100.0 + moment)
@@ -74,6 +74,6 @@ def test_table_is_bounded_and_the_longest_quiet_go_first(monkeypatch: pytest.Mon
 
 def test_many_sources_cost_no_more_than_the_table() -> None:
     penalties = Penalties()
-    for number in range(penalty.MAX_SOURCES + 500):
+    for number in range(throttle.MAX_SOURCES + 500):
         penalties.fail(f"source {number}", 100.0)
-    assert len(penalties) == penalty.MAX_SOURCES
+    assert len(penalties) == throttle.MAX_SOURCES

@@ -23,8 +23,8 @@ from nodepass.engine.relays import Relay, Relays
 from nodepass.errors import ListenError, TunnelError
 from nodepass.net import tcp
 from nodepass.net.listener import Listener
-from nodepass.server import roster
 from nodepass.server import server as server_module
+from nodepass.server import sessions
 from nodepass.server.server import Server
 
 both = pytest.mark.loops("asyncio", "uvloop")
@@ -359,7 +359,7 @@ async def test_two_of_one_name_in_one_turn() -> None:
 async def test_hello_that_is_refused(
     hello: str, most: int, reason: bytes, stays: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(roster, "MAX_CLIENTS", most)
+    monkeypatch.setattr(sessions, "MAX_CLIENTS", most)
     async with serving() as desk:
         caller = await desk.call()
         caller.sock.send(f"hello://me?{hello}&n={NONCE}\n".encode())
@@ -375,7 +375,7 @@ async def test_hello_that_is_refused(
 async def test_c24_sessions_of_one_source_leave_room_to_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(roster, "MAX_CLIENTS_PER_SOURCE", 2)
+    monkeypatch.setattr(sessions, "MAX_CLIENTS_PER_SOURCE", 2)
     async with serving() as desk:
         for name in ("a", "b"):
             await desk.client(name)
@@ -392,7 +392,7 @@ async def test_c23_lost_sessions_that_are_remembered_are_few(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each with a relay that goes on without it."""
-    monkeypatch.setattr(roster, "MAX_GONE", 2)
+    monkeypatch.setattr(sessions, "MAX_GONE", 2)
     async with serving() as desk:
         visitors = []
         for number in range(4):
@@ -559,7 +559,7 @@ async def test_crowd_at_the_tunnel_port_does_not_push_a_client_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The handshakes of an address that has a client are spared when room has to be made."""
-    monkeypatch.setattr("nodepass.server.entrance.MAX_CALLERS", 8)
+    monkeypatch.setattr("nodepass.server.acceptor.MAX_CALLERS", 8)
     async with serving() as desk:
         await desk.client()
         ours = [await desk.call() for _ in range(7)]

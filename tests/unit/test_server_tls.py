@@ -31,7 +31,7 @@ from nodepass.config.environment import Settings
 from nodepass.engine.relays import Relays
 from nodepass.errors import ConfigError
 from nodepass.net import tcp
-from nodepass.server import dataport
+from nodepass.server import seed_port
 from nodepass.server.server import Server
 
 PASSWORD = "correct-horse"
@@ -377,7 +377,7 @@ async def test_no_repr_shows_a_session_key() -> None:
 async def test_wrong_password_slows_down_its_source_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("nodepass.server.penalty.FIRST_DELAY", 0.3)
+    monkeypatch.setattr("nodepass.server.throttle.FIRST_DELAY", 0.3)
     async with serving("log=none", password=PASSWORD) as desk:
         guesser = await desk.guest(password=PASSWORD)
         assert await guesser.hello("00" * 32) == b"refuse://auth\n"
@@ -397,7 +397,7 @@ async def test_wrong_password_slows_down_its_source_alone(
 
 @both
 async def test_wrong_proof_of_a_link_counts_as_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nodepass.server.penalty.FIRST_DELAY", 0.3)
+    monkeypatch.setattr("nodepass.server.throttle.FIRST_DELAY", 0.3)
     async with serving() as desk:
         client = await desk.client()
         assert await is_reset(await desk.link(client, 1, proof="00" * 32))
@@ -410,7 +410,7 @@ async def test_wrong_proof_of_a_link_counts_as_a_failure(monkeypatch: pytest.Mon
 async def test_links_of_ended_sessions_and_old_versions_are_no_failures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("nodepass.server.penalty.FIRST_DELAY", 60.0)
+    monkeypatch.setattr("nodepass.server.throttle.FIRST_DELAY", 60.0)
     async with serving() as desk:
         stale = await desk.call()
         await stale.write(f"link://{'ab' * 8}?i=1&p={'00' * 32}\n".encode())
@@ -590,7 +590,7 @@ async def test_data_connections_of_strangers_cost_no_handshake() -> None:
 
 @both
 async def test_handshakes_at_the_data_port_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataport, "MAX_SHAKES", 2)
+    monkeypatch.setattr(seed_port, "MAX_SHAKES", 2)
     async with serving("log=none&tls=1") as desk:
         client = await desk.seed()
         await client.dial()

@@ -1,6 +1,6 @@
 """Deadlines of many things that are all given the same time, for one timer.
 
-Owns: the timer. Called by `entrance` and `linkdial`.
+Owns: the timer. Called by `acceptor` and `linkdial`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Owns: which sockets are watched and for what, never the sockets themselves. Takes no byte from
 them: what arrives early stays in the kernel for whoever the connection is joined with. Called by
-`entrance`, `linkdial`, `pool` and `server`.
+`acceptor`, `linkdial`, `pool` and `server`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The server: listens for clients and for visitors, and joins the two.
 
 Owns: the three listeners, the sessions of its clients, the visitors that wait, and which
-link each gets. Never dials. What a connection is, `entrance` finds out; which link is next,
+link each gets. Never dials. What a connection is, `acceptor` finds out; which link is next,
 `pool` says; the bytes are the engine's.
 """
 
@@ -28,13 +28,13 @@ from nodepass.tunnel.base import ABORT_GRACE, Tunnel
 from nodepass.tunnel.pool import Link, Member, Pool, announce
 from nodepass.tunnel.slots import Slots
 
-from .dataport import DataPort
-from .entrance import Entrance
-from .gate import Gates
-from .penalty import Penalties
+from .acceptor import Entrance
 from .relief import Relief
-from .roster import Client, Roster
+from .seed_port import DataPort
+from .sessions import Client, Roster
 from .silence import Silences
+from .throttle import Penalties
+from .udp_visitors import Gates
 
 if TYPE_CHECKING:
     from nodepass.tls.contexts import ServerTls

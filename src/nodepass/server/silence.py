@@ -23,7 +23,7 @@ from nodepass.observe.log import Log
 from nodepass.observe.stats import Counters
 from nodepass.protocol.message import Kind
 
-from .roster import Client
+from .sessions import Client
 
 REPEAT_AFTER: Final = 3.0
 """Seconds: longer than most answers take, and short enough for somebody who waits."""

@@ -37,8 +37,8 @@ from nodepass.protocol.handshake import ServerHandshake
 from nodepass.protocol.message import NONCE_SIZE, VERSION, Greeting, Hello, LinkClaim
 from nodepass.tls.codec import Records
 
-from .caller import Caller
-from .penalty import Penalties
+from .pending import Caller
+from .throttle import Penalties
 
 if TYPE_CHECKING:
     from nodepass.tls.contexts import ServerTls

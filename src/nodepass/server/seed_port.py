@@ -30,8 +30,8 @@ from nodepass.protocol.message import SEED_ID_SIZE
 from nodepass.tls.codec import Records
 from nodepass.tunnel.pool import Link, Pool
 
-from .caller import Caller
-from .roster import Client, Roster
+from .pending import Caller
+from .sessions import Client, Roster
 
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection

@@ -1,11 +1,11 @@
 """The server's clients: their sessions, how they come, what they say, how they go.
 
 Owns: the table of live sessions and their control channels. Finds nothing out about callers
-(`entrance` does) and knows nothing of visitors; fills the `pool` with links and takes them
+(`acceptor` does) and knows nothing of visitors; fills the `pool` with links and takes them
 away again. Called by `server`.
 
     hello ──proof holds──> seated ──bye, silence, EOF, replaced by name──> unseated
-    silent caller + data connection of its address ──`dataport`──> seated as the seed client
+    silent caller + data connection of its address ──`seed_port`──> seated as the seed client
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from nodepass.protocol.session import Event, Lost, Role, Session
 from nodepass.tunnel.control import Control
 from nodepass.tunnel.pool import Demand, Link, Member, Pool, Shelf, announce
 
-from .caller import Caller
-from .penalty import Penalties
+from .pending import Caller
+from .throttle import Penalties
 
 Spawn = Callable[[Coroutine[object, object, None], str], None]
 

@@ -22,7 +22,7 @@ from nodepass.protocol.message import Dialect
 from nodepass.protocol.session import SILENT_PERIODS
 from nodepass.tunnel.pool import Link, Member
 
-from .roster import Client
+from .sessions import Client
 
 if TYPE_CHECKING:
     from nodepass._fastcopy import Newcomer

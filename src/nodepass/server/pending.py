@@ -1,6 +1,6 @@
 """A connection at the tunnel port that has been greeted and not yet understood.
 
-A value with a socket: `entrance` moves it on, `roster` and `dataport` take it over.
+A value with a socket: `acceptor` moves it on, `sessions` and `seed_port` take it over.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Guessing a password online costs the guesser time, and nobody else: a source that has never
 failed never waits. What is remembered is bounded, however many sources there are.
 
-Pure: the clock is an argument. Called by `entrance` and `roster`.
+Pure: the clock is an argument. Called by `acceptor` and `sessions`.
 """
 
 from __future__ import annotations
