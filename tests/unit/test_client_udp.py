@@ -30,8 +30,8 @@ from tests.unit.client_desk import (
 )
 from tests.unit.engines import both, engines
 
-from nodepass.client import pairing
-from nodepass.client import target as targets
+from nodepass.client import session
+from nodepass.client import udp_target as targets
 from nodepass.config.environment import Settings
 from nodepass.engine.relays import Reason, Relays, UdpRelay, UdpResult
 from nodepass.net import udp
@@ -381,7 +381,7 @@ async def test_link_that_cannot_be_tuned_is_the_engines_to_find(
 
 
 @both
-@pytest.mark.parametrize(("given", "expected"), [(120.0, 120.0 + pairing.IDLE_MARGIN), (0.5, 1.0)])
+@pytest.mark.parametrize(("given", "expected"), [(120.0, 120.0 + session.IDLE_MARGIN), (0.5, 1.0)])
 async def test_silence_is_suffered_longer_than_on_the_server(
     given: float, expected: float
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 from tests.engine.rig import tcp_pair
 from tests.system.rig.timing import until, within
 
-from nodepass.client.filler import MAX_DIALS, QUIET_FAILURES, Filler
+from nodepass.client.refill import MAX_DIALS, QUIET_FAILURES, Filler
 from nodepass.errors import PeerWireError, PoolTimeout
 from nodepass.net import tcp
 from nodepass.net.readiness import Watch
@@ -399,7 +399,7 @@ async def test_f05_links_that_die_young_do_not_make_us_spin() -> None:
 
 @both
 async def test_link_that_dies_old_is_replaced_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nodepass.client.filler.YOUNG", 0.0)
+    monkeypatch.setattr("nodepass.client.refill.YOUNG", 0.0)
     async with Yard(pause=30.0) as yard:
         yard.open_gate()
         yard.want(1)

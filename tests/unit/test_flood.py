@@ -15,7 +15,7 @@ from tests.unit.client_desk import paired, seeded
 from tests.unit.server_desk import serving
 from tests.unit.test_control_tls import Wire as TlsWire
 
-from nodepass.client import filler as filling
+from nodepass.client import refill as filling
 from nodepass.engine import relays
 from nodepass.protocol.message import Dialect, Drain, Fail, Idle, Kind, Launch, Pong
 from nodepass.protocol.session import TALK_BURST, TALK_RATE, Event, Lost, Role, Session, State

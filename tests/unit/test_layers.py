@@ -51,7 +51,7 @@ PACKAGE_MAY_USE: dict[str, set[str]] = {
 
 # One half of a pair knows the other by its type: to be untied.
 CIRCLES_FOR_TYPES = {("server.udp_visitors", "server.server")} | {
-    (name, "client.client") for name in ("client.linkdial", "client.pairing")
+    (name, "client.client") for name in ("client.link_dialer", "client.session")
 }
 
 SANS_IO = ("server.throttle", "tls.codec")

@@ -16,7 +16,7 @@ import pytest
 from tests.system.rig.timing import free_port, until
 
 from nodepass.client.client import Client
-from nodepass.client.linkdial import LinkDials
+from nodepass.client.link_dialer import LinkDials
 from nodepass.errors import DialError, NodePassError, PeerWireError, TunnelError
 from nodepass.net import tcp
 from nodepass.net.readiness import Watch

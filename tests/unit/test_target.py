@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import pytest
 from tests.system.rig.timing import within
 
-from nodepass.client import target
-from nodepass.client.target import UdpTarget
+from nodepass.client import udp_target
+from nodepass.client.udp_target import UdpTarget
 from nodepass.engine.relays import Reason, UdpResult
 from nodepass.errors import DialError, EngineError
 from nodepass.net import udp
@@ -82,7 +82,7 @@ class World:
 async def world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     """Yield a world in which a second takes 20 ms."""
     for name in ("PERIOD", "SILENCE", "DESERTION", "LONGEST_PAUSE", "ONE_WAY_PAUSE"):
-        monkeypatch.setattr(target, name, getattr(target, name) / 50)
+        monkeypatch.setattr(udp_target, name, getattr(udp_target, name) / 50)
     tasks: set[asyncio.Task[None]] = set()
 
     def spawn(work: Coroutine[object, object, None], _name: str) -> None:

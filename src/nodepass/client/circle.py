@@ -10,7 +10,7 @@ of use: while many visitors are open at once, for visitors who come from a host 
 connections leave from.
 
 Owns: the local addresses of this process' target connections while they are watched. Touches no
-socket. Called by `pairing`.
+socket. Called by `session`.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ from nodepass.tunnel.base import Tunnel
 from nodepass.tunnel.slots import Queue
 
 from .circle import Circle
-from .pairing import LINK, Pairing
-from .target import UdpTarget
+from .session import LINK, Pairing
+from .udp_target import UdpTarget
 
 if TYPE_CHECKING:
     from nodepass.tls.contexts import ClientTls

@@ -1,6 +1,6 @@
 """Deadlines of many things that are all given the same time, for one timer.
 
-Owns: the timer. Called by `acceptor` and `linkdial`.
+Owns: the timer. Called by `acceptor` and `link_dialer`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Owns: which sockets are watched and for what, never the sockets themselves. Takes no byte from
 them: what arrives early stays in the kernel for whoever the connection is joined with. Called by
-`acceptor`, `linkdial`, `pool` and `server`.
+`acceptor`, `link_dialer`, `pool` and `server`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """UDP sockets: bound to the target address, or connected to the target; and links that carry UDP.
 
 Owns: every rule about how a UDP socket of ours comes to be. Sockets are bare and non-blocking,
-because the engine takes them over. Called by `gate` and `pairing`.
+because the engine takes them over. Called by `udp_visitors` and `session`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
     Pool    the server's choice among the shelves of all its sessions, and who waits for one
 
 A link's socket belongs to its Shelf while it lies there and to whoever takes it afterwards.
-Called by `server`, `client` and `filler`.
+Called by `server`, `client` and `refill`.
 """
 
 from __future__ import annotations

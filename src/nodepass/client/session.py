@@ -44,8 +44,8 @@ from nodepass.tls.codec import Records
 from nodepass.tunnel.control import Control
 from nodepass.tunnel.pool import Demand, Link, Shelf
 
-from .filler import Filler
-from .linkdial import LinkDials
+from .link_dialer import LinkDials
+from .refill import Filler
 
 if TYPE_CHECKING:
     from .client import Client

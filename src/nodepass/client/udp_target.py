@@ -14,7 +14,7 @@ to be had where this one has long been silent. A target that merely says nothing
 session, and sees the same source address.
 
 Owns: what is known of each session's target; sockets only until the engine has them. Called by
-`pairing`.
+`session`.
 """
 
 from __future__ import annotations

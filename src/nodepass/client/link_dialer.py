@@ -2,7 +2,7 @@
 
 Owns: the connections that are not links yet, and their deadlines. Runs on callbacks: no task and
 no timer of its own for a link, since with short visitors as many links are made as there are
-visitors. Called by `pairing`.
+visitors. Called by `session`.
 
     connect ──> greeting ──> [TLS ──>] claim ──> on_end(link)
        └───────────┴───────────┴─────────┴────> on_end(what was wrong)

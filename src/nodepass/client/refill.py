@@ -1,7 +1,7 @@
 """The client's side of the pool: dial links in parallel until enough lie ready.
 
 Owns: how many dials are under way, the pause after failures, and the launches that came
-before their link. The dial itself is the caller's function. Called by `pairing`.
+before their link. The dial itself is the caller's function. Called by `session`.
 """
 
 from __future__ import annotations
