@@ -6,7 +6,7 @@ import sys
 
 if __name__ == "__main__":
     try:
-        from .cli.cli import main
+        from .cli.main import main
 
         code = main()
     except KeyboardInterrupt:  # while the command line itself is being imported

@@ -21,8 +21,8 @@ from typing import Final
 
 import pytest
 
-from nodepass.protocol import wire
-from nodepass.protocol.message import Dialect, Greeting, Kind, Launch, LinkClaim
+from nodepass.protocol import lines
+from nodepass.protocol.messages import Dialect, Greeting, Kind, Launch, LinkClaim
 from nodepass.protocol.proof import LinkKey
 from nodepass.protocol.session import Role, Session
 from nodepass.tunnel.pool import Demand
@@ -114,13 +114,13 @@ def simply(function: Callable[..., object], *arguments: object) -> Prepare:
 
 
 TABLE: Final = (
-    Entry("wire.pack_greeting", 43, simply(wire.pack_greeting, GREETING), GREETING_LINE + b"\n"),
-    Entry("wire.parse_greeting", 93, simply(wire.parse_greeting, GREETING_LINE), GREETING),
-    Entry("wire.pack_link_claim", 116, simply(wire.pack_link_claim, CLAIM), CLAIM_LINE + b"\n"),
-    Entry("wire.parse_opening", 60, simply(wire.parse_opening, CLAIM_LINE), CLAIM),
+    Entry("lines.pack_greeting", 43, simply(lines.pack_greeting, GREETING), GREETING_LINE + b"\n"),
+    Entry("lines.parse_greeting", 93, simply(lines.parse_greeting, GREETING_LINE), GREETING),
+    Entry("lines.pack_link_claim", 116, simply(lines.pack_link_claim, CLAIM), CLAIM_LINE + b"\n"),
+    Entry("lines.parse_opening", 60, simply(lines.parse_opening, CLAIM_LINE), CLAIM),
     Entry("LinkKey.proof", 171, simply(KEY.proof, GREETING_LINE, b"", CLAIM.number), PROOF),
-    Entry("wire.pack_signal", 92, simply(wire.pack_signal, LAUNCH), LAUNCH_LINE + b"\n"),
-    Entry("wire.parse_signal", 151, simply(wire.parse_signal, LAUNCH_LINE, NATIVE), LAUNCH),
+    Entry("lines.pack_signal", 92, simply(lines.pack_signal, LAUNCH), LAUNCH_LINE + b"\n"),
+    Entry("lines.parse_signal", 151, simply(lines.parse_signal, LAUNCH_LINE, NATIVE), LAUNCH),
     Entry("Session.launch, data_to_send", 173, send_launch, LAUNCH_LINE + b"\n"),
     Entry("Session.receive_data", 369, receive_launch, [LAUNCH]),
     Entry("Demand.take", 41, take_demand, False),

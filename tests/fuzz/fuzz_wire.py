@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Final
 
 from nodepass.errors import PeerWireError, TunnelError
-from nodepass.protocol import wire
+from nodepass.protocol import lines
 from nodepass.protocol.handshake import ClientHandshake, ServerHandshake
-from nodepass.protocol.message import Dialect, Greeting, Hello, LinkClaim
+from nodepass.protocol.messages import Dialect, Greeting, Hello, LinkClaim
 from nodepass.protocol.proof import LinkKey
 from nodepass.protocol.session import Lost, Role, Session
 
@@ -40,17 +40,17 @@ TOKENS: Final = [b"\n", b"//", b"://", b"?", b"&", b"#", b"=", b"%0a", b"\0", b"
 
 def read_line(line: bytes) -> None:
     """Every parser of one line."""
-    told = wire.identify(line)
-    for parse in (wire.parse_greeting, wire.parse_opening, wire.parse_answer):
+    told = lines.identify(line)
+    for parse in (lines.parse_greeting, lines.parse_opening, lines.parse_answer):
         try:
             parse(line)
         except PeerWireError as exc:
             told += str(exc)
     try:
-        wire.parse_signal(line, Dialect.NATIVE)
+        lines.parse_signal(line, Dialect.NATIVE)
     except PeerWireError as exc:
         told += str(exc)
-    wire.parse_signal(line, Dialect.SEED)
+    lines.parse_signal(line, Dialect.SEED)
     assert told.isprintable(), told
 
 
@@ -100,15 +100,15 @@ def read_as_session(data: bytes) -> None:
             sent = whole.data_to_send()
             assert sent == drops.data_to_send()
             for line in sent.split(b"\n")[:-1]:
-                wire.parse_signal(line, dialect)
+                lines.parse_signal(line, dialect)
             for event in events:
                 assert not isinstance(event, Lost) or event.reason.isprintable()
 
 
 def read_frames(data: bytes) -> None:
     """The UDP frames of a launched link."""
-    buffer = wire.FrameBuffer()
-    packed = b"".join(wire.pack_frame(datagram) for datagram in buffer.feed(data))
+    buffer = lines.FrameBuffer()
+    packed = b"".join(lines.pack_frame(datagram) for datagram in buffer.feed(data))
     assert data.startswith(packed)
     assert buffer.has_rest is (len(packed) < len(data))
 

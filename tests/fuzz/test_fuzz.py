@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.fuzz import fuzz_wire
 
-from nodepass.protocol import wire
+from nodepass.protocol import lines
 
 
 def test_corpus_reaches_every_reader() -> None:
@@ -25,7 +25,7 @@ def test_a_broken_reader_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def int_of(line: bytes) -> int:
         return int(line)
 
-    monkeypatch.setattr(wire, "parse_answer", int_of)
+    monkeypatch.setattr(lines, "parse_answer", int_of)
     with pytest.raises(ValueError, match="invalid literal") as caught:
         fuzz_wire.run(1.0, seed=1)
     assert "input: b'" in caught.value.__notes__[0]

@@ -365,7 +365,7 @@ if os.getuid() == 0:  # whom the limit does not bind
     os.setresgid(65534, 65534, 65534)
     os.setresuid(65534, 65534, 65534)
 resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
-sys.exit(sys.modules["nodepass.cli.cli"].main(sys.argv[1:2]))
+sys.exit(sys.modules["nodepass.cli.main"].main(sys.argv[1:2]))
 """
 
 

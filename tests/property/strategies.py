@@ -8,8 +8,8 @@ from collections.abc import Callable
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from nodepass.protocol import wire
-from nodepass.protocol.message import (
+from nodepass.protocol import lines
+from nodepass.protocol.messages import (
     KEY_SIZE,
     MAX_NUMBER,
     NONCE_SIZE,
@@ -85,12 +85,12 @@ seed_signals: SearchStrategy[SeedSignal] = st.one_of(
 )
 
 valid_lines = st.one_of(
-    greetings.map(wire.pack_greeting),
-    hellos.map(wire.pack_hello),
-    claims.map(wire.pack_link_claim),
-    answers.map(wire.pack_answer),
-    native_signals.map(wire.pack_signal),
-    seed_signals.map(wire.pack_signal),
+    greetings.map(lines.pack_greeting),
+    hellos.map(lines.pack_hello),
+    claims.map(lines.pack_link_claim),
+    answers.map(lines.pack_answer),
+    native_signals.map(lines.pack_signal),
+    seed_signals.map(lines.pack_signal),
 ).map(lambda line: line[:-1])
 """Without LF."""
 

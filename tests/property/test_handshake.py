@@ -20,9 +20,9 @@ from tests.property.strategies import (
 )
 
 from nodepass.errors import AuthError, PeerWireError, TunnelError
-from nodepass.protocol import wire
+from nodepass.protocol import lines
 from nodepass.protocol.handshake import ClientHandshake, ServerHandshake
-from nodepass.protocol.message import Greeting, Hello, LinkClaim, Welcome
+from nodepass.protocol.messages import Greeting, Hello, LinkClaim, Welcome
 from nodepass.protocol.proof import LinkKey
 
 FRESH = bytes(range(32))
@@ -233,7 +233,7 @@ def test_an_edited_link_is_noticed(
     except (PeerWireError, TunnelError):
         return
     line = client.claim_link(LinkKey(key, meeting.session), number, meeting.binding)
-    good = wire.parse_opening(line[:-1])
+    good = lines.parse_opening(line[:-1])
     changed = line if edits_greeting else data.draw(edited(line, times))
     try:
         claim = server.receive(changed)

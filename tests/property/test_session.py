@@ -24,9 +24,9 @@ from tests.property.strategies import (
     words,
 )
 
+from nodepass.protocol import lines
 from nodepass.protocol import session as rules
-from nodepass.protocol import wire
-from nodepass.protocol.message import (
+from nodepass.protocol.messages import (
     Bye,
     Dialect,
     Drain,
@@ -52,7 +52,7 @@ steps = st.sampled_from([0.0, 0.1, 1.0, 4.9, 5.0, 5.1, 10.0, 15.0, 1e6])
 
 
 @given(
-    st.data(), roles, dialects, st.lists((native_signals | seed_signals).map(wire.pack_signal)),
+    st.data(), roles, dialects, st.lists((native_signals | seed_signals).map(lines.pack_signal)),
     garbage,
 )  # fmt: skip
 def test_events_of_any_cut(
@@ -156,7 +156,7 @@ class AgainstModel(RuleBasedStateMachine):
 
     @rule(signal=native_signals)
     def hear(self, signal: NativeSignal) -> None:
-        events = self.session.receive_data(wire.pack_signal(signal), self.now)
+        events = self.session.receive_data(lines.pack_signal(signal), self.now)
         assert events == self.model.hear(signal, self.now)
 
     @rule(line=st.sampled_from([b"\n", b"later://1\n", b"//aaaa0001#1\n", b"\xff\n"]))
@@ -165,7 +165,7 @@ class AgainstModel(RuleBasedStateMachine):
         if self.model.is_open:
             self.model.heard_at = self.now
 
-    @rule(ending=st.sampled_from([b"", b"tcp://x\n", b"bye://\n", b"x" * wire.MAX_LINE]))
+    @rule(ending=st.sampled_from([b"", b"tcp://x\n", b"bye://\n", b"x" * lines.MAX_LINE]))
     def break_off(self, ending: bytes) -> None:
         events = self.session.receive_data(ending, self.now)
         assert [type(event) for event in events] == [Lost] * self.model.is_open
@@ -363,5 +363,5 @@ def test_a_seed_server_never_speaks_of_more_than_launches(
         now += step
         assert session.tick(now) == []
         for signal in signals:
-            assert session.receive_data(wire.pack_signal(signal), now) == []
+            assert session.receive_data(lines.pack_signal(signal), now) == []
     assert set(session.data_to_send()) <= set(b"\n")

@@ -22,8 +22,8 @@ from tests.property.strategies import (
 )
 
 from nodepass.errors import PeerWireError
-from nodepass.protocol import wire
-from nodepass.protocol.message import (
+from nodepass.protocol import lines
+from nodepass.protocol.messages import (
     Dialect,
     Greeting,
     Heartbeat,
@@ -40,7 +40,7 @@ from nodepass.protocol.message import (
 )
 
 
-def line_of(packed: bytes, limit: int = wire.MAX_LINE) -> bytes:
+def line_of(packed: bytes, limit: int = lines.MAX_LINE) -> bytes:
     """Check the shape of a packed line; return it without its LF."""
     assert packed.endswith(b"\n")
     assert packed.count(b"\n") == 1
@@ -54,18 +54,18 @@ NEVER = re.compile(rb"(?!)")
 
 @given(greetings)
 def test_greeting_round_trip(greeting: Greeting) -> None:
-    line = line_of(wire.pack_greeting(greeting), wire.MAX_GREETING)
-    assert wire.parse_greeting(line) == greeting
+    line = line_of(lines.pack_greeting(greeting), lines.MAX_GREETING)
+    assert lines.parse_greeting(line) == greeting
 
 
 @given(hellos)
 def test_hello_round_trip(hello: Hello) -> None:
-    assert wire.parse_opening(line_of(wire.pack_hello(hello))) == hello
+    assert lines.parse_opening(line_of(lines.pack_hello(hello))) == hello
 
 
 @given(claims)
 def test_link_claim_round_trip(claim: LinkClaim) -> None:
-    assert wire.parse_opening(line_of(wire.pack_link_claim(claim))) == claim
+    assert lines.parse_opening(line_of(lines.pack_link_claim(claim))) == claim
 
 
 @given(st.data(), greetings | claims, st.integers(0, 3))
@@ -73,11 +73,11 @@ def test_what_is_read_at_a_glance_is_read_the_same(
     data: st.DataObject, value: Greeting | LinkClaim, times: int
 ) -> None:
     is_greeting = isinstance(value, Greeting)
-    line = wire.pack_greeting(value) if is_greeting else wire.pack_link_claim(value)  # type: ignore[arg-type]
+    line = lines.pack_greeting(value) if is_greeting else lines.pack_link_claim(value)  # type: ignore[arg-type]
     line = line[:-1]
     if times:
         line = data.draw(edited(line, times))
-    parse = wire.parse_greeting if is_greeting else wire.parse_opening
+    parse = lines.parse_greeting if is_greeting else lines.parse_opening
 
     def said() -> object:
         try:
@@ -86,23 +86,23 @@ def test_what_is_read_at_a_glance_is_read_the_same(
             return str(exc)
 
     glance = said()
-    with mock.patch.object(wire, "_GREETING", NEVER), mock.patch.object(wire, "_CLAIM", NEVER):
+    with mock.patch.object(lines, "_GREETING", NEVER), mock.patch.object(lines, "_CLAIM", NEVER):
         assert said() == glance
 
 
 @given(answers)
 def test_answer_round_trip(answer: Welcome | Refuse) -> None:
-    assert wire.parse_answer(line_of(wire.pack_answer(answer))) == answer
+    assert lines.parse_answer(line_of(lines.pack_answer(answer))) == answer
 
 
 @given(native_signals)
 def test_native_signal_round_trip(signal: NativeSignal) -> None:
-    assert wire.parse_signal(line_of(wire.pack_signal(signal)), Dialect.NATIVE) == signal
+    assert lines.parse_signal(line_of(lines.pack_signal(signal)), Dialect.NATIVE) == signal
 
 
 @given(seed_signals)
 def test_seed_signal_round_trip(signal: SeedSignal) -> None:
-    assert wire.parse_signal(line_of(wire.pack_signal(signal)), Dialect.SEED) == signal
+    assert lines.parse_signal(line_of(lines.pack_signal(signal)), Dialect.SEED) == signal
 
 
 @given(seed_signals | native_signals, st.sampled_from(Dialect))
@@ -110,9 +110,9 @@ def test_each_dialect_passes_over_the_other(
     signal: NativeSignal | SeedSignal, dialect: Dialect
 ) -> None:
     """A peer that changed its mind does harm in no case; at most it is told off."""
-    line = line_of(wire.pack_signal(signal))
+    line = line_of(lines.pack_signal(signal))
     try:
-        parsed = wire.parse_signal(line, dialect)
+        parsed = lines.parse_signal(line, dialect)
     except PeerWireError:
         assert dialect is Dialect.NATIVE
         return
@@ -135,8 +135,8 @@ def test_lines_of_any_cut(
 
 def told_of(pieces: list[bytes], limit: int) -> tuple[list[bytes], bool, bytes]:
     """Return the lines, whether one was too long, and the rest."""
-    buffer = wire.LineBuffer(limit)
-    lines = []
+    buffer = lines.LineBuffer(limit)
+    found = []
     is_broken = False
     for piece in pieces:
         buffer.feed(piece)
@@ -144,19 +144,19 @@ def told_of(pieces: list[bytes], limit: int) -> tuple[list[bytes], bool, bytes]:
             while (line := buffer.next_line()) is not None:
                 assert not is_broken, "a broken buffer says nothing more"
                 assert len(line) < limit
-                lines.append(line)
+                found.append(line)
         except PeerWireError:
             assert not is_broken, "it complains once"
             is_broken = True
-    return lines, is_broken, buffer.rest()
+    return found, is_broken, buffer.rest()
 
 
 @given(st.data(), st.lists(st.binary(max_size=300)))
 def test_frames_of_any_cut(data: st.DataObject, datagrams: list[bytes]) -> None:
     """F25: no datagram is merged, split or cut."""
-    stream = b"".join(wire.pack_frame(datagram) for datagram in datagrams)
+    stream = b"".join(lines.pack_frame(datagram) for datagram in datagrams)
     for pieces in (data.draw(cuts(stream)), [bytes([byte]) for byte in stream]):
-        buffer = wire.FrameBuffer()
+        buffer = lines.FrameBuffer()
         found = []
         for piece in pieces:
             found += buffer.feed(piece)
@@ -166,9 +166,9 @@ def test_frames_of_any_cut(data: st.DataObject, datagrams: list[bytes]) -> None:
 
 @given(st.data(), st.lists(st.binary(max_size=20), min_size=1))
 def test_frames_that_stop_short_have_a_rest(data: st.DataObject, datagrams: list[bytes]) -> None:
-    stream = b"".join(wire.pack_frame(datagram) for datagram in datagrams)
+    stream = b"".join(lines.pack_frame(datagram) for datagram in datagrams)
     stop = data.draw(st.integers(0, len(stream) - 1))
-    buffer = wire.FrameBuffer()
+    buffer = lines.FrameBuffer()
     found = buffer.feed(stream[:stop])
     assert found == datagrams[: len(found)]
     used = sum(len(datagram) + 2 for datagram in found)
@@ -185,14 +185,14 @@ def test_frames_that_stop_short_have_a_rest(data: st.DataObject, datagrams: list
 @example(b"hello://%ed%a0%80?v=2&n=" + b"0" * 32)
 @example(b"link://0123456789abcdef?i=" + b"9" * 5000)
 def test_garbage_is_the_peers_fault(line: bytes) -> None:
-    for parse in (wire.parse_greeting, wire.parse_opening, wire.parse_answer, parse_native):
+    for parse in (lines.parse_greeting, lines.parse_opening, lines.parse_answer, parse_native):
         assert fault_of(parse, line).isprintable(), "it goes into a log line"
-    assert isinstance(wire.parse_signal(line, Dialect.SEED), Signal), "what is unknown is, too"
-    assert wire.identify(line).isprintable()
+    assert isinstance(lines.parse_signal(line, Dialect.SEED), Signal), "what is unknown is, too"
+    assert lines.identify(line).isprintable()
 
 
 def parse_native(line: bytes) -> object:
-    return wire.parse_signal(line, Dialect.NATIVE)
+    return lines.parse_signal(line, Dialect.NATIVE)
 
 
 def fault_of(parse: Callable[[bytes], object], line: bytes) -> str:
@@ -204,21 +204,21 @@ def fault_of(parse: Callable[[bytes], object], line: bytes) -> str:
     return ""
 
 
-@given(greetings.map(wire.pack_greeting).flatmap(edited))
+@given(greetings.map(lines.pack_greeting).flatmap(edited))
 def test_a_greeting_that_is_understood_can_be_said(line: bytes) -> None:
     """Parse, pack, parse: nothing was read into the line that is not in it."""
     try:
-        greeting = wire.parse_greeting(line.partition(b"\n")[0])
+        greeting = lines.parse_greeting(line.partition(b"\n")[0])
     except PeerWireError:
         return
-    assert wire.parse_greeting(wire.pack_greeting(greeting)[:-1]) == greeting
+    assert lines.parse_greeting(lines.pack_greeting(greeting)[:-1]) == greeting
 
 
-@given(seed_signals.map(wire.pack_signal).flatmap(edited))
+@given(seed_signals.map(lines.pack_signal).flatmap(edited))
 def test_a_seed_signal_that_is_understood_can_be_said(line: bytes) -> None:
-    signal = wire.parse_signal(line.partition(b"\n")[0], Dialect.SEED)
+    signal = lines.parse_signal(line.partition(b"\n")[0], Dialect.SEED)
     if isinstance(signal, Heartbeat | SeedLaunch | Remote):
-        assert wire.parse_signal(wire.pack_signal(signal)[:-1], Dialect.SEED) == signal
+        assert lines.parse_signal(lines.pack_signal(signal)[:-1], Dialect.SEED) == signal
     else:
         assert isinstance(signal, Unknown)
 
@@ -226,9 +226,9 @@ def test_a_seed_signal_that_is_understood_can_be_said(line: bytes) -> None:
 @given(st.binary(max_size=400))
 def test_frames_of_garbage(data: bytes) -> None:
     """Any bytes are frames; none is invented and none is lost."""
-    buffer = wire.FrameBuffer()
+    buffer = lines.FrameBuffer()
     found = buffer.feed(data)
-    assert b"".join(wire.pack_frame(datagram) for datagram in found) == data[: framed(found)]
+    assert b"".join(lines.pack_frame(datagram) for datagram in found) == data[: framed(found)]
     assert buffer.has_rest is (framed(found) < len(data))
 
 

@@ -10,8 +10,8 @@ from tests.system.rig.stream import Stream
 from tests.system.rig.timing import within
 
 from nodepass.client.client import Client
-from nodepass.config.config import Config
 from nodepass.config.environment import Settings
+from nodepass.config.url import Config
 from nodepass.engine.relays import Relays
 from nodepass.observe.stats import TunnelStatistics
 

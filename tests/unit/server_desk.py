@@ -10,8 +10,8 @@ from tests.system.rig.peer import NativeClient, SeedClient
 from tests.system.rig.stream import Stream, connect
 from tests.system.rig.timing import free_port, until, within
 
-from nodepass.config.config import Config
 from nodepass.config.environment import Settings
+from nodepass.config.url import Config
 from nodepass.engine.relays import Relays
 from nodepass.observe.stats import TunnelStatistics
 from nodepass.server.server import Server

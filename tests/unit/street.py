@@ -23,7 +23,7 @@ from nodepass.engine.relays import Relays
 from nodepass.net.readiness import Watch
 from nodepass.observe.log import Log
 from nodepass.observe.stats import Counters
-from nodepass.protocol.message import Hello, LinkClaim
+from nodepass.protocol.messages import Hello, LinkClaim
 from nodepass.server.acceptor import Entrance
 from nodepass.server.pending import Caller
 from nodepass.server.throttle import Penalties

@@ -8,7 +8,7 @@ import pytest
 
 from nodepass.client import circle
 from nodepass.client.circle import ALARM, LEAST, LONGEST, MAX_HOSTS, SHARE, Circle
-from nodepass.protocol.message import Kind
+from nodepass.protocol.messages import Kind
 
 
 class Clock:

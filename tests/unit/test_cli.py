@@ -14,9 +14,9 @@ from importlib.metadata import version
 
 import pytest
 
-from nodepass.cli import cli, process, title
-from nodepass.config.config import Config
+from nodepass.cli import main, proctitle, runner
 from nodepass.config.environment import Settings
+from nodepass.config.url import Config
 from nodepass.observe.log import LEVELS
 
 SERVER = "server://127.0.0.1:10101/127.0.0.1:8080"
@@ -29,7 +29,7 @@ NEITHER = (
 
 
 class Runs:
-    """Stands in for `process.run`."""
+    """Stands in for `runner.run`."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[list[Config], Settings]] = []
@@ -46,7 +46,7 @@ class Runs:
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     runs = Runs()
-    monkeypatch.setattr(process, "run", runs)
+    monkeypatch.setattr(runner, "run", runs)
     for name in ("NODEPASS_PASSWORD", "NODEPASS_PASSWORD_FILE"):
         monkeypatch.delenv(name, raising=False)
     return runs
@@ -54,7 +54,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
 
 def test_urls_are_read_and_run(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEMAPHORE_LIMIT", "5")
-    assert cli.main([SERVER, CLIENT]) == 7
+    assert main.main([SERVER, CLIENT]) == 7
     ((configs, settings),) = runs.calls
     assert [config.url for config in configs] == [SERVER, CLIENT]
     assert settings.semaphore_limit == 5
@@ -65,7 +65,7 @@ def test_the_password_does_not_stay_in_the_environment(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NODEPASS_PASSWORD", "hunter2")
-    assert cli.main([SERVER, CLIENT]) == 7
+    assert main.main([SERVER, CLIENT]) == 7
     ((configs, _),) = runs.calls
     assert [c.password.reveal() for c in configs if c.password is not None] == ["hunter2"] * 2
     assert "NODEPASS_PASSWORD" not in os.environ
@@ -83,9 +83,9 @@ def test_the_process_is_told_what_can_be_seen(
         seen.append(urls)
         return why
 
-    monkeypatch.setattr(title, "hide_passwords", hide)
+    monkeypatch.setattr(proctitle, "hide_passwords", hide)
     words = [SERVER.replace("://", "://secret@"), CLIENT]
-    assert cli.main(words) == 7
+    assert main.main(words) == 7
     assert seen == [words]
     assert runs.exposed == why
 
@@ -95,17 +95,17 @@ def test_c29_a_password_beside_other_words_is_hidden_too(
     more: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Sequence[str]] = []
-    monkeypatch.setattr(title, "hide_passwords", seen.append)
+    monkeypatch.setattr(proctitle, "hide_passwords", seen.append)
     words = [SERVER.replace("://", "://secret@"), *more]
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     with pytest.raises(SystemExit):
-        cli.main(["demo", words[0]])
+        main.main(["demo", words[0]])
     assert seen == [words, ["demo", words[0]]]
 
 
 def test_words_of_the_process(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["nodepass", SERVER])
-    assert cli.main() == 7
+    assert main.main() == 7
 
 
 @pytest.mark.parametrize(
@@ -154,14 +154,14 @@ def test_words_of_the_process(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> No
 def test_wrong_options(
     words: list[str], line: str, runs: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(words) == 2
+    assert main.main(words) == 2
     assert capsys.readouterr() == ("", f"nodepass: error: {line}\n")
     assert runs.calls == []
 
 
 def test_c17_without_a_word_it_leads_on(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     """Half a screen, and still an error: the URL may have been an empty variable."""
-    assert cli.main([]) == 2
+    assert main.main([]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("nodepass: error: url: is missing\n\n")
@@ -182,7 +182,7 @@ def test_c17_without_a_word_it_leads_on(runs: Runs, capsys: pytest.CaptureFixtur
 def test_c17_words_that_are_taken_for_options(
     words: list[str], start: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     out, err = capsys.readouterr()
     assert out.startswith(start)
     assert err == ""
@@ -190,7 +190,7 @@ def test_c17_words_that_are_taken_for_options(
 
 def test_c17_help_for_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main(["help", "demo"])
+        main.main(["help", "demo"])
     assert caught.value.code == 0
     assert capsys.readouterr().out.startswith("usage: nodepass demo")
 
@@ -198,7 +198,7 @@ def test_c17_help_for_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
 def test_c29_the_demo_repeats_no_word(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["server://hunter2@h:1/t:2"], ["--size", "1", "-x", "--password=hunter2"]):
         with pytest.raises(SystemExit) as caught:
-            cli.main(["demo", *words])
+            main.main(["demo", *words])
         assert caught.value.code == 2
         out, err = capsys.readouterr()
         assert "nodepass demo: error: takes no URL" in err
@@ -209,7 +209,7 @@ def test_a_bad_variable(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("NODEPASS_DIAL_TIMEOUT", "5")
-    assert cli.main([SERVER]) == 2
+    assert main.main([SERVER]) == 2
     assert re.fullmatch(
         r"nodepass: error: NODEPASS_DIAL_TIMEOUT: '5' is not a duration such as .*\n",
         capsys.readouterr().err,
@@ -218,18 +218,18 @@ def test_a_bad_variable(
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], [SERVER, "--help"]])
 def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     out, err = capsys.readouterr()
     assert out.startswith("nodepass - a tunnel")
     assert err == ""
 
 
 def test_keygen(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["keygen", "box.example.org"]) == 0
+    assert main.main(["keygen", "box.example.org"]) == 0
     out, err = capsys.readouterr()
     assert "'client://box.example.org:10101/127.0.0.1:80?tls=1'" in out
     assert err == ""
-    assert cli.main(["keygen", "--help"]) == 0
+    assert main.main(["keygen", "--help"]) == 0
     assert capsys.readouterr().out.startswith("usage: nodepass keygen")
 
 
@@ -248,7 +248,7 @@ def test_version(
     if variable:
         monkeypatch.setenv("NODEPASS_ENGINE", variable)
     monkeypatch.setattr(util, "find_spec", lambda name: object() if found else None)
-    assert cli.main(["--version"]) == 0
+    assert main.main(["--version"]) == 0
     out, _ = capsys.readouterr()
     python = sys.version.split()[0]
     assert out == f"nodepass {version('nodepass')} (engine {engine}, Python {python})\n"
@@ -257,15 +257,15 @@ def test_version(
 def test_demo_gets_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Sequence[str]] = []
 
-    def main(words: Sequence[str]) -> int:
+    def run_demo(words: Sequence[str]) -> int:
         seen.append(words)
         return 3
 
     fake = types.ModuleType("nodepass.cli.demo")
-    fake.main = main  # type: ignore[attr-defined]
+    fake.main = run_demo  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "nodepass.cli.demo", fake)
     monkeypatch.setattr("nodepass.cli.demo", fake, raising=False)
-    assert cli.main(["demo", "--help"]) == 3
+    assert main.main(["demo", "--help"]) == 3
     assert seen == [["--help"]]
 
 
@@ -279,7 +279,7 @@ def python(*words: str) -> subprocess.CompletedProcess[str]:
 def test_what_answers_at_once_loads_nothing_heavy(words: list[str]) -> None:
     done = python(
         "-c",
-        f"import sys; from nodepass.cli.cli import main; code = main({words});"
+        f"import sys; from nodepass.cli.main import main; code = main({words});"
         "heavy = {'asyncio', 'uvloop', 'cryptography', 'OpenSSL', 'ssl', 'logging',"
         " 'nodepass._fastcopy', 'importlib.metadata'} & sys.modules.keys();"
         "sys.exit(f'loaded: {heavy}' if heavy else 0)",
@@ -308,7 +308,7 @@ sys.argv = ["nodepass", {url!r}]
 
 STARTS = {
     "module": "runpy.run_module('nodepass', run_name='__main__')",
-    "script": "from nodepass.cli.cli import main; sys.exit(main())",
+    "script": "from nodepass.cli.main import main; sys.exit(main())",
 }
 
 
@@ -316,13 +316,13 @@ STARTS = {
 @pytest.mark.parametrize(
     ("start", "module"),
     [
-        ("module", "nodepass.cli.cli"),
-        ("module", "nodepass.config.config"),
-        ("module", "nodepass.cli.process"),
+        ("module", "nodepass.cli.main"),
+        ("module", "nodepass.config.url"),
+        ("module", "nodepass.cli.runner"),
         ("module", "asyncio"),
         ("script", "nodepass.config.password"),
-        ("script", "nodepass.config.config"),
-        ("script", "nodepass.cli.process"),
+        ("script", "nodepass.config.url"),
+        ("script", "nodepass.cli.runner"),
     ],
 )
 def test_an_interrupt_while_starting_is_quiet(start: str, module: str) -> None:
@@ -334,8 +334,8 @@ def test_an_interrupt_becomes_a_code(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_fill_standard_streams", interrupt)
-    assert cli.main([]) == 130
+    monkeypatch.setattr(main, "_fill_standard_streams", interrupt)
+    assert main.main([]) == 130
 
 
 def test_the_module_runs() -> None:

@@ -38,8 +38,8 @@ from tests.unit.street import outside
 
 from nodepass.client import client as client_module
 from nodepass.client.client import Client
-from nodepass.config.config import Config
 from nodepass.config.environment import Settings
+from nodepass.config.url import Config
 from nodepass.errors import ConfigError
 
 PASSWORD = "correct-horse"

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nodepass.config import config as module
+from nodepass.config import url as module
 from nodepass.config.address import Address
-from nodepass.config.config import (
+from nodepass.config.url import (
     PARAMETERS,
     Config,
     Mode,

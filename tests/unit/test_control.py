@@ -11,7 +11,7 @@ from tests.engine.rig import tcp_pair
 from tests.system.rig.timing import until, within
 
 from nodepass.net import tcp
-from nodepass.protocol.message import Dialect, Fail, Heartbeat, Idle, Kind, Launch, Pong
+from nodepass.protocol.messages import Dialect, Fail, Heartbeat, Idle, Kind, Launch, Pong
 from nodepass.protocol.session import MAX_UNSENT, Event, Lost, Role, Session, State
 from nodepass.tunnel.control import Control
 

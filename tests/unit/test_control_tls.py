@@ -16,7 +16,7 @@ from tests.unit.hand_seal import ALERT, HandSealer
 from tests.unit.street import outside
 
 from nodepass.observe.log import Log
-from nodepass.protocol.message import Dialect, Fail, Idle, Kind, Launch
+from nodepass.protocol.messages import Dialect, Fail, Idle, Kind, Launch
 from nodepass.protocol.session import Event, Lost, Role, Session, State
 from nodepass.tls.codec import Records
 from nodepass.tls.contexts import ServerTls

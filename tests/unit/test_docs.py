@@ -13,11 +13,11 @@ import pytest
 
 from nodepass.cli import keygen
 from nodepass.config import password
-from nodepass.config.config import PARAMETERS, Config
 from nodepass.config.environment import VARIABLES, parse_duration
+from nodepass.config.url import PARAMETERS, Config
 from nodepass.observe import console, log, outlet
-from nodepass.protocol import proof, wire
-from nodepass.protocol.message import (
+from nodepass.protocol import lines, proof
+from nodepass.protocol.messages import (
     VERSION,
     Bye,
     Drain,
@@ -215,15 +215,15 @@ def line(packed: bytes) -> str:
 def link_lines(
     key: bytes, data_port: int, needs_password: bool, mode: int = 0, binding: bytes = b""
 ) -> tuple[bytes, bytes]:
-    greeting = wire.pack_greeting(Greeting(data_port, mode, NONCES[2], needs_password, VERSION))
+    greeting = lines.pack_greeting(Greeting(data_port, mode, NONCES[2], needs_password, VERSION))
     mac = proof.LinkKey(key, SESSION).proof(greeting[:-1], binding, 1)
-    return greeting, wire.pack_link_claim(LinkClaim(SESSION, 1, mac))
+    return greeting, lines.pack_link_claim(LinkClaim(SESSION, 1, mac))
 
 
 def plain_examples() -> Iterator[tuple[str, str]]:
-    yield "server", line(wire.pack_greeting(Greeting(40001, 0, NONCES[0], False, VERSION)))
-    yield "client", line(wire.pack_hello(Hello("office", NONCES[1])))
-    yield "server", line(wire.pack_answer(Welcome(SESSION, 16, key=KEY)))
+    yield "server", line(lines.pack_greeting(Greeting(40001, 0, NONCES[0], False, VERSION)))
+    yield "client", line(lines.pack_hello(Hello("office", NONCES[1])))
+    yield "server", line(lines.pack_answer(Welcome(SESSION, 16, key=KEY)))
     greeting, claim = link_lines(KEY, 40001, False)
     yield "server", line(greeting)
     yield "client", line(claim)
@@ -234,22 +234,22 @@ def plain_examples() -> Iterator[tuple[str, str]]:
 def password_examples(mode: int = 0) -> Iterator[tuple[str, str]]:
     control, link = BINDINGS if mode else (b"", b"")
     key = proof.stretch_password("correct horse")
-    greeting = wire.pack_greeting(Greeting(0, mode, NONCES[0], True, VERSION))
-    hello = wire.pack_hello(Hello("office", NONCES[1]))
+    greeting = lines.pack_greeting(Greeting(0, mode, NONCES[0], True, VERSION))
+    hello = lines.pack_hello(Hello("office", NONCES[1]))
     script = proof.transcript(greeting[:-1], control, hello[:-1])
     session_key = proof.session_key(key, script, SESSION)
     yield ("B", control.hex()) if mode else ("K", key.hex())
     yield "server", line(greeting)
     yield "T", script.hex()
     mac = proof.client_proof(key, script)
-    yield "client", line(wire.pack_hello(Hello("office", NONCES[1], mac)))
+    yield "client", line(lines.pack_hello(Hello("office", NONCES[1], mac)))
     mac = proof.server_proof(key, script, SESSION)
-    yield "server", line(wire.pack_answer(Welcome(SESSION, 16, proof=mac)))
+    yield "server", line(lines.pack_answer(Welcome(SESSION, 16, proof=mac)))
     yield "S", session_key.hex()
     if mode:
         yield "B", link.hex()
-    lines = link_lines(session_key, 0, True, mode, link)
-    for who, packed in zip(("server", "client"), lines, strict=True):
+    both = link_lines(session_key, 0, True, mode, link)
+    for who, packed in zip(("server", "client"), both, strict=True):
         yield who, line(packed)
 
 
@@ -258,20 +258,20 @@ def tls_examples() -> Iterator[tuple[str, str]]:
 
 
 def signal_examples() -> Iterator[tuple[str, str]]:
-    yield "server", line(wire.pack_signal(Launch(Kind.TCP, 1, "203.0.113.9:50312")))
-    yield "server", line(wire.pack_signal(Launch(Kind.UDP, 2, "[2001:db8::9]:4500")))
-    yield "client", line(wire.pack_signal(Fail(1, "refused")))
-    yield "server", line(wire.pack_signal(Idle(24)))
+    yield "server", line(lines.pack_signal(Launch(Kind.TCP, 1, "203.0.113.9:50312")))
+    yield "server", line(lines.pack_signal(Launch(Kind.UDP, 2, "[2001:db8::9]:4500")))
+    yield "client", line(lines.pack_signal(Fail(1, "refused")))
+    yield "server", line(lines.pack_signal(Idle(24)))
     for signal in (Ping(1), Pong(1), Drain(), Bye("stopped")):
-        yield "either", line(wire.pack_signal(signal))
+        yield "either", line(lines.pack_signal(signal))
 
 
 def other_examples() -> Iterator[tuple[str, str]]:
     for datagram in (b"hi", b"", b"0123456789"):
-        yield "frame", wire.pack_frame(datagram).hex()
-    yield "server", line(wire.pack_greeting(Greeting(40001, 0)))
+        yield "frame", lines.pack_frame(datagram).hex()
+    yield "server", line(lines.pack_greeting(Greeting(40001, 0)))
     for kind in (Kind.TCP, Kind.UDP):
-        yield "server", line(wire.pack_signal(SeedLaunch("5f3dd280", kind)))
+        yield "server", line(lines.pack_signal(SeedLaunch("5f3dd280", kind)))
 
 
 PARTS: tuple[Callable[[], Iterator[tuple[str, str]]], ...] = (
@@ -302,7 +302,7 @@ LIMITS = {
         f"all others, with `repeats=`; of one kind {log.LINES_A_MINUTE} a minute",
         f"| log lines that wait for a slow reader | {outlet.ROOM >> 20} MiB;",
         f"| sessions of one server | {sessions.MAX_CLIENTS} |",
-        f"| first line | {wire.MAX_LINE} bytes |",
+        f"| first line | {lines.MAX_LINE} bytes |",
         f"takes {seed_port.MAX_SHAKES} TLS handshakes",
         f"scrypt, N = 2^{proof.SCRYPT_COST.bit_length() - 1}, r = {proof.SCRYPT_BLOCK}, p = 1",
         f"salt `{proof.SCRYPT_SALT.decode()}`",

@@ -13,14 +13,14 @@ from tests.system.rig.timing import until, within
 from tests.unit.street import Street
 
 from nodepass.net import tcp
-from nodepass.protocol import wire
-from nodepass.protocol.message import Hello, LinkClaim
+from nodepass.protocol import lines
+from nodepass.protocol.messages import Hello, LinkClaim
 from nodepass.server.acceptor import MAX_CALLERS, MAX_CALLERS_PER_SOURCE
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
-HELLO = wire.pack_hello(Hello("somebody", b"n" * 16))
-CLAIM = wire.pack_link_claim(LinkClaim("ab" * 8, 7, b"p" * 32))
+HELLO = lines.pack_hello(Hello("somebody", b"n" * 16))
+CLAIM = lines.pack_link_claim(LinkClaim("ab" * 8, 7, b"p" * 32))
 
 
 def most() -> int:
@@ -34,7 +34,7 @@ def most() -> int:
 @both
 async def test_greets_at_once_and_never_the_same_twice() -> None:
     async with Street(data_port=9102) as street:
-        first, second = (wire.parse_greeting(street.greeting(street.come())[:-1]) for _ in "ab")
+        first, second = (lines.parse_greeting(street.greeting(street.come())[:-1]) for _ in "ab")
         assert (first.data_port, first.tls, first.is_native) == (9102, 0, True)
         assert first.nonce != second.nonce
         assert len(street.entrance) == 2

@@ -20,15 +20,15 @@ from tests.unit.street import Street, oldest, outside
 
 from nodepass.engine.relays import Handshake
 from nodepass.net import tcp
-from nodepass.protocol import wire
-from nodepass.protocol.message import Hello, LinkClaim
+from nodepass.protocol import lines
+from nodepass.protocol.messages import Hello, LinkClaim
 from nodepass.server.acceptor import KNOWN_SHARE, MAX_CALLERS_PER_SOURCE
 
 if TYPE_CHECKING:
     from nodepass._fastcopy import Completion
 
-HELLO = wire.pack_hello(Hello("somebody", b"n" * 16))
-CLAIM = wire.pack_link_claim(LinkClaim("ab" * 8, 7, b"p" * 32))
+HELLO = lines.pack_hello(Hello("somebody", b"n" * 16))
+CLAIM = lines.pack_link_claim(LinkClaim("ab" * 8, 7, b"p" * 32))
 
 
 def street(kind: str, timeout: float = 30.0, *, level: str = "none", data_port: int = 0) -> Street:
@@ -47,10 +47,10 @@ async def gone(street: Street) -> None:
 
 async def test_greeting_asks_for_tls_and_a_password() -> None:
     async with Street(is_secure=True, key=b"k" * 32) as here:
-        greeting = wire.parse_greeting(here.greeting(here.come())[:-1])
+        greeting = lines.parse_greeting(here.greeting(here.come())[:-1])
         assert (greeting.tls, greeting.needs_password) == (1, True)
     async with Street() as here:
-        greeting = wire.parse_greeting(here.greeting(here.come())[:-1])
+        greeting = lines.parse_greeting(here.greeting(here.come())[:-1])
         assert (greeting.tls, greeting.needs_password) == (0, False)
 
 

@@ -17,7 +17,7 @@ from tests.unit.test_control_tls import Wire as TlsWire
 
 from nodepass.client import refill as filling
 from nodepass.engine import relays
-from nodepass.protocol.message import Dialect, Drain, Fail, Idle, Kind, Launch, Pong
+from nodepass.protocol.messages import Dialect, Drain, Fail, Idle, Kind, Launch, Pong
 from nodepass.protocol.session import TALK_BURST, TALK_RATE, Event, Lost, Role, Session, State
 from nodepass.tunnel.control import LINES_A_TURN, Control
 from nodepass.tunnel.pool import Link

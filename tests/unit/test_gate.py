@@ -17,8 +17,8 @@ from tests.system.rig.timing import free_port, has_ipv6, until, within
 from tests.unit.engines import both, engines, native
 from tests.unit.server_desk import Desk, is_reset, serving
 
-from nodepass.config.config import Config
 from nodepass.config.environment import Settings
+from nodepass.config.url import Config
 from nodepass.engine.relays import Gate, Relays, UdpRelay
 from nodepass.errors import EngineError
 from nodepass.net import udp

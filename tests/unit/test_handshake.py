@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from nodepass.errors import AuthError, PeerWireError, TunnelError
-from nodepass.protocol import proof, wire
+from nodepass.protocol import lines, proof
 from nodepass.protocol.handshake import ClientHandshake, ServerHandshake
-from nodepass.protocol.message import Greeting, Hello, LinkClaim, Refusal, Refuse, Welcome
+from nodepass.protocol.messages import Greeting, Hello, LinkClaim, Refusal, Refuse, Welcome
 from nodepass.protocol.proof import LinkKey
 
 PASSWORD = b"k" * 32
@@ -116,10 +116,10 @@ def test_server_without_a_password_passes_over_a_proof() -> None:
 )
 def test_server_refuses_without_the_password(proof_of: bytes | None, why: str) -> None:
     server = server_of(PASSWORD)
-    hello = hello_at(server, wire.pack_hello(Hello("web", CLIENT_NONCE, proof_of)))
+    hello = hello_at(server, lines.pack_hello(Hello("web", CLIENT_NONCE, proof_of)))
     with pytest.raises(AuthError, match=why) as caught:
         accepted(server, hello)
-    assert wire.pack_answer(Refuse(caught.value.reason)) == b"refuse://auth\n"
+    assert lines.pack_answer(Refuse(caught.value.reason)) == b"refuse://auth\n"
 
 
 def test_server_refuses_the_proof_of_another_connection() -> None:
@@ -139,7 +139,7 @@ def test_server_refuses_a_proof_through_another_tls_connection() -> None:
 @pytest.mark.parametrize("version", [0, 1])
 def test_server_refuses_an_old_version(key: bytes | None, version: int) -> None:
     server = server_of(key)
-    hello = hello_at(server, wire.pack_hello(Hello("web", CLIENT_NONCE, version=version)))
+    hello = hello_at(server, lines.pack_hello(Hello("web", CLIENT_NONCE, version=version)))
     with pytest.raises(TunnelError, match=f"dialect {version}") as caught:
         accepted(server, hello)
     assert caught.value.reason == Refusal.VERSION
@@ -324,7 +324,7 @@ def test_f03_lowered_tls_mode_is_noticed_without_a_floor(lowered: int) -> None:
     server = ServerHandshake(dataclasses.replace(CLOSED, tls=2), PASSWORD)
     shown = dataclasses.replace(CLOSED, tls=lowered)
     client = ClientHandshake(PASSWORD)
-    assert client.receive_greeting(wire.pack_greeting(shown)) == shown
+    assert client.receive_greeting(lines.pack_greeting(shown)) == shown
     with pytest.raises(AuthError):
         accepted(server, hello_at(server, client.hello("web", CLIENT_NONCE)))
 
@@ -367,7 +367,7 @@ def test_client_refuses_a_greeting(
     client: ClientHandshake, greeting: Greeting, kind: type[TunnelError], why: str, reason: str
 ) -> None:
     with pytest.raises(TunnelError, match=why) as caught:
-        client.receive_greeting(wire.pack_greeting(greeting))
+        client.receive_greeting(lines.pack_greeting(greeting))
     assert type(caught.value) is kind
     assert caught.value.reason == reason
 
@@ -375,7 +375,7 @@ def test_client_refuses_a_greeting(
 @pytest.mark.parametrize("tls", [1, 2])
 def test_client_takes_more_tls_than_it_asks_for(tls: int) -> None:
     greeting = dataclasses.replace(OPEN, tls=tls)
-    assert ClientHandshake(tls_floor=1).receive_greeting(wire.pack_greeting(greeting)) == greeting
+    assert ClientHandshake(tls_floor=1).receive_greeting(lines.pack_greeting(greeting)) == greeting
 
 
 @pytest.mark.parametrize("data", [b"\n", b"HTTP/1.1 200 OK\r\n", b"//1#0" + b" " * 256])
@@ -387,7 +387,7 @@ def test_client_refuses_garbage_for_a_greeting(data: bytes) -> None:
 def test_what_came_before_our_hello_is_no_answer_to_it() -> None:
     """Whoever sits between could else answer, in front of TLS, a question not yet asked."""
     server, client = server_of(), ClientHandshake()
-    forged = wire.pack_answer(Welcome("f" * 16, 1, key=b"f" * 32))
+    forged = lines.pack_answer(Welcome("f" * 16, 1, key=b"f" * 32))
     assert client.receive_greeting(server.greeting_line + forged) == OPEN
     welcome, _ = accepted(server, hello_at(server, client.hello("web", CLIENT_NONCE)))
     answer = client.receive_answer(welcome)
@@ -413,11 +413,11 @@ def test_a_later_release_may_answer_at_length() -> None:
         (None, b"refuse://some-later-word\n", TunnelError, "some-later-word"),
         (None, b"\n", PeerWireError, "not one of our lines"),
         (None, b"x" * 1024, PeerWireError, "longer"),
-        (None, wire.pack_answer(Welcome(SESSION, 1)), PeerWireError, "no session key"),
-        (None, wire.pack_answer(Welcome(SESSION, 1, proof=FRESH)), PeerWireError, "no session"),
-        (PASSWORD, wire.pack_answer(Welcome(SESSION, 1)), AuthError, "could not prove"),
-        (PASSWORD, wire.pack_answer(Welcome(SESSION, 1, key=FRESH)), AuthError, "could not"),
-        (PASSWORD, wire.pack_answer(Welcome(SESSION, 1, proof=FRESH)), AuthError, "could not"),
+        (None, lines.pack_answer(Welcome(SESSION, 1)), PeerWireError, "no session key"),
+        (None, lines.pack_answer(Welcome(SESSION, 1, proof=FRESH)), PeerWireError, "no session"),
+        (PASSWORD, lines.pack_answer(Welcome(SESSION, 1)), AuthError, "could not prove"),
+        (PASSWORD, lines.pack_answer(Welcome(SESSION, 1, key=FRESH)), AuthError, "could not"),
+        (PASSWORD, lines.pack_answer(Welcome(SESSION, 1, proof=FRESH)), AuthError, "could not"),
     ],
 )
 def test_client_refuses_an_answer(
@@ -457,4 +457,4 @@ def test_a_client_proof_does_not_pass_for_a_server_proof() -> None:
     server, client, line = opened(PASSWORD)
     mine = hello_at(server, line).proof
     with pytest.raises(AuthError):
-        client.receive_answer(wire.pack_answer(Welcome(SESSION, 1, proof=mine)))
+        client.receive_answer(lines.pack_answer(Welcome(SESSION, 1, proof=mine)))

@@ -158,7 +158,7 @@ def test_c09_nobody_uses_what_python_has_for_it() -> None:
 
 def test_ascii_loads_no_tables() -> None:
     script = (
-        "import sys; from nodepass.config.config import Config;"
+        "import sys; from nodepass.config.url import Config;"
         "Config.parse('client://my_host.example:1/127.0.0.1:2', {});"
         "sys.exit(f'{sys.modules.keys()}' if 'idna' in sys.modules else 0)"
     )

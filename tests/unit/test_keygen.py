@@ -15,7 +15,7 @@ import pytest
 
 from nodepass.cli.keygen import make_secret, text
 from nodepass.config.address import Address
-from nodepass.config.config import Config
+from nodepass.config.url import Config
 from nodepass.errors import ConfigError
 
 SHELLS = [name for name in ("sh", "bash", "dash", "zsh", "ksh", "fish") if shutil.which(name)]

@@ -20,9 +20,9 @@ from nodepass.client.link_dialer import LinkDials
 from nodepass.errors import DialError, NodePassError, PeerWireError, TunnelError
 from nodepass.net import tcp
 from nodepass.net.readiness import Watch
-from nodepass.protocol import wire
+from nodepass.protocol import lines
 from nodepass.protocol.handshake import ClientHandshake, ServerHandshake
-from nodepass.protocol.message import KEY_SIZE, NONCE_SIZE, VERSION, Greeting, LinkClaim
+from nodepass.protocol.messages import KEY_SIZE, NONCE_SIZE, VERSION, Greeting, LinkClaim
 from nodepass.protocol.proof import LinkKey
 from nodepass.tunnel.pool import Link, Shelf
 
@@ -137,7 +137,7 @@ async def test_a_link_is_made_and_proves_itself(host: str, pieces: int) -> None:
                 far.send(line[start : start + -(-len(line) // pieces)])
                 await asyncio.sleep(0.02)
             link = await here.link()
-            claim = shake.receive(far.recv(wire.MAX_LINE))
+            claim = shake.receive(far.recv(lines.MAX_LINE))
         assert isinstance(claim, LinkClaim)
         assert shake.is_link_proven(claim, LinkKey(KEY, SESSION))
         assert (link.name, link.head, link.tls) == (claim.number, b"", None)

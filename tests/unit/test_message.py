@@ -7,8 +7,8 @@ from typing import get_args
 
 import pytest
 
-from nodepass.protocol import message
-from nodepass.protocol.message import (
+from nodepass.protocol import messages
+from nodepass.protocol.messages import (
     Dialect,
     Fail,
     Failure,
@@ -53,7 +53,7 @@ def test_a_plain_greeting_is_of_the_seed() -> None:
 
 
 def test_a_hello_speaks_our_version() -> None:
-    assert Hello("web", b"").version == message.VERSION
+    assert Hello("web", b"").version == messages.VERSION
 
 
 @pytest.mark.parametrize("kind", get_args(Signal))

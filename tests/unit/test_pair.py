@@ -17,8 +17,8 @@ from tests.system.rig.timing import free_port, until, within
 from tests.unit.engines import both, engines
 
 from nodepass.client.client import Client
-from nodepass.config.config import Config
 from nodepass.config.environment import Settings
+from nodepass.config.url import Config
 from nodepass.server.server import Server
 
 PASSWORD = "correct-horse"

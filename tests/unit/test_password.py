@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 
 from nodepass.cli import keygen
 from nodepass.config import password
-from nodepass.config.config import Config
 from nodepass.config.password import (
     PASSWORD_LIMIT,
     CommonPassword,
@@ -30,6 +29,7 @@ from nodepass.config.password import (
     is_exposed,
     utf8,
 )
+from nodepass.config.url import Config
 from nodepass.errors import ConfigError
 
 VARIABLE, FILE = "NODEPASS_PASSWORD", "NODEPASS_PASSWORD_FILE"

@@ -16,7 +16,7 @@ from tests.system.rig.timing import until, within
 from nodepass.errors import PoolClosed, PoolTimeout
 from nodepass.net import tcp
 from nodepass.net.readiness import Watch
-from nodepass.protocol.message import Dialect, Idle
+from nodepass.protocol.messages import Dialect, Idle
 from nodepass.protocol.session import Role, Session, State
 from nodepass.tunnel.pool import (
     DEMAND_MARGIN,

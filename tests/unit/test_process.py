@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from nodepass.cli import process
-from nodepass.cli.process import Closer, Tunnel, serve
+from nodepass.cli import runner
+from nodepass.cli.runner import Closer, Tunnel, serve
 from nodepass.client.client import Client
-from nodepass.config.config import Config, label_together
 from nodepass.config.environment import Settings
+from nodepass.config.url import Config, label_together
 from nodepass.errors import EngineError, ListenError
 from nodepass.observe.log import LEVELS
 from nodepass.server.server import Server
@@ -153,7 +153,7 @@ async def test_a_third_signal_ends_the_process_there(monkeypatch: pytest.MonkeyP
             await asyncio.shield(asyncio.sleep(0.05))
 
     house.actions["stop 1"] = twice_more
-    monkeypatch.setattr(process, "_unless", _patient(process._unless))
+    monkeypatch.setattr(runner, "_unless", _patient(runner._unless))
     assert await run(house) in (0, 1)
     assert codes == [1]
 
@@ -309,20 +309,20 @@ async def test_loops_without_signal_handlers(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(signal, "signal", set_handlers.__setitem__)
     heard: list[str] = []
     handlers = {"SIGINT": lambda: heard.append("int"), "SIGNOTHERE": lambda: heard.append("no")}
-    with process._signals(Plain(), handlers):  # type: ignore[arg-type]
+    with runner._signals(Plain(), handlers):  # type: ignore[arg-type]
         set_handlers[signal.SIGINT](signal.SIGINT, None)
     assert heard == ["int"]
     assert list(set_handlers) == [signal.SIGINT]
 
 
 def test_the_most_talkative_tunnel_sets_the_level() -> None:
-    assert process._most_talkative(CONFIGS) == "error"
-    assert process._most_talkative([]) == "info"
+    assert runner._most_talkative(CONFIGS) == "error"
+    assert runner._most_talkative([]) == "info"
     assert min(LEVELS.values()) == LEVELS["debug"]
 
 
 async def test_the_real_parts() -> None:
-    house = process._RealHouse()
+    house = runner._RealHouse()
     relays = house.relays(Settings(threads=1, engine="python"))
     try:
         made = [house.tunnel(config, relays) for config in CONFIGS]
@@ -356,11 +356,11 @@ def test_run_sets_the_process_up(monkeypatch: pytest.MonkeyPatch) -> None:
         done.append(type(asyncio.get_running_loop()).__module__.split(".")[0])
         return 5
 
-    monkeypatch.setattr(process, "serve", fake_serve)
-    monkeypatch.setattr(process, "Console", noted)
-    monkeypatch.setattr(process, "_raise_descriptor_limit", lambda: done.append("limit"))
-    assert process.run(CONFIGS, Settings(log_format="json")) == 5
-    loop = process._loop_factory()()
+    monkeypatch.setattr(runner, "serve", fake_serve)
+    monkeypatch.setattr(runner, "Console", noted)
+    monkeypatch.setattr(runner, "_raise_descriptor_limit", lambda: done.append("limit"))
+    assert runner.run(CONFIGS, Settings(log_format="json")) == 5
+    loop = runner._loop_factory()()
     loop.close()
     assert done == ["json", "limit", type(loop).__module__.split(".")[0]]
 
@@ -372,13 +372,13 @@ def test_run_says_what_can_be_seen(
     async def fake_serve(*words: object) -> int:
         return 0
 
-    monkeypatch.setattr(process, "serve", fake_serve)
-    monkeypatch.setattr(process, "Console", QuietConsole)
-    monkeypatch.setattr(process, "_raise_descriptor_limit", lambda: None)
-    monkeypatch.setattr(process, "_deafen", lambda: None)
+    monkeypatch.setattr(runner, "serve", fake_serve)
+    monkeypatch.setattr(runner, "Console", QuietConsole)
+    monkeypatch.setattr(runner, "_raise_descriptor_limit", lambda: None)
+    monkeypatch.setattr(runner, "_deafen", lambda: None)
     configs = [Config.parse("server://hunter2@:1/:2", {})]
     with caplog.at_level("DEBUG", "nodepass"):
-        assert process.run(configs, Settings(), why) == 0
+        assert runner.run(configs, Settings(), why) == 0
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == (0 if why is None else 1)
     for line in said:
@@ -393,14 +393,14 @@ def test_c02_run_says_which_variables_it_does_not_follow(
     async def fake_serve(*words: object) -> int:
         return 0
 
-    monkeypatch.setattr(process, "serve", fake_serve)
-    monkeypatch.setattr(process, "Console", QuietConsole)
-    monkeypatch.setattr(process, "_raise_descriptor_limit", lambda: None)
-    monkeypatch.setattr(process, "_deafen", lambda: None)
+    monkeypatch.setattr(runner, "serve", fake_serve)
+    monkeypatch.setattr(runner, "Console", QuietConsole)
+    monkeypatch.setattr(runner, "_raise_descriptor_limit", lambda: None)
+    monkeypatch.setattr(runner, "_deafen", lambda: None)
     environ = {"SHUTDOWN_TIMEOUT": "30", "NODEPASS_THREDS": "2"}
     settings = Settings.from_environment(environ)
     with caplog.at_level("DEBUG", "nodepass"):
-        assert process.run([Config.parse("server://:1/:2", environ)] * 2, settings) == 0
+        assert runner.run([Config.parse("server://:1/:2", environ)] * 2, settings) == 0
     value, name = [record.getMessage() for record in caplog.records]
     assert value.startswith("a variable is left aside, since its value can hardly be meant for us")
     assert "variable=SHUTDOWN_TIMEOUT  why=\"'30' is not a duration such as " in value
@@ -425,14 +425,14 @@ def test_password_file_that_everybody_can_read(
     monkeypatch.setenv("NODEPASS_PASSWORD_FILE", str(path))
     config = Config.parse("server://127.0.0.1:1/127.0.0.1:2", os.environ)
     with caplog.at_level("DEBUG", "nodepass"):
-        process._warn_of_open_file([config])
+        runner._warn_of_open_file([config])
     assert ("chmod 600" in caplog.text) is is_told
     assert "swordfish" not in caplog.text
 
 
 def test_without_uvloop(monkeypatch: pytest.MonkeyPatch) -> None:
     _forbid(monkeypatch, "uvloop")
-    assert process._loop_factory() is asyncio.new_event_loop
+    assert runner._loop_factory() is asyncio.new_event_loop
 
 
 def _forbid(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -453,8 +453,8 @@ UNLIMITED = -1
     ("soft", "hard", "expected"),
     [
         (1024, 4096, (4096, 4096)),
-        (1024, UNLIMITED, (process.DESCRIPTORS, UNLIMITED)),
-        (1024, 1 << 30, (process.DESCRIPTORS, 1 << 30)),
+        (1024, UNLIMITED, (runner.DESCRIPTORS, UNLIMITED)),
+        (1024, 1 << 30, (runner.DESCRIPTORS, 1 << 30)),
         (4096, 4096, None),
         (UNLIMITED, UNLIMITED, None),
     ],
@@ -468,7 +468,7 @@ def test_descriptor_limit(
     monkeypatch.setattr(resource, "RLIM_INFINITY", UNLIMITED)
     monkeypatch.setattr(resource, "getrlimit", lambda which: (soft, hard))
     monkeypatch.setattr(resource, "setrlimit", lambda which, both: calls.append(both))
-    process._raise_descriptor_limit()
+    runner._raise_descriptor_limit()
     assert calls == ([] if expected is None else [expected])
 
 
@@ -480,9 +480,9 @@ def test_a_refused_descriptor_limit_is_no_fault(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(resource, "getrlimit", lambda which: (1, 2))
     monkeypatch.setattr(resource, "setrlimit", refuse)
-    process._raise_descriptor_limit()
+    runner._raise_descriptor_limit()
 
 
 def test_descriptor_limit_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     _forbid(monkeypatch, "resource")
-    process._raise_descriptor_limit()
+    runner._raise_descriptor_limit()

@@ -8,7 +8,7 @@ import pytest
 
 from nodepass.errors import LocalWireError
 from nodepass.protocol import session as rules
-from nodepass.protocol.message import (
+from nodepass.protocol.messages import (
     Dialect,
     Drain,
     Fail,

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodepass.cli import title
-from nodepass.cli.title import hide_passwords, masked
+from nodepass.cli import proctitle
+from nodepass.cli.proctitle import hide_passwords, masked
 
 SECRET = "server://hunter2@h:1/t:2?log=debug"
 
@@ -65,7 +65,7 @@ def test_nothing_moves(words: list[bytes]) -> None:
 SHOW = """
 import os, sys
 from pathlib import Path
-from nodepass.cli.title import hide_passwords
+from nodepass.cli.proctitle import hide_passwords
 
 words = list(sys.argv)
 print(hide_passwords(sys.argv[1:]))
@@ -94,7 +94,7 @@ assert os.environ["LAST"] == "kept"
 def test_in_a_process(words: list[str], shown: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SHOW, *words],
-        env={"LAST": "kept", "PYTHONPATH": str(Path(title.__file__).parents[1])},
+        env={"LAST": "kept", "PYTHONPATH": str(Path(proctitle.__file__).parents[1])},
         capture_output=True,
         text=True,
         timeout=30,
@@ -124,7 +124,7 @@ def test_in_a_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = ctypes.create_string_buffer(memory, len(memory))
     start = ctypes.addressof(place)
     fake_proc(tmp_path, start, start + len(memory), b"")
-    monkeypatch.setattr(title, "SELF", Proc(place, tmp_path / "stat"))
+    monkeypatch.setattr(proctitle, "SELF", Proc(place, tmp_path / "stat"))
     assert hide_passwords([SECRET]) is None
     assert place.raw == b"a\0server://***@h:1/t:2?log=debug\0\0\0\0\0"
 
@@ -133,7 +133,7 @@ def test_in_a_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_password_nothing_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(title, "_overwrite", lambda: pytest.fail("touched"))
+    monkeypatch.setattr(proctitle, "_overwrite", lambda: pytest.fail("touched"))
     assert hide_passwords([]) is None
     assert hide_passwords(["server://h:1/t:2", "-x", "demo", "\udcff", "\ud800"]) is None
 
@@ -171,7 +171,7 @@ def test_systems_that_tell_other_things(
     place = ctypes.create_string_buffer(memory, len(memory)) if memory else None
     start = 0 if place is None else ctypes.addressof(place)
     shown = memory if cmdline is None else cmdline
-    monkeypatch.setattr(title, "SELF", fake_proc(tmp_path, start, start + len(memory), shown))
+    monkeypatch.setattr(proctitle, "SELF", fake_proc(tmp_path, start, start + len(memory), shown))
     assert hide_passwords([SECRET]) == why
     if place is not None:
         assert place.raw == (masked(memory) if cmdline is None else memory)
@@ -184,7 +184,7 @@ def test_it_never_raises(
 ) -> None:
     if stat is not None:
         (tmp_path / "stat").write_text(stat)
-    monkeypatch.setattr(title, "SELF", tmp_path)
+    monkeypatch.setattr(proctitle, "SELF", tmp_path)
     why = hide_passwords([SECRET])
     assert why is not None
     assert why.startswith("the words of this process cannot be changed: ")

@@ -14,8 +14,8 @@ from tests.engine.rig import tcp_pair
 from tests.system.rig.timing import until, within
 
 from nodepass.client.client import Client
-from nodepass.config.config import Config, Mode
 from nodepass.config.environment import Settings
+from nodepass.config.url import Config, Mode
 from nodepass.engine.relays import Relay, Relays
 from nodepass.errors import ConfigError, EngineError, TunnelError
 from nodepass.observe.stats import TunnelStatistics

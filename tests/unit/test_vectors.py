@@ -10,9 +10,9 @@ import pytest
 from tests.unit.recording import Row, recording, written
 
 from nodepass.errors import PeerWireError
-from nodepass.protocol import wire
+from nodepass.protocol import lines
 from nodepass.protocol.handshake import ClientHandshake
-from nodepass.protocol.message import (
+from nodepass.protocol.messages import (
     Dialect,
     Greeting,
     Heartbeat,
@@ -92,8 +92,8 @@ def test_client_takes_v2_at_its_word() -> None:
 )
 def test_client_hears_what_the_server_said(name: str, signals: list[Signal]) -> None:
     _, stream = control_of(name)
-    lines = stream.split(b"\n")[:-1]
-    assert [wire.parse_signal(line, Dialect.SEED) for line in lines] == signals
+    said = stream.split(b"\n")[:-1]
+    assert [lines.parse_signal(line, Dialect.SEED) for line in said] == signals
     launches: list[Event] = [s for s in signals if isinstance(s, SeedLaunch)]
     for size in (1, 2, 5, len(stream)):
         session = Session(Role.CLIENT, Dialect.SEED, now=0.0, interval=1.0)
@@ -114,7 +114,7 @@ def test_client_reads_the_link_ids(name: str) -> None:
     for link in links:
         first = next(row for row in rows if row.channel == link)
         assert first.direction == "s>c"
-        assert wire.is_seed_id(first.data.decode())
+        assert lines.is_seed_id(first.data.decode())
 
 
 # ------------------------------------------------------------------ we are the server
@@ -122,13 +122,13 @@ def test_client_reads_the_link_ids(name: str) -> None:
 
 def test_server_writes_the_greeting_of_the_go_server() -> None:
     greeting, _ = control_of("seed-server")
-    assert wire.pack_greeting(Greeting(4323, 0)) == greeting
+    assert lines.pack_greeting(Greeting(4323, 0)) == greeting
 
 
 def test_server_greets_so_that_a_go_client_understands() -> None:
     """Our greeting differs from the recorded one in the query only, which it does not read."""
     recorded, _ = control_of("seed-client")
-    ours = wire.pack_greeting(Greeting(9102, 0, bytes(16), False, 2))
+    ours = lines.pack_greeting(Greeting(9102, 0, bytes(16), False, 2))
     assert ours == b"//9102?v=2&n=00000000000000000000000000000000&a=0#0\n"
     assert go_reads(ours) == go_reads(recorded) == (b"9102", b"0")
 
@@ -171,6 +171,6 @@ def test_server_hears_nothing_from_a_silent_client(name: str) -> None:
 
 @pytest.mark.parametrize("line", [b"", b"//45cdc958#1", b"//0a9a2651#2"])
 def test_each_recorded_signal_packs_back(line: bytes) -> None:
-    signal = wire.parse_signal(line, Dialect.SEED)
+    signal = lines.parse_signal(line, Dialect.SEED)
     assert isinstance(signal, SeedSignal)
-    assert wire.pack_signal(signal) == line + b"\n"
+    assert lines.pack_signal(signal) == line + b"\n"

@@ -7,8 +7,8 @@ from typing import Any, cast
 import pytest
 
 from nodepass.errors import LocalWireError, PeerWireError
-from nodepass.protocol import wire
-from nodepass.protocol.message import (
+from nodepass.protocol import lines
+from nodepass.protocol.messages import (
     MAX_NAME,
     MAX_NUMBER,
     Bye,
@@ -46,7 +46,7 @@ BIG = MAX_NUMBER - 1
 # -------------------------------------------------------------------------- LineBuffer
 
 
-def lines_of(buffer: wire.LineBuffer) -> list[bytes]:
+def lines_of(buffer: lines.LineBuffer) -> list[bytes]:
     lines = []
     while (line := buffer.next_line()) is not None:
         lines.append(line)
@@ -54,7 +54,7 @@ def lines_of(buffer: wire.LineBuffer) -> list[bytes]:
 
 
 def test_lines_come_out_whole_and_in_order() -> None:
-    buffer = wire.LineBuffer()
+    buffer = lines.LineBuffer()
     assert buffer.next_line() is None
     buffer.feed(b"a\n\nbc\nd")
     assert lines_of(buffer) == [b"a", b"", b"bc"]
@@ -63,16 +63,16 @@ def test_lines_come_out_whole_and_in_order() -> None:
 
 
 def test_lines_byte_by_byte() -> None:
-    buffer = wire.LineBuffer(8)
-    lines = []
+    buffer = lines.LineBuffer(8)
+    found = []
     for byte in b"1234567\n\n89\n\0\xff\n":
         buffer.feed(bytes([byte]))
-        lines += lines_of(buffer)
-    assert lines == [b"1234567", b"", b"89", b"\0\xff"]
+        found += lines_of(buffer)
+    assert found == [b"1234567", b"", b"89", b"\0\xff"]
 
 
 def test_longest_line_that_fits() -> None:
-    buffer = wire.LineBuffer(8)
+    buffer = lines.LineBuffer(8)
     buffer.feed(b"1234567")
     assert buffer.next_line() is None, "the LF may still come as the eighth byte"
     buffer.feed(b"\n1234567\n")
@@ -81,7 +81,7 @@ def test_longest_line_that_fits() -> None:
 
 @pytest.mark.parametrize("ending", [b"", b"\n", b"9\n", b"9" * 5000 + b"\nping://1\n"])
 def test_line_too_long_ends_the_buffer(ending: bytes) -> None:
-    buffer = wire.LineBuffer(8)
+    buffer = lines.LineBuffer(8)
     buffer.feed(b"ok\n12345678" + ending)
     assert buffer.next_line() == b"ok"
     with pytest.raises(PeerWireError, match="longer than 8 bytes"):
@@ -92,7 +92,7 @@ def test_line_too_long_ends_the_buffer(ending: bytes) -> None:
 
 
 def test_a_dead_buffer_keeps_nothing() -> None:
-    buffer = wire.LineBuffer(8)
+    buffer = lines.LineBuffer(8)
     buffer.feed(b"x" * 9)
     with pytest.raises(PeerWireError):
         buffer.next_line()
@@ -102,7 +102,7 @@ def test_a_dead_buffer_keeps_nothing() -> None:
 
 
 def test_rest_is_what_no_line_took() -> None:
-    buffer = wire.LineBuffer()
+    buffer = lines.LineBuffer()
     buffer.feed(b"line\nraw\nbytes")
     assert buffer.next_line() == b"line"
     assert buffer.rest() == b"raw\nbytes"
@@ -126,12 +126,12 @@ GREETINGS = [
 
 @pytest.mark.parametrize(("greeting", "line"), GREETINGS)
 def test_pack_greeting(greeting: Greeting, line: bytes) -> None:
-    assert wire.pack_greeting(greeting) == line + b"\n"
+    assert lines.pack_greeting(greeting) == line + b"\n"
 
 
 @pytest.mark.parametrize(("greeting", "line"), GREETINGS)
 def test_parse_greeting(greeting: Greeting, line: bytes) -> None:
-    parsed = wire.parse_greeting(line)
+    parsed = lines.parse_greeting(line)
     assert parsed == (
         greeting if greeting.is_native else Greeting(greeting.data_port, greeting.tls)
     )
@@ -139,7 +139,7 @@ def test_parse_greeting(greeting: Greeting, line: bytes) -> None:
 
 
 def test_longest_greeting_fits() -> None:
-    assert len(wire.pack_greeting(Greeting(65535, 2, NONCE, True, BIG))) <= wire.MAX_GREETING
+    assert len(lines.pack_greeting(Greeting(65535, 2, NONCE, True, BIG))) <= lines.MAX_GREETING
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_longest_greeting_fits() -> None:
 )
 def test_pack_greeting_refuses(greeting: Greeting) -> None:
     with pytest.raises(LocalWireError, match="greeting"):
-        wire.pack_greeting(greeting)
+        lines.pack_greeting(greeting)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_pack_greeting_refuses(greeting: Greeting) -> None:
 )
 def test_parse_greeting_is_tolerant(line: bytes, greeting: Greeting) -> None:
     """Fields in any order, and fields of later releases, do no harm."""
-    assert wire.parse_greeting(line) == greeting
+    assert lines.parse_greeting(line) == greeting
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_parse_greeting_is_tolerant(line: bytes, greeting: Greeting) -> None:
 )
 def test_parse_greeting_refuses(line: bytes, why: str) -> None:
     with pytest.raises(PeerWireError, match=why):
-        wire.parse_greeting(line)
+        lines.parse_greeting(line)
 
 
 # --------------------------------------------------------------------------- openings
@@ -235,16 +235,16 @@ OPENINGS: list[tuple[Hello | LinkClaim, str]] = [
 @pytest.mark.parametrize(("opening", "line"), OPENINGS)
 def test_pack_opening(opening: Hello | LinkClaim, line: str) -> None:
     if isinstance(opening, Hello):
-        packed = wire.pack_hello(opening)
+        packed = lines.pack_hello(opening)
     else:
-        packed = wire.pack_link_claim(opening)
+        packed = lines.pack_link_claim(opening)
     assert packed == line.encode() + b"\n"
-    assert len(packed) <= wire.MAX_LINE
+    assert len(packed) <= lines.MAX_LINE
 
 
 @pytest.mark.parametrize(("opening", "line"), OPENINGS)
 def test_parse_opening(opening: Hello | LinkClaim, line: str) -> None:
-    assert wire.parse_opening(line.encode()) == opening
+    assert lines.parse_opening(line.encode()) == opening
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_parse_opening(opening: Hello | LinkClaim, line: str) -> None:
     ],
 )
 def test_without_proof_keeps_all_else_as_it_stood(line: bytes, bare: bytes) -> None:
-    assert wire.without_proof(line) == bare
+    assert lines.without_proof(line) == bare
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_without_proof_keeps_all_else_as_it_stood(line: bytes, bare: bytes) -> N
 )
 def test_pack_hello_refuses(hello: Hello) -> None:
     with pytest.raises(LocalWireError):
-        wire.pack_hello(hello)
+        lines.pack_hello(hello)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_pack_hello_refuses(hello: Hello) -> None:
 )
 def test_pack_link_claim_refuses(claim: LinkClaim) -> None:
     with pytest.raises(LocalWireError):
-        wire.pack_link_claim(claim)
+        lines.pack_link_claim(claim)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_pack_link_claim_refuses(claim: LinkClaim) -> None:
     ],
 )
 def test_parse_opening_is_tolerant(line: str, opening: Hello | LinkClaim) -> None:
-    assert wire.parse_opening(line.encode()) == opening
+    assert lines.parse_opening(line.encode()) == opening
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_parse_opening_is_tolerant(line: str, opening: Hello | LinkClaim) -> Non
 )
 def test_parse_opening_refuses(line: str, why: str) -> None:
     with pytest.raises(PeerWireError, match=why):
-        wire.parse_opening(line.encode())
+        lines.parse_opening(line.encode())
 
 
 # ---------------------------------------------------------------------------- answers
@@ -361,12 +361,12 @@ ANSWERS: list[tuple[Welcome | Refuse, str]] = [
 
 @pytest.mark.parametrize(("answer", "line"), ANSWERS)
 def test_pack_answer(answer: Welcome | Refuse, line: str) -> None:
-    assert wire.pack_answer(answer) == line.encode() + b"\n"
+    assert lines.pack_answer(answer) == line.encode() + b"\n"
 
 
 @pytest.mark.parametrize(("answer", "line"), ANSWERS)
 def test_parse_answer(answer: Welcome | Refuse, line: str) -> None:
-    assert wire.parse_answer(line.encode()) == answer
+    assert lines.parse_answer(line.encode()) == answer
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_parse_answer(answer: Welcome | Refuse, line: str) -> None:
 )
 def test_pack_answer_refuses(answer: Welcome | Refuse) -> None:
     with pytest.raises(LocalWireError):
-        wire.pack_answer(answer)
+        lines.pack_answer(answer)
 
 
 @pytest.mark.parametrize(
@@ -411,7 +411,7 @@ def test_pack_answer_refuses(answer: Welcome | Refuse) -> None:
 )
 def test_parse_answer_refuses(line: str, why: str) -> None:
     with pytest.raises(PeerWireError, match=why):
-        wire.parse_answer(line.encode())
+        lines.parse_answer(line.encode())
 
 
 # ---------------------------------------------------------------------------- signals
@@ -442,17 +442,17 @@ SEED_SIGNALS: list[tuple[SeedSignal, str]] = [
 
 @pytest.mark.parametrize(("signal", "line"), [*NATIVE_SIGNALS, *SEED_SIGNALS])
 def test_pack_signal(signal: NativeSignal | SeedSignal, line: str) -> None:
-    assert wire.pack_signal(signal) == line.encode() + b"\n"
+    assert lines.pack_signal(signal) == line.encode() + b"\n"
 
 
 @pytest.mark.parametrize(("signal", "line"), NATIVE_SIGNALS)
 def test_parse_native_signal(signal: NativeSignal, line: str) -> None:
-    assert wire.parse_signal(line.encode(), Dialect.NATIVE) == signal
+    assert lines.parse_signal(line.encode(), Dialect.NATIVE) == signal
 
 
 @pytest.mark.parametrize(("signal", "line"), SEED_SIGNALS)
 def test_parse_seed_signal(signal: SeedSignal, line: str) -> None:
-    assert wire.parse_signal(line.encode(), Dialect.SEED) == signal
+    assert lines.parse_signal(line.encode(), Dialect.SEED) == signal
 
 
 @pytest.mark.parametrize(
@@ -480,12 +480,12 @@ def test_parse_seed_signal(signal: SeedSignal, line: str) -> None:
 )
 def test_pack_signal_refuses(signal: NativeSignal | SeedSignal) -> None:
     with pytest.raises(LocalWireError):
-        wire.pack_signal(signal)
+        lines.pack_signal(signal)
 
 
 def test_pack_signal_refuses_what_is_none() -> None:
     with pytest.raises(LocalWireError, match="no such signal"):
-        wire.pack_signal(cast(Any, Unknown(b"later://1")))
+        lines.pack_signal(cast(Any, Unknown(b"later://1")))
 
 
 @pytest.mark.parametrize(
@@ -508,7 +508,7 @@ def test_pack_signal_refuses_what_is_none() -> None:
     ],
 )
 def test_parse_native_signal_is_tolerant(line: bytes, signal: Signal) -> None:
-    assert wire.parse_signal(line, Dialect.NATIVE) == signal
+    assert lines.parse_signal(line, Dialect.NATIVE) == signal
 
 
 @pytest.mark.parametrize(
@@ -539,7 +539,7 @@ def test_parse_native_signal_is_tolerant(line: bytes, signal: Signal) -> None:
 )
 def test_parse_native_signal_refuses(line: str) -> None:
     with pytest.raises(PeerWireError):
-        wire.parse_signal(line.encode(), Dialect.NATIVE)
+        lines.parse_signal(line.encode(), Dialect.NATIVE)
 
 
 @pytest.mark.parametrize(
@@ -555,7 +555,7 @@ def test_parse_native_signal_refuses(line: str) -> None:
     ],
 )
 def test_parse_seed_signal_is_tolerant(line: bytes, signal: Signal) -> None:
-    assert wire.parse_signal(line, Dialect.SEED) == signal
+    assert lines.parse_signal(line, Dialect.SEED) == signal
 
 
 @pytest.mark.parametrize(
@@ -588,12 +588,12 @@ def test_parse_seed_signal_is_tolerant(line: bytes, signal: Signal) -> None:
 )
 def test_parse_seed_signal_passes_over(line: bytes) -> None:
     """The Go program ignores what it does not know, so we never call it an error."""
-    assert wire.parse_signal(line, Dialect.SEED) == Unknown(line)
+    assert lines.parse_signal(line, Dialect.SEED) == Unknown(line)
 
 
 @pytest.mark.parametrize("text", ["", "aaaa000", "aaaa00011", "AAAA0001", "aaaa000g", "aaaa000\n"])
 def test_is_no_seed_id(text: str) -> None:
-    assert not wire.is_seed_id(text)
+    assert not lines.is_seed_id(text)
 
 
 # --------------------------------------------------------------------------- identify
@@ -622,28 +622,28 @@ def test_is_no_seed_id(text: str) -> None:
     ],
 )
 def test_identify(start: bytes, name: str) -> None:
-    told = wire.identify(start)
+    told = lines.identify(start)
     assert name in told
     assert told.isprintable(), "it goes into a log line"
 
 
 # ------------------------------------------------------------------------- UDP frames
 
-DATAGRAMS = [b"", b"x", b"\0\0", b"\xff" * 1500, b"m" * wire.MAX_DATAGRAM, b""]
+DATAGRAMS = [b"", b"x", b"\0\0", b"\xff" * 1500, b"m" * lines.MAX_DATAGRAM, b""]
 
 
 def test_frames_all_at_once() -> None:
-    buffer = wire.FrameBuffer()
-    stream = b"".join(wire.pack_frame(datagram) for datagram in DATAGRAMS)
+    buffer = lines.FrameBuffer()
+    stream = b"".join(lines.pack_frame(datagram) for datagram in DATAGRAMS)
     assert buffer.feed(stream) == DATAGRAMS
     assert not buffer.has_rest
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 1499, 65536])
 def test_frames_in_pieces(cut: int) -> None:
-    buffer = wire.FrameBuffer()
-    stream = b"".join(wire.pack_frame(datagram) for datagram in DATAGRAMS if len(datagram) < 2000)
-    stream += wire.pack_frame(b"end")
+    buffer = lines.FrameBuffer()
+    stream = b"".join(lines.pack_frame(datagram) for datagram in DATAGRAMS if len(datagram) < 2000)
+    stream += lines.pack_frame(b"end")
     found = []
     for start in range(0, len(stream), cut):
         found += buffer.feed(stream[start : start + cut])
@@ -652,7 +652,7 @@ def test_frames_in_pieces(cut: int) -> None:
 
 
 def test_frames_know_when_they_are_cut_short() -> None:
-    buffer = wire.FrameBuffer()
+    buffer = lines.FrameBuffer()
     for piece in (b"\x00", b"\x03", b"ab"):
         assert buffer.feed(piece) == []
         assert buffer.has_rest
@@ -661,6 +661,6 @@ def test_frames_know_when_they_are_cut_short() -> None:
 
 
 def test_pack_frame_refuses_what_no_length_can_say() -> None:
-    assert wire.pack_frame(b"ab") == b"\x00\x02ab"
+    assert lines.pack_frame(b"ab") == b"\x00\x02ab"
     with pytest.raises(LocalWireError, match="over 65535 bytes"):
-        wire.pack_frame(b"x" * 65536)
+        lines.pack_frame(b"x" * 65536)

@@ -1,3 +1,3 @@
 """Words in, exit code out."""
 
-__all__ = ["cli"]
+__all__ = ["main"]

@@ -1,7 +1,7 @@
 """`nodepass demo`: a real tunnel on this machine, measured, and taken down again.
 
 Owns: three child processes (an HTTP target, a server, a client) and one temporary folder for
-their logs. Must never leave any of them behind, whatever happens. Called by `cli`; imports
+their logs. Must never leave any of them behind, whatever happens. Called by `main`; imports
 nothing of ours but `outlet`, so that it sees the program as a user does: as two commands.
 """
 

@@ -1,14 +1,14 @@
 """The text of `nodepass --help`, written from the tables it describes.
 
-Only `cli` calls it.
+Only `main` calls it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nodepass.config.config import PARAMETERS, Mode, Parameter
 from nodepass.config.environment import VARIABLES
+from nodepass.config.url import PARAMETERS, Mode, Parameter
 
 __all__ = ["FIRST_STEPS", "text"]
 

@@ -6,7 +6,7 @@ shells, and holds nothing that one shell has and another has not; `install` empt
 first, so `>>` serves shells that are told not to overwrite. The lines between hold nothing that
 does harm where a shell does not take '#' for a comment (zsh): no quote, bracket or ';'.
 
-Only `cli` calls it.
+Only `main` calls it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 
-from nodepass.config.config import parse_host
+from nodepass.config.url import parse_host
 from nodepass.errors import ConfigError
 
 __all__ = ["make_secret", "text"]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import time
 from typing import Final, NamedTuple
 
-from nodepass.protocol.message import Kind
+from nodepass.protocol.messages import Kind
 
 SHARE: Final = 1 / 8
 """Of SEMAPHORE_LIMIT: visitors open beyond which a circle is looked for. One is through that in a

@@ -15,15 +15,15 @@ import secrets
 import socket
 from typing import TYPE_CHECKING, Final
 
-from nodepass.config.config import Config, Mode
+from nodepass.config.url import Config, Mode
 from nodepass.engine.relays import Relays
 from nodepass.errors import AuthError, NodePassError, PoolTimeout, TlsError, TunnelError
 from nodepass.net import tcp
 from nodepass.net.readiness import Watch
 from nodepass.observe.stats import TunnelStatistics
-from nodepass.protocol import wire
+from nodepass.protocol import lines
 from nodepass.protocol.handshake import ClientHandshake
-from nodepass.protocol.message import NONCE_SIZE, Dialect, Greeting
+from nodepass.protocol.messages import NONCE_SIZE, Dialect, Greeting
 from nodepass.protocol.session import Backoff, Lost
 from nodepass.runtime import threads
 from nodepass.tls.codec import Records
@@ -37,7 +37,7 @@ from .udp_target import UdpTarget
 if TYPE_CHECKING:
     from nodepass.tls.contexts import ClientTls
 
-READ_SIZE: Final = wire.MAX_GREETING
+READ_SIZE: Final = lines.MAX_GREETING
 """Bytes per read of a greeting: what follows it belongs to others."""
 LEAST_QUEUE: Final = 64
 """Launches that may wait for a slot, however few slots there are; else as many as slots."""
@@ -278,7 +278,7 @@ class Client(Tunnel):
                     said += data
                     greeting = handshake.receive_greeting(data)
         except TimeoutError as exc:
-            text = f"no greeting within {timeout:g} s: the other side is {wire.identify(said)}"
+            text = f"no greeting within {timeout:g} s: the other side is {lines.identify(said)}"
             raise TunnelError(text) from exc
         return handshake, greeting
 

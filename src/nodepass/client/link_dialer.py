@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 from nodepass.errors import DialError, NodePassError, PeerWireError, TunnelError
 from nodepass.net import tcp
 from nodepass.net.deadlines import Patience
-from nodepass.protocol import wire
+from nodepass.protocol import lines
 from nodepass.protocol.handshake import ClientHandshake
 from nodepass.protocol.proof import LinkKey
 from nodepass.tunnel.pool import Link
@@ -28,7 +28,7 @@ from nodepass.tunnel.pool import Link
 if TYPE_CHECKING:
     from .client import Client
 
-READ_SIZE: Final = wire.MAX_GREETING
+READ_SIZE: Final = lines.MAX_GREETING
 """Bytes per read of a greeting: what follows it belongs to others."""
 
 _BROKEN_LATER: Final = frozenset({errno.ECONNRESET, errno.EPIPE})
@@ -193,7 +193,7 @@ class LinkDials:
     def _on_silence(self, dial: _Dial) -> None:
         settings = self._client.settings
         seconds = settings.dial_timeout + settings.handshake_timeout
-        looks = wire.identify(dial.said)
+        looks = lines.identify(dial.said)
         self._fail(
             dial, TunnelError(f"no greeting within {seconds:g} s: the other side is {looks}")
         )

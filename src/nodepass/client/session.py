@@ -27,8 +27,8 @@ from nodepass.errors import (
 from nodepass.net import tcp, udp
 from nodepass.net.local_ports import LOCAL_PORTS
 from nodepass.net.resolver import Candidate, SocketAddress
-from nodepass.protocol import wire
-from nodepass.protocol.message import (
+from nodepass.protocol import lines
+from nodepass.protocol.messages import (
     SEED_ID_SIZE,
     Dialect,
     Drain,
@@ -189,7 +189,7 @@ class Pairing:
                     said += await self._read_seed_id(sock, SEED_ID_SIZE - len(said), records)
             head = said[SEED_ID_SIZE:]
             name = said[:SEED_ID_SIZE].decode("ascii", errors="replace")
-            if not wire.is_seed_id(name):
+            if not lines.is_seed_id(name):
                 raise PeerWireError("the data port gave no id of 8 hex characters")
         except BaseException as exc:
             # With its name given it may be a link there, and a visitor on it already.

@@ -1,3 +1,3 @@
 """What the user asked for: URLs, variables, passwords, as frozen values."""
 
-__all__ = ["config", "environment", "hostname", "password", "spelling"]
+__all__ = ["environment", "hostname", "password", "spelling", "url"]

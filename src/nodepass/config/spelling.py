@@ -1,6 +1,6 @@
 """Words that were meant otherwise: which known one is near.
 
-Pure text. `environment` looks for misspelt variables with it, `config` and `cli` name in an
+Pure text. `environment` looks for misspelt variables with it, `url` and `main` name in an
 error what may have been meant.
 """
 

@@ -6,7 +6,7 @@ Built on the standard `logging`, under the logger `nodepass`, so a program that 
 us takes the lines wherever it likes; only `console` calls `setup`. A line is
 complete (fields included, secrets masked) before it reaches any handler.
 
-Ground floor: imports nothing of ours. Everyone but `wire` and `session` may import it.
+Ground floor: imports nothing of ours. Everyone but `lines` and `session` may import it.
 """
 
 from __future__ import annotations

@@ -1,3 +1,3 @@
 """Every byte and rule between the two ends. Sans-IO."""
 
-__all__ = ["handshake", "message", "proof", "session", "wire"]
+__all__ = ["handshake", "lines", "messages", "proof", "session"]

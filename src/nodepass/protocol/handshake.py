@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from nodepass.errors import AuthError, PeerWireError, TunnelError
 
-from . import proof, wire
-from .message import VERSION, Greeting, Hello, LinkClaim, Refusal, Refuse, Welcome
+from . import lines, proof
+from .messages import VERSION, Greeting, Hello, LinkClaim, Refusal, Refuse, Welcome
 
 
 class ServerHandshake:
@@ -24,12 +24,12 @@ class ServerHandshake:
     """
 
     def __init__(self, greeting: Greeting, key: bytes | None = None) -> None:
-        self.greeting_line = wire.pack_greeting(greeting)
+        self.greeting_line = lines.pack_greeting(greeting)
         """Bytes to send first, LF included."""
         self.binding = b""
         """TLS exporter bytes of this connection, empty without TLS; to be set before `accept`."""
         self._key = key
-        self._lines = wire.LineBuffer()
+        self._lines = lines.LineBuffer()
         self._opening_line = b""
 
     def receive(self, data: bytes) -> Hello | LinkClaim | None:
@@ -43,7 +43,7 @@ class ServerHandshake:
         if line is None:
             return None
         self._opening_line = line
-        return wire.parse_opening(line)
+        return lines.parse_opening(line)
 
     def rest(self) -> bytes:
         """Hand over the bytes that came behind the opening line."""
@@ -69,7 +69,7 @@ class ServerHandshake:
         if hello.version < VERSION:
             raise TunnelError(f"dialect {hello.version} is not known", reason=Refusal.VERSION)
         if self._key is None:
-            return wire.pack_answer(Welcome(session, idle, key=fresh_key)), fresh_key
+            return lines.pack_answer(Welcome(session, idle, key=fresh_key)), fresh_key
         script = proof.transcript(self.greeting_line[:-1], self.binding, self._opening_line)
         wanted = proof.client_proof(self._key, script)
         if hello.proof is None or not proof.is_same_proof(hello.proof, wanted):
@@ -81,7 +81,7 @@ class ServerHandshake:
                 reason=Refusal.AUTH,
             )
         answer = Welcome(session, idle, proof=proof.server_proof(self._key, script, session))
-        return wire.pack_answer(answer), proof.session_key(self._key, script, session)
+        return lines.pack_answer(answer), proof.session_key(self._key, script, session)
 
     def is_link_proven(self, claim: LinkClaim, key: proof.LinkKey) -> bool:
         """Tell whether this connection belongs to the session that it names."""
@@ -104,7 +104,7 @@ class ClientHandshake:
         self._key = key
         self._tls_floor = tls_floor
         self._allows_seed = allows_seed and key is None
-        self._lines = wire.LineBuffer(wire.MAX_GREETING)
+        self._lines = lines.LineBuffer(lines.MAX_GREETING)
         self._greeting_line = b""
         self._script = b""
 
@@ -120,7 +120,7 @@ class ClientHandshake:
         line = self._lines.next_line()
         if line is None:
             return None
-        greeting = wire.parse_greeting(line)
+        greeting = lines.parse_greeting(line)
         self._greeting_line = line
         if greeting.tls < self._tls_floor:
             raise TunnelError(
@@ -142,12 +142,12 @@ class ClientHandshake:
 
     def hello(self, name: str, nonce: bytes, binding: bytes = b"") -> bytes:
         """Return the hello line to send; `nonce` is NONCE_SIZE fresh random bytes."""
-        line = wire.pack_hello(Hello(name, nonce))
-        self._lines = wire.LineBuffer()
+        line = lines.pack_hello(Hello(name, nonce))
+        self._lines = lines.LineBuffer()
         if self._key is None:
             return line
         self._script = proof.transcript(self._greeting_line, binding, line[:-1])
-        return wire.pack_hello(Hello(name, nonce, proof.client_proof(self._key, self._script)))
+        return lines.pack_hello(Hello(name, nonce, proof.client_proof(self._key, self._script)))
 
     def receive_answer(self, data: bytes) -> tuple[Welcome, bytes] | None:
         """Take bytes; return the welcome and the session key once the line is whole.
@@ -161,7 +161,7 @@ class ClientHandshake:
         line = self._lines.next_line()
         if line is None:
             return None
-        answer = wire.parse_answer(line)
+        answer = lines.parse_answer(line)
         if isinstance(answer, Refuse):
             if answer.reason == Refusal.AUTH:
                 raise AuthError(
@@ -185,7 +185,7 @@ class ClientHandshake:
     def claim_link(self, key: proof.LinkKey, number: int, binding: bytes = b"") -> bytes:
         """Return the line that makes this connection a link of a session."""
         p = key.proof(self._greeting_line, binding, number)
-        return wire.pack_link_claim(LinkClaim(key.session, number, p))
+        return lines.pack_link_claim(LinkClaim(key.session, number, p))
 
     def rest(self) -> bytes:
         """Hand over the bytes that came behind the last line."""

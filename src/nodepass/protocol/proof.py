@@ -15,8 +15,8 @@ from typing import Final
 
 from nodepass.errors import LocalWireError
 
-from .message import KEY_SIZE
-from .wire import without_proof
+from .lines import without_proof
+from .messages import KEY_SIZE
 
 SCRYPT_SALT: Final = b"nodepass/2"
 SCRYPT_COST: Final = 2**15

@@ -24,8 +24,8 @@ from typing import Final
 
 from nodepass.errors import PeerWireError
 
-from . import wire
-from .message import (
+from . import lines
+from .messages import (
     Bye,
     Dialect,
     Drain,
@@ -127,7 +127,7 @@ class Session:
         self.on_output: Callable[[], None] | None = None
         """Called when there is something to send; the hearer sends it when it suits it."""
         self._interval = interval
-        self._lines = wire.LineBuffer()
+        self._lines = lines.LineBuffer()
         self._out = bytearray()
         self._heard_at = now
         self._ticked_at = now
@@ -242,7 +242,7 @@ class Session:
         """Queue a signal; after the end it goes nowhere."""
         if self.state is State.CLOSED:
             return
-        self._out += wire.pack_signal(signal)
+        self._out += lines.pack_signal(signal)
         if self.on_output is not None:
             self.on_output()
 
@@ -286,7 +286,7 @@ class Session:
         return data
 
     def _take_line(self, line: bytes, now: float, events: list[Event]) -> None:
-        signal = wire.parse_signal(line, self.dialect)
+        signal = lines.parse_signal(line, self.dialect)
         is_client = self.role is Role.CLIENT
         match signal:
             case Launch() | SeedLaunch() if is_client:

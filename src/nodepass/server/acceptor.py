@@ -32,9 +32,9 @@ from nodepass.net.deadlines import Patience
 from nodepass.net.readiness import Watch
 from nodepass.observe.log import Log
 from nodepass.observe.stats import Counters
-from nodepass.protocol import wire
+from nodepass.protocol import lines
 from nodepass.protocol.handshake import ServerHandshake
-from nodepass.protocol.message import NONCE_SIZE, VERSION, Greeting, Hello, LinkClaim
+from nodepass.protocol.messages import NONCE_SIZE, VERSION, Greeting, Hello, LinkClaim
 from nodepass.tls.codec import Records
 
 from .pending import Caller
@@ -52,7 +52,7 @@ MAX_CALLERS_PER_SOURCE: Final = 64
 KNOWN_SHARE: Final = 2
 """A source with a client may have so many times as many: TLS is done for the client half a
 round trip before it is for us, so its next 60 links may come before the last have gone."""
-READ_SIZE: Final = 2 * wire.MAX_LINE
+READ_SIZE: Final = 2 * lines.MAX_LINE
 """Bytes per read: a whole first line and some."""
 MOST_HEARD: Final = 8192
 """Bytes of TLS records that a first line of 1 KiB may take: two reads and twice as much again."""
@@ -233,7 +233,7 @@ class Entrance:
             elif data[0] == TLS_FIRST_BYTE:
                 self._secure(caller)
             else:
-                self._drop(caller, f"it does not speak TLS; {wire.identify(data)}")
+                self._drop(caller, f"it does not speak TLS; {lines.identify(data)}")
 
     def _secure(self, caller: Caller) -> None:
         assert self._tls is not None
@@ -290,7 +290,7 @@ class Entrance:
                 if caller.heard > MOST_HEARD:
                     raise PeerWireError("it sends too much before its first line is whole")
                 data = caller.records.open(data)
-            caller.said = (caller.said + data)[: wire.MAX_LINE]
+            caller.said = (caller.said + data)[: lines.MAX_LINE]
             opening = caller.handshake.receive(data)
             if opening is None and caller.records is not None and caller.records.has_ended:
                 raise PeerWireError("it closed before its first line was whole")
@@ -333,7 +333,7 @@ class Entrance:
         elif caller.records is not None and not caller.said:
             self._drop(caller, "it said nothing inside TLS")
         elif caller.said:
-            self._drop(caller, f"its first line stayed unfinished; {wire.identify(caller.said)}")
+            self._drop(caller, f"its first line stayed unfinished; {lines.identify(caller.said)}")
         elif self.data_port:
             self._drop(
                 caller,

@@ -26,7 +26,7 @@ from nodepass.net import tcp
 from nodepass.net.deadlines import Patience
 from nodepass.observe.log import Log
 from nodepass.observe.stats import Counters
-from nodepass.protocol.message import SEED_ID_SIZE
+from nodepass.protocol.messages import SEED_ID_SIZE
 from nodepass.tls.codec import Records
 from nodepass.tunnel.pool import Link, Pool
 

@@ -15,14 +15,14 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from nodepass.config.config import Config, Mode
+from nodepass.config.url import Config, Mode
 from nodepass.engine.relays import Relay, RelayResult, Relays, UdpRelay, UdpResult
 from nodepass.errors import EngineError, PoolClosed, PoolTimeout
 from nodepass.net import tcp
 from nodepass.net.listener import Listener, OnAccept, listen
 from nodepass.net.readiness import Watch
 from nodepass.observe.stats import Datagrams, TunnelStatistics, least_rtt
-from nodepass.protocol.message import Kind
+from nodepass.protocol.messages import Kind
 from nodepass.runtime import threads
 from nodepass.tunnel.base import ABORT_GRACE, Tunnel
 from nodepass.tunnel.pool import Link, Member, Pool, announce

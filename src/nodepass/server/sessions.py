@@ -26,8 +26,8 @@ from nodepass.net import tcp
 from nodepass.net.readiness import Watch
 from nodepass.observe.log import Log
 from nodepass.observe.stats import Counters
-from nodepass.protocol import wire
-from nodepass.protocol.message import (
+from nodepass.protocol import lines
+from nodepass.protocol.messages import (
     KEY_SIZE,
     SESSION_SIZE,
     Dialect,
@@ -301,7 +301,7 @@ class Roster:
 
     def _refuse(self, caller: Caller, exc: TunnelError) -> None:
         try:
-            caller.send(wire.pack_answer(Refuse(exc.reason)))
+            caller.send(lines.pack_answer(Refuse(exc.reason)))
         except (OSError, TlsError) as error:
             self._log.debug("a refused client left first", host=caller.host, why=str(error))
         tcp.finish(caller.sock)

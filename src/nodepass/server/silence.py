@@ -21,7 +21,7 @@ from nodepass.engine.relays import Relay, UdpRelay
 from nodepass.net.deadlines import Patience
 from nodepass.observe.log import Log
 from nodepass.observe.stats import Counters
-from nodepass.protocol.message import Kind
+from nodepass.protocol.messages import Kind
 
 from .sessions import Client
 

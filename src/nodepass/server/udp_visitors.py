@@ -18,7 +18,7 @@ from nodepass.engine.relays import Gate
 from nodepass.errors import EngineError, PoolClosed, PoolTimeout
 from nodepass.net import tcp, udp
 from nodepass.observe.stats import Datagrams
-from nodepass.protocol.message import Dialect
+from nodepass.protocol.messages import Dialect
 from nodepass.protocol.session import SILENT_PERIODS
 from nodepass.tunnel.pool import Link, Member
 

@@ -15,8 +15,8 @@ from collections.abc import Coroutine
 from types import TracebackType
 from typing import Final, Self
 
-from nodepass.config.config import Config, Mode
 from nodepass.config.environment import Settings, show_duration
+from nodepass.config.url import Config, Mode
 from nodepass.engine.relays import Reason, Relay, RelayResult, Relays, UdpRelay, UdpResult
 from nodepass.errors import ConfigError, TunnelError
 from nodepass.net import tcp

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from nodepass.errors import PoolClosed, PoolTimeout, TlsError
 from nodepass.net import tcp
 from nodepass.net.readiness import Watch
-from nodepass.protocol.message import Dialect, Idle
+from nodepass.protocol.messages import Dialect, Idle
 from nodepass.protocol.session import Session, State
 from nodepass.tls.codec import Records
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, NoReturn
 from nodepass.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nodepass.config.config import Config
     from nodepass.config.environment import Settings
+    from nodepass.config.url import Config
 
 __all__ = ["main"]
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as exc:
         return _refuse(str(exc))
     except KeyboardInterrupt:
-        # Until `process` listens to signals, and that is after all that has to be imported.
+        # Until `runner` listens to signals, and that is after all that has to be imported.
         return INTERRUPTED
     except Exception as exc:  # noqa: BLE001 - the outer edge of the program
         return _crash(exc)
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _obey(words: Sequence[str]) -> int:
     exposed = None
     if any("@" in word for word in words):  # the password of a URL, whatever it stands beside
-        from .title import hide_passwords
+        from .proctitle import hide_passwords
 
         exposed = hide_passwords(words)
     if words[:1] == ["help"] and words[1:] in (["demo"], ["keygen"]):
@@ -162,7 +162,7 @@ def _run(urls: Sequence[str], exposed: str | None) -> int:
     settings, configs = _read(urls, os.environ)
     # The configs hold it now. A library of ours may start a process, which inherits the rest.
     os.environ.pop("NODEPASS_PASSWORD", None)
-    from .process import run
+    from .runner import run
 
     return run(configs, settings, exposed)
 
@@ -186,10 +186,10 @@ def _refuse_word(word: str) -> NoReturn:
 
 
 def _read(urls: Sequence[str], environ: Mapping[str, str]) -> tuple[Settings, list[Config]]:
-    from nodepass.config.config import Config, check_together, label_together
     from nodepass.config.environment import Settings
     from nodepass.config.password import CommonPassword
     from nodepass.config.spelling import suggest
+    from nodepass.config.url import Config, check_together, label_together
 
     for word in urls:
         if word.startswith("-"):

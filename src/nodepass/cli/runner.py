@@ -8,7 +8,7 @@
                                ▼
                         reset all, exit 1
 
-After a good start nothing but a signal ends the process. Only `cli` calls it.
+After a good start nothing but a signal ends the process. Only `main` calls it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import sys
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
-from nodepass.config.config import Config, Mode
 from nodepass.config.environment import Settings
 from nodepass.config.password import FILE_VARIABLE, is_exposed, keep_out_of_core_dumps
+from nodepass.config.url import Config, Mode
 from nodepass.errors import NodePassError
 from nodepass.observe.console import Console
 from nodepass.observe.log import COMPLAINT, LEVELS, Log, mask

@@ -5,7 +5,7 @@ memory. So what stands there is overwritten: in each URL the password becomes **
 moves up, and NULs fill the end, so that no word changes its place. What the shell keeps in
 its history, and the moment before we run, are out of reach.
 
-Linux only. `cli` calls it once, before any thread runs.
+Linux only. `main` calls it once, before any thread runs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What server and client can say to each other: one frozen value for each line.
 
-Owns: the vocabulary and its limits. The bytes are the business of `wire`, the rules of who
+Owns: the vocabulary and its limits. The bytes are the business of `lines`, the rules of who
 may say what and when that of `session`. Imports nothing that could touch the world.
 """
 

@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote
 
 from nodepass.errors import LocalWireError, PeerWireError
 
-from .message import (
+from .messages import (
     KEY_SIZE,
     MAX_NAME,
     MAX_NUMBER,
