@@ -3,7 +3,7 @@
 Owns: every descriptor handed to relay() until its completion, the worker threads, and all
 memory they use. This file is the control plane, called from one Python thread, and never
 blocks except in close(). What the workers do is in fastcopy/*.pxi, included below; they
-hold no Python state and never take the GIL. engine/twin/engine.py is the same thing in plain Python.
+hold no Python state and never take the GIL. engine/twin/engine.py is the same in plain Python.
 """
 
 import atexit
@@ -21,7 +21,6 @@ from nodepass.errors import EngineClosed, EngineError
 
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.errno cimport (
-    EADDRNOTAVAIL,
     EAFNOSUPPORT,
     EAGAIN,
     EBADF,
@@ -36,7 +35,6 @@ from libc.errno cimport (
     EMSGSIZE,
     ENOBUFS,
     ENODATA,
-    ENODEV,
     ENOENT,
     ENOMEM,
     ENOSYS,

@@ -74,9 +74,9 @@ def test_a_loop_that_is_closed_meanwhile() -> None:
         await asyncio.sleep(0)
 
     asyncio.run(main())
-    threads = [t for t in threading.enumerate() if t.name == "nodepass-aside"]
+    left = [t for t in threading.enumerate() if t.name == "nodepass-aside"]
     may_end.set()
-    for thread in threads:
+    for thread in left:
         thread.join(10)
 
 
