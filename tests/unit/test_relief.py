@@ -36,6 +36,7 @@ class Visitor:
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relief, "SILENCE", 0.1)
     monkeypatch.setattr(relief, "HEAVY_SILENCE", 0.05)
+    monkeypatch.setattr(relief, "MUMBLING", 0.1)
     monkeypatch.setattr(relief, "PERIOD", 0.05)
 
 
@@ -47,7 +48,11 @@ def join(here: Relief, host: str, count: int, up: int = 0, down: int = 0) -> lis
 
 
 @both
-async def test_c24_the_silent_of_the_fattest_source_go_first() -> None:
+async def test_c24_the_silent_of_the_fattest_source_go_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(relief, "HEAVY_SILENCE", 60.0)
+    monkeypatch.setattr(relief, "MUMBLING", 60.0)
     here = Relief(32, lambda: True, lambda _: False, Log("server", "none"))
     light = join(here, "192.0.2.1", 4)
     fat = join(here, "[2001:db8::1]", 8)
@@ -85,6 +90,24 @@ async def test_c24_a_heavy_source_has_less_time(monkeypatch: pytest.MonkeyPatch)
 
 
 @both
+async def test_c24_a_source_is_heavy_beyond_its_share_with_one_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So two who have half of the places each shut nobody out, nor have seven a seventh each."""
+    monkeypatch.setattr(relief, "SILENCE", 60.0)
+    for count in (2, 3, 7):
+        here = Relief(64, lambda: True, lambda _: False, Log("server", "none"))
+        crowds = [join(here, f"192.0.2.{n}", 64 // count) for n in range(count)]
+        modest = join(here, "192.0.2.99", 64 // (count + 2))
+        here.press()
+        await until(lambda here=here: here.count, 5, "places")  # type: ignore[misc]
+        await asyncio.sleep(0.2)
+        assert not any(v.is_gone for v in modest)
+        assert sum(v.is_gone for crowd in crowds for v in crowd) == here.count
+        here.close()
+
+
+@both
 async def test_c24_a_byte_now_and_then_keeps_no_place_of_a_heavy_source() -> None:
     here = Relief(32, lambda: True, lambda _: False, Log("server", "none"))
     mumbling = join(here, "192.0.2.1", 20, up=relief.MUMBLED - 1)
@@ -92,10 +115,75 @@ async def test_c24_a_byte_now_and_then_keeps_no_place_of_a_heavy_source() -> Non
     talking = join(here, "192.0.2.1", 4, up=relief.MUMBLED)
     answered = join(here, "192.0.2.1", 4, up=1, down=relief.GREETED + 1)
     here.press()
-    await until(lambda: sum(v.is_gone for v in mumbling) >= 12, 5, "less than a half is his")
+    await until(lambda: sum(v.is_gone for v in mumbling) >= 16, 5, "half of the places")
     await asyncio.sleep(0.2)
     assert not any(v.is_gone for v in others + talking + answered)
-    assert sum(v.is_gone for v in mumbling) <= 16
+    here.close()
+
+
+@both
+async def test_c24_who_has_talked_keeps_no_place_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the source that holds most, and only while he says and hears nothing to speak of."""
+    monkeypatch.setattr(relief, "QUIET", 0.3)
+    here = Relief(32, lambda: True, lambda _: False, Log("server", "none"))
+    quiet = join(here, "192.0.2.1", 12, up=5000)
+    listening = join(here, "192.0.2.1", 4, up=200, down=5000)
+    second = join(here, "192.0.2.2", 8, up=5000)
+    here.press()
+    for step in range(1, 40):
+        for visitor in listening:
+            visitor.bytes = (200, 5000 + step * relief.MUMBLED)
+        await asyncio.sleep(0.02)
+    assert sum(v.is_gone for v in quiet) == 8, "then it holds no more than a third"
+    assert not any(v.is_gone for v in listening + second)
+    here.close()
+    lone = Relief(32, lambda: True, lambda _: False, Log("server", "none"))
+    fair = join(lone, "192.0.2.1", 16, up=5000)
+    lone.press()
+    await asyncio.sleep(0.6)
+    assert not any(v.is_gone for v in fair), "half of the places is the share of one alone"
+    lone.close()
+
+
+@both
+async def test_c24_patience_with_a_source_that_comes_back_shrinks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And is whole again when there has been room."""
+    monkeypatch.setattr(relief, "MUMBLING", 0.8)
+    monkeypatch.setattr(relief, "LEAST", 0.0)
+    is_full = True
+    here = Relief(32, lambda: is_full, lambda _: False, Log("server", "none"))
+    loop = asyncio.get_running_loop()
+    waits = []
+    for _ in range(4):
+        start, gone = loop.time(), here.count
+        crowd = join(here, "192.0.2.1", 32, up=1)
+        here.press()
+        await until(lambda: here.count > gone, 5, "places")  # noqa: B023
+        waits.append(loop.time() - start)
+        for visitor in crowd:
+            here.part(visitor)  # type: ignore[arg-type]
+    assert waits[0] >= 0.75
+    assert min(waits[1:]) < 0.75
+    is_full = False
+    await asyncio.sleep(0.2)
+    is_full = True
+    start, gone = loop.time(), here.count
+    join(here, "192.0.2.1", 32, up=1)
+    here.press()
+    await until(lambda: here.count > gone, 5, "places")
+    assert loop.time() - start >= 0.75
+    here.close()
+
+
+@both
+async def test_c24_the_only_place_is_nobodys_too_much() -> None:
+    here = Relief(1, lambda: True, lambda _: False, Log("server", "none"))
+    (lone,) = join(here, "192.0.2.1", 1, up=1)
+    here.press()
+    await asyncio.sleep(0.3)
+    assert not lone.is_gone
     here.close()
 
 
@@ -144,7 +232,7 @@ async def test_c24_silent_connections_do_not_shut_everybody_out(
             assert all(end.result() for end in done)
             for end in rest:
                 end.cancel()
-    assert "a visitor who had said nothing gave way" in caplog.text
+    assert "a visitor who said nothing gave way" in caplog.text
     assert "host=127.0.0.1" in caplog.text
 
 

@@ -3,12 +3,15 @@
 SEMAPHORE_LIMIT silent connections would otherwise shut everybody out for as long as their owner
 likes, and it costs him nothing. Nobody is looked at while there is room.
 
-    silent for HEAVY_SILENCE, of a source with more than half of the places   -> goes first
+    silent for HEAVY_SILENCE, of a heavy source                               -> goes first
     silent for SILENCE, of any source, that with most places first            -> goes then
-    has said hardly anything in SILENCE, of a source with more than half      -> goes last
+    has said hardly anything, and came MUMBLING ago, of a heavy source        -> goes then
+    has talked, and nothing to speak of in QUIET, of the heaviest source      -> goes last
 
-Within one source chance decides, so that nobody can keep a place by coming early or late. Who
-talks keeps his place, whatever his source. UDP has a rule of its own (`gate`). Called by `server`.
+A source is heavy that has more than its share would be if one more came: half of the places if
+it is alone, a third beside another, and so on down to an eighth. Within one source chance decides,
+so that nobody can keep a place by coming early or late. Who goes on talking keeps his place,
+whatever his source. UDP has a rule of its own (`gate`). Called by `server`.
 
 Owns: who the TCP visitors are.
 """
@@ -19,6 +22,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from nodepass.engine.relays import Relay
@@ -27,23 +31,46 @@ from nodepass.observe.log import Log
 
 SILENCE: Final = 30.0
 """Seconds after which a visitor may have to go who has not sent a byte."""
-HEAVY_SILENCE: Final = 5.0
-"""The same where his source holds more than half of the places: a browser that connects ahead of
-its request does so some seconds before."""
-HEAVY: Final = 2
-"""A source is heavy that holds more than one place in so many."""
+HEAVY_SILENCE: Final = 2.0
+"""The same where his source is heavy: who wants something says so within a round trip or two, and
+most of those who wait are of the same source."""
 GREETED: Final = 1024
 """Bytes that he may have got from his target all the same: some greet first. Who gets more is
 listening to something."""
 MUMBLED: Final = 128
-"""Bytes in SILENCE that are as good as none from a heavy source: a byte now and then keeps no
-place. Requests, hellos and logins are longer."""
+"""Bytes that are as good as none from a heavy source: a byte now and then keeps no place.
+Requests, hellos and logins are longer."""
+MUMBLING: Final = 5.0
+"""Seconds that he has to say more."""
+HALVINGS: Final = 3
+"""How often patience with a source is halved."""
+LEAST: Final = 1.0
+"""Seconds that it never goes below: a round trip and its resend."""
+QUIET: Final = 120.0
+"""Seconds in which who has talked must have heard or said as much again, or he may have to go if
+no source holds more places: a crowd that asks once must not keep them for ever."""
 PERIOD: Final = 1.0
 """Seconds between two looks, while every place is taken."""
 LARGE: Final = 4096
 """Places that are looked at in one PERIOD: a millisecond or two. More get longer periods."""
 SHARE: Final = 8
-"""One place in so many is freed in one look."""
+"""One place in so many is freed in one look, and is a fair share for any source."""
+BATCH: Final = 2
+"""One place in so many is freed in one look of a heavy source's: as many of its own wait behind
+them."""
+
+
+@dataclass(slots=True)
+class _Visitor:
+    """What is known of a visitor."""
+
+    source: str
+    since: float
+    """When he came, seconds of the loop."""
+    moved: int = 0
+    """Bytes either way when he had last said or heard something to speak of."""
+    at: float = 0.0
+    """When that was seen."""
 
 
 class Relief:
@@ -65,19 +92,23 @@ class Relief:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._limit = limit
-        self._most = (max(1, limit // HEAVY), max(1, limit // SHARE), max(1, limit // SHARE))
-        """Places that are freed in one look, at most, by rank."""
+        few, many = max(1, limit // SHARE), max(1, limit // BATCH)
+        self._most = (many, few, many, few)
+        """Places that are freed in one look, at most, by the first rank that is found."""
         self._is_full = is_full
         self._is_client = is_client
         self._log = log
-        self._visitors: dict[Relay, tuple[str, float]] = {}
+        self._visitors: dict[Relay, _Visitor] = {}
+        self._losses: dict[str, int] = {}
+        """Looks in a row, about, at which a heavy source has lost places."""
         self._timer: asyncio.TimerHandle | None = None
         self.count = 0
         """Visitors who had to go."""
 
     def join(self, relay: Relay, visitor: str) -> None:
         """Take note of a visitor, by his address as "host:port"."""
-        self._visitors[relay] = (visitor, self._loop.time())
+        now = self._loop.time()
+        self._visitors[relay] = _Visitor(_source(visitor), now, at=now)
 
     def part(self, relay: Relay) -> None:
         """Forget a visitor; idempotent."""
@@ -92,6 +123,7 @@ class Relief:
     def close(self) -> None:
         """Look no more; idempotent."""
         self._visitors.clear()
+        self._losses.clear()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -99,52 +131,76 @@ class Relief:
     def _look(self) -> None:
         self._timer = None
         if not self._is_full():
+            self._losses.clear()
             return
         self.press()
         now = self._loop.time()
-        sources = Counter(_source(visitor) for visitor, _ in self._visitors.values())
-        heaviest = max(sources, key=sources.__getitem__, default="")
-        if sources[heaviest] > self._limit // HEAVY and self._is_client(heaviest):
-            # A client that sees it says so itself; those of the seed dialect cannot, nor can
-            # several clients that lead to each other.
-            self._log.repeated(
-                "warn",
-                "circle",
-                "most visitors come from a client's own host; does its target lead back here?",
-                host=heaviest,
-                holds=sources[heaviest],
-            )
+        sources = Counter(visitor.source for visitor in self._visitors.values())
+        share = max(1, self._limit // min(len(sources) + 1, SHARE))
+        heaviest = max(sources.values(), default=0)
+        self._tell_circle(sources)
+        self._losses = {source: n for source, n in self._losses.items() if source in sources}
         found = []
-        for relay, (visitor, since) in self._visitors.items():
-            if now - since < min(HEAVY_SILENCE, SILENCE):
-                continue
-            source = _source(visitor)
-            rank = _rank(relay, now - since, is_heavy=sources[source] > self._limit // HEAVY)
+        for relay, visitor in self._visitors.items():
+            holds = sources[visitor.source]
+            haste = 1 << min(self._losses.get(visitor.source, 0), HALVINGS) if holds > share else 0
+            rank = _rank(relay, visitor, now, haste=haste, is_most=holds == heaviest)
             if rank is not None:
-                found.append((rank, -sources[source], random.random(), relay, source))  # noqa: S311
+                found.append((rank, -holds, random.random(), relay, visitor.source))  # noqa: S311
         found.sort(key=lambda one: one[:3])
-        # From a heavy source half of the places at once: as many of its own wait behind them.
-        most = self._most[found[0][0]] if found else 0
-        for _, _, _, relay, source in found[:most]:
+        gone = found[: self._most[found[0][0]]] if found else []
+        for source in {source for rank, _, _, _, source in gone if rank in (0, 2)}:
+            self._losses[source] = self._losses.get(source, 0) + 1
+        for _, _, _, relay, source in gone:
             self.count += 1
             relay.abort()
             self._log.repeated(
                 "warn",
                 f"relief {source}",
-                "a visitor who had said nothing gave way, since every place is taken",
+                "a visitor who said nothing gave way, since every place is taken",
                 host=source,
                 holds=sources[source],
             )
 
+    def _tell_circle(self, sources: Counter[str]) -> None:
+        """Tell of most visitors coming from where a client is.
 
-def _rank(relay: Relay, age: float, *, is_heavy: bool) -> int | None:
-    """Return how soon a visitor may have to go, 0 = first; None = never."""
+        A client that sees it says so itself; those of the seed dialect cannot, nor can several
+        clients that lead to each other.
+        """
+        for host, holds in sources.most_common(1):
+            if holds > self._limit // 2 and self._is_client(host):
+                self._log.repeated(
+                    "warn",
+                    "circle",
+                    "most visitors come from a client's own host; does its target lead back here?",
+                    host=host,
+                    holds=holds,
+                )
+
+
+def _rank(relay: Relay, visitor: _Visitor, now: float, *, haste: int, is_most: bool) -> int | None:
+    """Return how soon a visitor may have to go, 0 = first; None = not now.
+
+    Args:
+        haste: what patience with his source is divided by; 0 = it is not heavy.
+        is_most: no source holds more than his.
+    """
     up, down = relay.live()
-    if down > GREETED:
-        return None
-    if up == 0:
-        return 0 if is_heavy else 1 if age >= SILENCE else None
-    return 2 if is_heavy and up < MUMBLED and age >= SILENCE else None
+    age = now - visitor.since
+    if down <= GREETED and up == 0:
+        if haste and age >= _patience(HEAVY_SILENCE, haste):
+            return 0
+        return 1 if age >= SILENCE else None
+    if down <= GREETED and up < MUMBLED:
+        return 2 if haste and age >= _patience(MUMBLING, haste) else None
+    if up + down - visitor.moved >= MUMBLED:
+        visitor.moved, visitor.at = up + down, now
+    return 3 if haste and is_most and now - visitor.at >= QUIET else None
+
+
+def _patience(seconds: float, haste: int) -> float:
+    return max(seconds / haste, min(LEAST, seconds))
 
 
 def _source(visitor: str) -> str:
