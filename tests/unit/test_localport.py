@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.engine.rig import tcp_pair
+from tests.system.rig.timing import free_port
 
 from nodepass.net import local_ports, tcp
 from nodepass.net.local_ports import PERIOD, LocalPorts, Need
@@ -133,11 +134,8 @@ class Short:
 
 
 def free(count: int) -> list[int]:
-    holders = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    found = [holder.getsockname()[1] for holder in holders]
-    for holder in holders:
-        holder.close()
-    return found
+    """Return ports that no kernel chooses by itself."""
+    return [free_port() for _ in range(count)]
 
 
 async def test_c15_a_dial_takes_a_port_of_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:

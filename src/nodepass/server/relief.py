@@ -6,12 +6,12 @@ likes, and it costs him nothing. Nobody is looked at while there is room.
     silent for HEAVY_SILENCE, of a heavy source                               -> goes first
     silent for SILENCE, of any source, that with most places first            -> goes then
     has said hardly anything, and came MUMBLING ago, of a heavy source        -> goes then
-    has talked, and nothing to speak of in QUIET, of the heaviest source      -> goes last
 
 A source is heavy that has more than its share would be if one more came: half of the places if
 it is alone, a third beside another, and so on down to an eighth. Within one source chance decides,
-so that nobody can keep a place by coming early or late. Who goes on talking keeps his place,
-whatever his source. UDP has a rule of its own (`gate`). Called by `server`.
+so that nobody can keep a place by coming early or late. Who has talked keeps his place, whatever
+his source and however long he is quiet: to cut a session that somebody only looks away from is
+what TCP_IDLE_TIMEOUT is for. UDP has a rule of its own (`udp_visitors`). Called by `server`.
 
 Owns: who the TCP visitors are.
 """
@@ -40,15 +40,12 @@ listening to something."""
 MUMBLED: Final = 128
 """Bytes that are as good as none from a heavy source: a byte now and then keeps no place.
 Requests, hellos and logins are longer."""
-MUMBLING: Final = 5.0
-"""Seconds that he has to say more."""
+MUMBLING: Final = 15.0
+"""Seconds that he has to say more: a short request may have to wait for its answer."""
 HALVINGS: Final = 3
 """How often patience with a source is halved."""
 LEAST: Final = 1.0
 """Seconds that it never goes below: a round trip and its resend."""
-QUIET: Final = 120.0
-"""Seconds in which who has talked must have heard or said as much again, or he may have to go if
-no source holds more places: a crowd that asks once must not keep them for ever."""
 PERIOD: Final = 1.0
 """Seconds between two looks, while every place is taken."""
 LARGE: Final = 4096
@@ -67,10 +64,6 @@ class _Visitor:
     source: str
     since: float
     """When he came, seconds of the loop."""
-    moved: int = 0
-    """Bytes either way when he had last said or heard something to speak of."""
-    at: float = 0.0
-    """When that was seen."""
 
 
 class Relief:
@@ -93,7 +86,7 @@ class Relief:
         self._loop = asyncio.get_running_loop()
         self._limit = limit
         few, many = max(1, limit // SHARE), max(1, limit // BATCH)
-        self._most = (many, few, many, few)
+        self._most = (many, few, many)
         """Places that are freed in one look, at most, by the first rank that is found."""
         self._is_full = is_full
         self._is_client = is_client
@@ -108,7 +101,7 @@ class Relief:
     def join(self, relay: Relay, visitor: str) -> None:
         """Take note of a visitor, by his address as "host:port"."""
         now = self._loop.time()
-        self._visitors[relay] = _Visitor(_source(visitor), now, at=now)
+        self._visitors[relay] = _Visitor(_source(visitor), now)
 
     def part(self, relay: Relay) -> None:
         """Forget a visitor; idempotent."""
@@ -137,14 +130,13 @@ class Relief:
         now = self._loop.time()
         sources = Counter(visitor.source for visitor in self._visitors.values())
         share = max(1, self._limit // min(len(sources) + 1, SHARE))
-        heaviest = max(sources.values(), default=0)
         self._tell_circle(sources)
         self._losses = {source: n for source, n in self._losses.items() if source in sources}
         found = []
         for relay, visitor in self._visitors.items():
             holds = sources[visitor.source]
             haste = 1 << min(self._losses.get(visitor.source, 0), HALVINGS) if holds > share else 0
-            rank = _rank(relay, visitor, now, haste=haste, is_most=holds == heaviest)
+            rank = _rank(relay, now - visitor.since, haste)
             if rank is not None:
                 found.append((rank, -holds, random.random(), relay, visitor.source))  # noqa: S311
         found.sort(key=lambda one: one[:3])
@@ -179,24 +171,21 @@ class Relief:
                 )
 
 
-def _rank(relay: Relay, visitor: _Visitor, now: float, *, haste: int, is_most: bool) -> int | None:
+def _rank(relay: Relay, age: float, haste: int) -> int | None:
     """Return how soon a visitor may have to go, 0 = first; None = not now.
 
     Args:
+        age: seconds since he came.
         haste: what patience with his source is divided by; 0 = it is not heavy.
-        is_most: no source holds more than his.
     """
     up, down = relay.live()
-    age = now - visitor.since
-    if down <= GREETED and up == 0:
-        if haste and age >= _patience(HEAVY_SILENCE, haste):
-            return 0
-        return 1 if age >= SILENCE else None
-    if down <= GREETED and up < MUMBLED:
+    if down > GREETED or up >= MUMBLED:
+        return None
+    if up:
         return 2 if haste and age >= _patience(MUMBLING, haste) else None
-    if up + down - visitor.moved >= MUMBLED:
-        visitor.moved, visitor.at = up + down, now
-    return 3 if haste and is_most and now - visitor.at >= QUIET else None
+    if haste and age >= _patience(HEAVY_SILENCE, haste):
+        return 0
+    return 1 if age >= SILENCE else None
 
 
 def _patience(seconds: float, haste: int) -> float:
