@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from unittest.mock import Mock
 
@@ -10,10 +11,12 @@ import pytest
 from tests.engine.rig import tcp_pair
 from tests.system.rig.timing import until, within
 
+from nodepass.errors import TunnelError
 from nodepass.net import tcp
-from nodepass.protocol.messages import Dialect, Fail, Heartbeat, Idle, Kind, Launch, Pong
+from nodepass.protocol.messages import Dialect, Fail, Failure, Heartbeat, Idle, Kind, Launch, Pong
 from nodepass.protocol.session import MAX_UNSENT, Event, Lost, Role, Session, State
-from nodepass.tunnel.control import Control
+from nodepass.tunnel import control as controlling
+from nodepass.tunnel.control import LINES_A_TURN, Control
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -281,6 +284,71 @@ async def test_opening_of_a_dead_socket_leaves_nothing() -> None:
         with pytest.raises((OSError, ValueError)):
             await wire.open()
         assert wire.events == []
+
+
+class Kernel:
+    """Stands for one that has no room to watch one connection more, once it is full."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_full = False
+        loop = asyncio.get_running_loop()
+        if isinstance(loop, asyncio.SelectorEventLoop):
+            selector = loop._selector  # type: ignore[attr-defined]
+            self._register = selector.register
+            monkeypatch.setattr(selector, "register", self.register)
+        else:
+            self._register = Mock()
+            monkeypatch.setattr(controlling, "check_room", self.register)
+
+    def register(self, *args: object) -> object:
+        if self.is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self._register(*args)
+
+
+NO_ROOM = "no space left on device: raise fs.epoll.max_user_watches"
+
+
+@both
+async def test_c29_no_room_to_watch_ends_the_opening(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch)
+    async with Wire() as wire:
+        kernel.is_full = True
+        with pytest.raises(TunnelError, match=NO_ROOM):
+            await wire.open()
+        assert await wire.read() == b""
+        kernel.is_full = False
+
+
+@both
+async def test_c29_no_room_to_watch_again_ends_the_session(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Reading pauses while lines wait for their turn, and has to go on."""
+    kernel = Kernel(monkeypatch)
+    async with Wire() as wire:
+        await wire.open()
+        kernel.is_full = True
+        await wire.loop.sock_sendall(wire.far, b"fail://1?why=refused\n" * 3 * LINES_A_TURN)
+        await until(wire.losses, 5, "the loss")
+        (reason,) = wire.losses()
+        assert NO_ROOM in reason
+        kernel.is_full = False
+        await until(lambda: wire.near.fileno() < 0, 5, "its socket to be closed")
+
+
+@both
+async def test_c29_with_room_reading_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What holds the place in the kernel for a moment does not stay, nor eat what comes."""
+    Kernel(monkeypatch)
+    async with Wire() as wire:
+        await wire.loop.sock_sendall(wire.far, b"fail://1?why=refused\n")
+        await wire.open()
+        await wire.loop.sock_sendall(wire.far, b"fail://2?why=refused\n" * 3 * LINES_A_TURN)
+        await until(lambda: len(wire.events) > 3 * LINES_A_TURN, 5, "all lines")
+        await wire.loop.sock_sendall(wire.far, b"fail://3?why=refused\n")
+        await until(lambda: wire.events[-1] == Fail(3, Failure.REFUSED), 5, "the last line")
+        assert not wire.losses()
 
 
 @both

@@ -1049,3 +1049,30 @@ async def test_c29_a_listener_without_room_in_the_kernel_tries_again(
             await until(lambda: hearer.socks, 5, "a connection in spite of that")
         assert [exc.errno for exc in hearer.complaints] == [errno.ENOMEM, errno.ENOSPC]
         listener.close()
+
+
+# --- room in the kernel --------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="there is no epoll here")
+def test_c29_room_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def register(self, *_: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def no_descriptor() -> Full:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with socket.socket() as sock:
+        tcp.check_room(sock)
+        monkeypatch.setattr(select, "epoll", no_descriptor)
+        tcp.check_room(sock)  # to watch takes none
+        monkeypatch.setattr(select, "epoll", Full)
+        with pytest.raises(OSError, match="No space left"):
+            tcp.check_room(sock)

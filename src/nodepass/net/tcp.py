@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import select
 import socket
 import struct
 import sys
@@ -145,6 +146,24 @@ def finish(sock: socket.socket) -> None:
     """
     disarm(sock)
     sock.close()
+
+
+def check_room(sock: socket.socket | TransportSocket) -> None:
+    """Find out whether the kernel has room to watch one connection more.
+
+    For libuv, which ends the whole process where it finds none (`uv__io_poll`).
+
+    Raises:
+        OSError: ENOSPC or ENOMEM, it has none.
+    """
+    if not hasattr(select, "epoll"):
+        return
+    try:
+        probe = select.epoll()
+    except OSError:  # no descriptor to ask with; to watch takes none
+        return
+    with probe:
+        probe.register(sock.fileno(), 0)
 
 
 def is_alive(sock: socket.socket) -> bool:

@@ -358,7 +358,7 @@ class Roster:
         try:
             head = caller.handshake.rest()
             await client.control.open(caller.sock, interval, head, caller.records)
-        except OSError as exc:
+        except (OSError, TunnelError) as exc:
             for event in client.session.cut(str(exc), self._loop.time()):
                 self._on_event(client, event)
 

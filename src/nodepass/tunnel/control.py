@@ -9,13 +9,15 @@ that a peer which never stops delays nobody but itself. Never decides anything; 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import os
 import socket
 from collections.abc import Callable
 from typing import Final, cast
 
-from nodepass.errors import TlsError
-from nodepass.net.tcp import disarm, finish, is_stalled, limit_silence
+from nodepass.errors import TlsError, TunnelError
+from nodepass.net.tcp import check_room, disarm, finish, is_stalled, limit_silence
 from nodepass.protocol.session import MAX_UNSENT, SILENT_PERIODS, Event, Lost, Session
 from nodepass.runtime import fork
 from nodepass.tls.codec import Records
@@ -78,6 +80,10 @@ class Control(asyncio.BufferedProtocol):
             interval: report period, seconds.
             head: bytes that were read beyond the handshake, plain.
             records: the connection's TLS, None = it carries plain bytes.
+
+        Raises:
+            TunnelError: the kernel has no room to watch one connection more.
+            OSError: the connection has gone.
         """
         self._head = head
         self._records = records
@@ -85,9 +91,12 @@ class Control(asyncio.BufferedProtocol):
         try:
             # Here the peer always reads, so unacknowledged bytes do mean a dead path.
             limit_silence(sock, SILENT_PERIODS * interval)
+            self._take_room(sock)
             await self._loop.create_connection(lambda: self, sock=sock)
         except BaseException:
             self._transport = None  # the loop has closed it, or will
+            if isinstance(self._loop, asyncio.SelectorEventLoop) and sock.fileno() >= 0:
+                self._loop.remove_reader(sock)
             finish(sock)
             raise
         finally:
@@ -96,6 +105,17 @@ class Control(asyncio.BufferedProtocol):
             self._tick()
         else:
             self._end()
+
+    def _take_room(self, sock: socket.socket) -> None:
+        """Have the kernel watch a connection before the loop does, which could not tell us."""
+        try:
+            if isinstance(self._loop, asyncio.SelectorEventLoop):
+                # Where it watches already, a transport's own reader takes this one's place.
+                self._loop.add_reader(sock, _ignore)
+            else:
+                check_room(sock)
+        except OSError as exc:
+            raise TunnelError(_no_room(exc)) from exc
 
     def close(self, reason: str) -> None:
         """End the session from our side: say bye, send what is queued, close. Idempotent."""
@@ -212,7 +232,16 @@ class Control(asyncio.BufferedProtocol):
         elif self._is_paused and self._transport is not None:
             self._is_paused = False
             if not self._transport.is_closing():
-                self._transport.resume_reading()
+                self._resume(self._transport)
+
+    def _resume(self, transport: asyncio.Transport) -> None:
+        """Have the connection watched again, for which there may be no room any more."""
+        try:
+            if not isinstance(self._loop, asyncio.SelectorEventLoop):
+                check_room(transport.get_extra_info("socket"))
+            transport.resume_reading()
+        except OSError as exc:
+            self._cut(_no_room(exc))
 
     def _deliver(self, events: list[Event]) -> None:
         for event in events:
@@ -251,7 +280,10 @@ class Control(asyncio.BufferedProtocol):
             except TlsError as exc:
                 self._cut(str(exc))
                 return
-        self._transport.write(data)
+        try:
+            self._transport.write(data)
+        except OSError as exc:  # what is left would have to be watched for
+            self._cut(_no_room(exc))
 
     def _end(self) -> None:
         if self._timer is not None:
@@ -264,7 +296,8 @@ class Control(asyncio.BufferedProtocol):
             self._flush()
             transport, self._transport = self._transport, None
             if self._records is not None:
-                transport.write(self._records.end())
+                with contextlib.suppress(OSError):
+                    transport.write(self._records.end())
             sock = transport.get_extra_info("socket")
             # Not of one that is closing by itself: its number may be a stranger's by now.
             if sock is not None and not transport.is_closing():
@@ -272,6 +305,16 @@ class Control(asyncio.BufferedProtocol):
             transport.close()
             if transport.get_write_buffer_size():
                 transport.abort()  # a peer that takes no more must not keep the socket alive
+
+
+def _ignore() -> None:
+    pass
+
+
+def _no_room(exc: OSError) -> str:
+    why = os.strerror(exc.errno or errno.EIO).lower()
+    hint = ": raise fs.epoll.max_user_watches" if exc.errno == errno.ENOSPC else ""
+    return f"this kernel cannot watch one connection more ({why}{hint})"
 
 
 def _describe(exc: Exception) -> str:
