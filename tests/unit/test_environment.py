@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from nodepass.config.environment import (
     LONGEST,
+    SHORTEST_REPORT,
     VARIABLES,
     Remark,
     Settings,
@@ -23,6 +24,7 @@ from nodepass.config.environment import (
     show_duration,
 )
 from nodepass.errors import ConfigError
+from nodepass.session import TALK_RATE
 
 BY_NAME = {variable.name: variable for variable in VARIABLES}
 
@@ -108,7 +110,7 @@ TABLE: list[tuple[str, object, str, object]] = [
     ("UDP_READ_TIMEOUT", 5.0, "300ms", 0.3),
     ("UDP_IDLE_TIMEOUT", 120.0, "2m", 120.0),
     ("TCP_IDLE_TIMEOUT", 0.0, "2h", 7200.0),
-    ("REPORT_INTERVAL", 5.0, "1ms", 0.001),
+    ("REPORT_INTERVAL", 5.0, "10ms", 0.01),
     ("SERVICE_COOLDOWN", 5.0, "1m30s", 90.0),
     ("SHUTDOWN_TIMEOUT", 5.0, "0", 0.0),
     ("RELOAD_INTERVAL", 3600.0, "8760h", LONGEST),
@@ -138,6 +140,19 @@ def test_each_variable(name: str, default: object, text: str, value: object) -> 
     assert Settings.from_environment({own: text}) == settings
     assert Settings.from_environment({name: "", own: text}) == settings
     assert Settings.from_environment({own: text}).remarks == ()
+
+
+@pytest.mark.parametrize("text", ["9ms", "4ms", "1ms"])
+def test_c22_a_report_period_that_passes_for_a_flood_is_refused(text: str) -> None:
+    """Pings come once a period, and the answers to the other side's as often as it asks."""
+    assert 1 / SHORTEST_REPORT < TALK_RATE / 2
+    with pytest.raises(ConfigError, match=r"10ms\.\.") as caught:
+        Settings.from_environment({"NODEPASS_REPORT_INTERVAL": text})
+    assert "\n" not in str(caught.value)
+    settings = Settings.from_environment({"REPORT_INTERVAL": text})
+    assert settings.report_interval == Settings().report_interval
+    (remark,) = settings.remarks
+    assert "10ms.." in remark.why
 
 
 BAD = ["-1", "-5s", "x", "1.5", "999999999h", "9" * 5000, " 5 ", "%(message)s", "\udcff"]

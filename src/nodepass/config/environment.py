@@ -208,6 +208,10 @@ def _count(name: str, low: int, high: int, meaning: str) -> Variable:
 SHORTEST = 0.001
 """Seconds; less would be a busy loop where the duration is a period."""
 
+SHORTEST_REPORT = 0.01
+"""Seconds: a hundred pings a second. From 250 on the other side takes them for a flood, see
+`session.TALK_RATE`."""
+
 LONGEST = 8760 * 3600.0
 """Seconds, a year; well inside what every clock and timer here can hold."""
 
@@ -255,7 +259,7 @@ VARIABLES: tuple[Variable, ...] = (
         "UDP_IDLE_TIMEOUT", "native dialect: end of a silent UDP session", high=LONGEST_IDLE
     ),
     _duration("TCP_IDLE_TIMEOUT", "end of a silent TCP connection; 0 = never", 0.0, LONGEST_IDLE),
-    _duration("REPORT_INTERVAL", "heartbeat and report period; lost after three"),
+    _duration("REPORT_INTERVAL", "heartbeat and report period; lost after three", SHORTEST_REPORT),
     _duration("SERVICE_COOLDOWN", "longest pause before dialling a lost tunnel again"),
     _duration("SHUTDOWN_TIMEOUT", "how long open relays may finish after SIGTERM", 0.0),
     _duration("RELOAD_INTERVAL", "how often certificate files are looked at"),
