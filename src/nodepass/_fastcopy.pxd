@@ -241,6 +241,7 @@ cdef struct Udp:                # beside the Flow of the same slot, for the UDP 
     uint8_t is_cooling
     uint8_t is_blocked          # waits for room in the UDP socket
     uint8_t has_local
+    uint8_t local_worked        # something has left from there
     uint8_t is_grown            # among the grown ones of its gate
     uint8_t is_closing          # of a gate
     uint8_t gso

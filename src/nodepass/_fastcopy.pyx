@@ -21,6 +21,7 @@ from nodepass.errors import EngineClosed, EngineError
 
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.errno cimport (
+    EADDRNOTAVAIL,
     EAFNOSUPPORT,
     EAGAIN,
     EBADF,
@@ -35,6 +36,7 @@ from libc.errno cimport (
     EMSGSIZE,
     ENOBUFS,
     ENODATA,
+    ENODEV,
     ENOENT,
     ENOMEM,
     ENOSYS,

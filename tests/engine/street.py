@@ -69,6 +69,10 @@ class Street:
         """Give the namespace an IPv4 address."""
         _run("ip", "-n", self.name, "addr", "add", f"{address}/32", "dev", "lo")
 
+    def route(self, address: str) -> None:
+        """Have it that an address is to be had on its loopback device."""
+        _run("ip", "-n", self.name, "route", "add", f"{address}/32", "dev", "lo")
+
     def lose(self, address: str) -> None:
         """Take it away again."""
         _run("ip", "-n", self.name, "addr", "del", f"{address}/32", "dev", "lo")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import socket
 import time
 
 import pytest
@@ -11,7 +12,15 @@ from tests.engine.rig import Kind
 from tests.engine.street import Unavailable, street
 from tests.engine.tls_rig import cut
 from tests.engine.udp_rig import Gate, Mouth, UdpRig
-from tests.engine.udp_words import ANY, HEADER, frame, hear_frame, hear_frames, udp_socket
+from tests.engine.udp_words import (
+    ANY,
+    HEADER,
+    frame,
+    has_ipv6,
+    hear_frame,
+    hear_frames,
+    udp_socket,
+)
 
 from nodepass.errors import EngineError
 
@@ -312,3 +321,29 @@ async def test_c1_answers_leave_from_the_address_written_to_once_it_is_back(kind
             await bound.far.say(frame(b"after"))
             assert await visitor.hear() == b"after", "it comes from elsewhere"
             assert rig.counts(gate).unsent == 0
+
+
+@pytest.mark.parametrize("kind", ["native", "twin"], indirect=True)
+async def test_who_writes_to_everybody_is_answered_all_the_same(kind: Kind) -> None:
+    """Nothing can leave from a broadcast address, which a dual-stack socket names as it is."""
+    if not has_ipv6():
+        pytest.skip("this machine has no IPv6 loopback")
+    with contextlib.ExitStack() as stack:
+        try:
+            place = stack.enter_context(street())
+            place.route("255.255.255.255")
+        except Unavailable as exc:
+            pytest.skip(f"this machine makes no namespaces: {exc}")
+        async with UdpRig(kind) as rig:
+            sock = place.make(lambda: udp_socket("::", is_dual=True))
+            port = sock.getsockname()[1]
+            rig.serve(sock)
+            visitor = rig.mouth(place.make(lambda: udp_socket("127.0.0.1")))
+            visitor.sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            visitor.sock.sendto(b"anybody?", ("255.255.255.255", port))
+            bound = rig.bind((await rig.newcomer()).token)
+            assert await hear_frame(bound.far) == b"anybody?"
+            for _ in range(2):
+                await bound.far.say(frame(b"here"))
+                assert (await visitor.hear_from())[0] == b"here"
+            assert rig.counts(bound.token).unsent == 0

@@ -124,6 +124,7 @@ def test_overlap_is_symmetric(one: str, other: str, expected: bool) -> None:
         ("example.org", "", False),
         ("192.0.2.1", "0.0.0.0", False),
         ("127.0.0.2", "127.0.0.1", False),
+        ("localhost", "127.0.0.10", False),
     ],
 )
 def test_what_a_dial_is_sure_to_reach(dialled: str, listened: str, expected: bool) -> None:

@@ -8,7 +8,6 @@ import errno
 import logging
 import re
 import socket
-from typing import TYPE_CHECKING
 
 import pytest
 from OpenSSL.SSL import Connection
@@ -31,9 +30,6 @@ from nodepass.config.environment import Settings
 from nodepass.engine.relays import Reason, Relay, Relays
 from nodepass.net import tcp
 from nodepass.net.resolver import SocketAddress
-
-if TYPE_CHECKING:
-    from nodepass._fastcopy import Completion
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -390,9 +386,11 @@ async def test_failure_of_the_target_has_a_name(
 ) -> None:
     finish = Relay.finish
 
-    def fail(relay: Relay, completion: Completion) -> None:
-        assert (completion.reason, completion.side) == (Reason.UNMET, 2)
-        finish(relay, completion._replace(code=code))
+    def fail(relay: Relay) -> None:
+        assert relay.ending is not None
+        assert (relay.ending.reason, relay.ending.side) == (Reason.UNMET, 2)
+        relay.ending = relay.ending._replace(code=code)
+        finish(relay)
 
     async with paired() as (server, desk, links):
         desk.target.close()

@@ -9,7 +9,6 @@ import logging
 import select
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import pytest
 from tests.system.rig.peer import binding_of
@@ -23,9 +22,6 @@ from nodepass.net import tcp
 from nodepass.protocol import lines
 from nodepass.protocol.messages import Hello, LinkClaim
 from nodepass.server.acceptor import KNOWN_SHARE, MAX_CALLERS_PER_SOURCE
-
-if TYPE_CHECKING:
-    from nodepass._fastcopy import Completion
 
 HELLO = lines.pack_hello(Hello("somebody", b"n" * 16))
 CLAIM = lines.pack_link_claim(LinkClaim("ab" * 8, 7, b"p" * 32))
@@ -491,8 +487,8 @@ async def test_gone_in_the_turn_in_which_its_handshake_ends(
         go = here.entrance.make_room if how == "evicted" else here.entrance.close
         finish = Handshake.finish
 
-        def finish_and_go(shake: Handshake, completion: Completion) -> None:
-            finish(shake, completion)
+        def finish_and_go(shake: Handshake) -> None:
+            finish(shake)
             go()
 
         monkeypatch.setattr(Handshake, "finish", finish_and_go)

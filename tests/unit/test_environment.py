@@ -24,7 +24,7 @@ from nodepass.config.environment import (
     show_duration,
 )
 from nodepass.errors import ConfigError
-from nodepass.session import TALK_RATE
+from nodepass.protocol.session import TALK_RATE
 
 BY_NAME = {variable.name: variable for variable in VARIABLES}
 

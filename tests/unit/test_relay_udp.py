@@ -9,7 +9,7 @@ import socket
 import sys
 from collections import deque
 from types import ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 from tests.engine.rig import tcp_pair
@@ -99,7 +99,7 @@ class House:
             end.close()
 
 
-async def ended(work: Work[R]) -> R:
+async def ended(work: Work[R, Any]) -> R:
     async with within(5):
         return await work.result
 

@@ -122,6 +122,25 @@ async def test_c24_a_byte_now_and_then_keeps_no_place_of_a_heavy_source() -> Non
 
 
 @both
+async def test_c24_one_silent_visitor_of_a_heavy_source_costs_the_others_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """How many have to go follows from their own rank, not from who goes first."""
+    here = Relief(64, lambda: True, lambda _: False, Log("server", "none"))
+    join(here, "192.0.2.1", 40, up=5000)
+    lone = join(here, "192.0.2.1", 1)
+    others = [v for n in range(20) for v in join(here, f"198.51.100.{n}", 1)]
+    await asyncio.sleep(0.2)
+    here.press()
+    await until(lambda: here.count, 5, "the one")
+    assert (here.count, lone[0].is_gone) == (1, True)
+    await until(lambda: here.count > 1, 5, "an eighth")
+    assert here.count == 1 + 64 // relief.SHARE
+    assert sum(v.is_gone for v in others) == 64 // relief.SHARE
+    here.close()
+
+
+@both
 async def test_c24_who_has_talked_keeps_his_place() -> None:
     """However long he is quiet, and however many there are of his source."""
     here = Relief(32, lambda: True, lambda _: False, Log("server", "none"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -113,12 +113,18 @@ async def test_gate_tells_its_owner_and_passes_orders_on() -> None:
     ]
 
 
+def end(work: Any, report: object) -> None:
+    """Have a piece of work end as the engine says."""
+    work.ending = report
+    work.finish()
+
+
 @pytest.mark.parametrize("how", ["completed", "cancelled"])
 async def test_gate_that_has_ended_gives_no_more_orders(how: str) -> None:
     bench = Bench()
     gate = bench.gate()
     if how == "completed":
-        gate.finish(udp_end(Reason.ABORTED))
+        end(gate, udp_end(Reason.ABORTED))
     else:
         gate.result.cancel()
     for _ in range(2):
@@ -136,7 +142,7 @@ async def test_gate_counts_what_never_reached_a_relay() -> None:
     assert gate.datagrams() == Datagrams(*COUNTS)
     bench.recorder.counts = None
     assert gate.datagrams() == NOTHING, "the engine has told its end, and we have not heard it yet"
-    gate.finish(udp_end())
+    end(gate, udp_end())
     assert gate.datagrams() == Datagrams(*COUNTS)
 
 
@@ -149,7 +155,7 @@ async def test_udp_relay_counts_while_it_lives_and_afterwards() -> None:
     assert relay.live() == (COUNTS.bytes_up, COUNTS.bytes_down)
     bench.recorder.counts = None
     assert relay.live() == (0, 0)
-    relay.finish(udp_end(Reason.IDLE))
+    end(relay, udp_end(Reason.IDLE))
     assert relay.live() == (COUNTS.bytes_up, COUNTS.bytes_down)
     result = relay.result.result()
     assert result == UdpResult(Datagrams(*COUNTS), Reason.IDLE, 0, 0)
@@ -162,7 +168,7 @@ async def test_udp_relay_is_limited_and_aborted_until_its_end() -> None:
     relay.limit(1.5)
     relay.abort()
     assert bench.asked == [("limit", TOKEN, 1.5), ("abort", TOKEN)]
-    relay.finish(udp_end(Reason.RESET, 2, errno.ECONNREFUSED))
+    end(relay, udp_end(Reason.RESET, 2, errno.ECONNREFUSED))
     relay.limit(0.5)
     relay.abort()
     assert bench.asked == []
@@ -178,9 +184,9 @@ async def test_work_whose_engine_did_not_end_knows_nothing(kind: str) -> None:
         assert work.live() == (0, 0), "the engine took its counts along"
     if isinstance(work, UdpRelay | Gate):
         assert work.datagrams() == NOTHING
-        work.finish(udp_end())
+        end(work, udp_end())
     else:
-        work.finish(Completion(TOKEN, 1, 2, Reason.FINISHED, 0, 0, 0))
+        end(work, Completion(TOKEN, 1, 2, Reason.FINISHED, 0, 0, 0))
     assert work.result.cancelled(), "what comes too late changes nothing"
     assert bench.asked == []
 
@@ -196,15 +202,15 @@ async def test_relay_counts_while_it_lives_and_afterwards() -> None:
     assert relay.live() == (0, 0)
     relay.abort()
     assert bench.asked == [("abort", TOKEN)]
-    relay.finish(Completion(TOKEN, 5, 6, Reason.RESET, 2, errno.EPIPE, 0))
+    end(relay, Completion(TOKEN, 5, 6, Reason.RESET, 2, errno.EPIPE, 0))
     assert relay.live() == (5, 6)
     assert relay.result.result() == RelayResult(5, 6, Reason.RESET, 2, errno.EPIPE)
 
 
 async def test_handshake_ends_once() -> None:
     handshake = Bench().handshake()
-    handshake.finish(Completion(TOKEN, 0, 0, Reason.FINISHED, 0, 0, 0))
-    handshake.finish(Completion(TOKEN, 0, 0, Reason.RESET, 1, errno.EBADMSG, 5))
+    end(handshake, Completion(TOKEN, 0, 0, Reason.FINISHED, 0, 0, 0))
+    end(handshake, Completion(TOKEN, 0, 0, Reason.RESET, 1, errno.EBADMSG, 5))
     assert handshake.result.result() == HandshakeResult(Reason.FINISHED, 0, 0)
 
 

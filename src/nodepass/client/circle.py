@@ -1,13 +1,11 @@
 """Notice a tunnel whose target leads back to its own visitors' port.
 
 Such a visitor is dialled for, arrives as a visitor again, is dialled for again, and takes every
-place of SEMAPHORE_LIMIT within a moment. The proof is in the addresses: the new visitor comes from
-the very address that one of our connections to the target has. Several tunnels of one process may
-stand between the two, so the way back is followed from visitor to visitor.
-
-It would cost every visitor something to keep those addresses, so that is done only where it may be
-of use: while many visitors are open at once, for visitors who come from a host that our own
-connections leave from.
+place of SEMAPHORE_LIMIT within a moment. The server says with its welcome where its visitors
+arrive, so it is plain from the start which targets may lead there, and nobody else is looked at.
+For those the proof is in the addresses: the new visitor comes from the very address that one of
+our connections to that target has. Several tunnels of one process may stand between the two, so
+the way back is followed from visitor to visitor.
 
 Owns: the local addresses of this process' target connections while they are watched. Touches no
 socket. Called by `session`.
@@ -15,25 +13,24 @@ socket. Called by `session`.
 
 from __future__ import annotations
 
-import time
 from typing import Final, NamedTuple
 
 from nodepass.protocol.messages import Kind
 
-SHARE: Final = 1 / 8
-"""Of SEMAPHORE_LIMIT: visitors open beyond which a circle is looked for. One is through that in a
-tenth of a second, and the other places are still free by then."""
-LEAST: Final = 8
-"""Visitors, however small the limit."""
-ALARM: Final = 60.0
-"""Seconds after a circle was found in which every visitor is looked at: he may try again."""
-MAX_HOSTS: Final = 64
-"""Addresses of this machine that are remembered: it rarely has more."""
 LONGEST: Final = 16
 """Tunnels that are followed back: nobody chains more of them in one process."""
+_ANY: Final = frozenset({"", "0.0.0.0", "::"})  # noqa: S104
 
 Source = tuple[Kind, str]
 """Local address of a target connection, as "ip:port"; TCP and UDP have ports of their own."""
+
+
+class Place(NamedTuple):
+    """A host and a port."""
+
+    host: str
+    """Address or name; empty = any."""
+    port: int
 
 
 class _Step(NamedTuple):
@@ -45,7 +42,7 @@ class _Step(NamedTuple):
 
 
 _steps: dict[Source, _Step] = {}
-_hosts: dict[str, None] = {}
+_circles: set[Circle] = set()
 """Of this process, as its connections are; touched by its event loop alone."""
 
 
@@ -57,36 +54,54 @@ def _plain(address: str) -> str:
     return host + rest[rest.rfind("]:") :] if "]:" in rest else host
 
 
-def _host_of(address: str) -> str:
-    return _plain(address).rpartition(":")[0]
+def _is_loopback(host: str) -> bool:
+    return host in ("::1", "localhost") or host.startswith("127.")
 
 
 class Circle:
     """What one client knows of its own target connections.
 
     Args:
-        limit: visitors that may be open at once.
+        host: of the target, address or name; empty = this machine.
+        port: of the target.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._least = max(LEAST, int(limit * SHARE))
-        self._alarmed_until = 0.0
+    def __init__(self, host: str, port: int) -> None:
+        self._target = Place(host or "localhost", port)
+        self._arrival: Place | None = None
+        self._is_one_machine = False
+        self._is_near = False
+        _circles.add(self)
 
-    def is_near(self, visitor: str, count: int) -> bool:
-        """Tell whether a visitor is worth a look.
+    def learn(self, arrival: Place | None, *, is_one_machine: bool) -> None:
+        """Take note of where the server's visitors arrive.
 
         Args:
-            visitor: address as the server gives it, "ip:port"; empty = unknown.
-            count: visitors that are open.
+            arrival: as the server says; None = it does not.
+            is_one_machine: whether the server runs where we do.
         """
-        if count < self._least and not self._alarmed_until:
-            return False  # nearly always
-        if not visitor:
+        self._arrival, self._is_one_machine = arrival, is_one_machine
+        for circle in _circles:
+            circle._is_near = any(circle._may_lead_to(other) for other in _circles)
+
+    def close(self) -> None:
+        """Be forgotten; idempotent."""
+        _circles.discard(self)
+
+    @property
+    def is_near(self) -> bool:
+        """Whether our target may be where visitors of this process' tunnels arrive."""
+        return self._is_near
+
+    def _may_lead_to(self, other: Circle) -> bool:
+        there = other._arrival
+        if there is None or there.port != self._target.port:
             return False
-        if count < self._least and time.monotonic() > self._alarmed_until:
-            self._alarmed_until = 0.0
-            return False
-        return not _hosts or _host_of(visitor) in _hosts
+        here = self._target.host
+        if _is_loopback(here) and not other._is_one_machine:
+            return False  # ours, not the server's
+        is_name = not (":" in here or here.replace(".", "").isdigit())
+        return is_name or there.host in _ANY or there.host == here
 
     def begin(self, kind: Kind, source: str, visitor: str) -> Source:
         """Watch a target connection.
@@ -98,28 +113,24 @@ class Circle:
         Returns:
             What `end` takes.
         """
-        address = _plain(source)
-        _hosts[_host_of(address)] = None
-        while len(_hosts) > MAX_HOSTS:
-            del _hosts[next(iter(_hosts))]
-        _steps[kind, address] = _Step(self, _plain(visitor))
-        return kind, address
+        key = (kind, _plain(source))
+        _steps[key] = _Step(self, _plain(visitor))
+        return key
 
-    def end(self, source: Source) -> None:
-        """Watch a target connection no more; idempotent."""
-        step = _steps.get(source)
-        if step is not None and step.owner is self:
+    def end(self, source: Source, visitor: str) -> None:
+        """Watch a target connection no more; idempotent. Another may have its address by now."""
+        if _steps.get(source) == _Step(self, _plain(visitor)):
             del _steps[source]
 
     def leads_back(self, kind: Kind, visitor: str) -> bool:
         """Tell whether a visitor is what has become of an earlier visitor of this client."""
-        address = _plain(visitor)
+        address, at = _plain(visitor), self
         for _ in range(LONGEST):
             step = _steps.get((kind, address))
-            if step is None:
+            # The address alone is no proof: another machine may have it, or another connection.
+            if step is None or not step.owner._may_lead_to(at):
                 return False
             if step.owner is self:
-                self._alarmed_until = time.monotonic() + ALARM
                 return True
-            address = step.visitor
+            address, at = step.visitor, step.owner
         return False

@@ -30,7 +30,7 @@ from nodepass.tls.codec import Records
 from nodepass.tunnel.base import Tunnel
 from nodepass.tunnel.slots import Queue
 
-from .circle import Circle
+from .circle import Circle, Place
 from .session import LINK, Pairing
 from .udp_target import UdpTarget
 
@@ -77,8 +77,9 @@ class Client(Tunnel):
         """Where the datagrams of visitors go."""
         self.resources.callback(self.udp_target.close)
         self._slots = Queue(self._limit)
-        self.circle = Circle(self._limit)
+        self.circle = Circle(target.host, target.port)
         """Whether the target leads back to our own visitors."""
+        self.resources.callback(self.circle.close)
         self._serving = 0
         self._is_idle = asyncio.Event()
         self._is_idle.set()
@@ -142,11 +143,6 @@ class Client(Tunnel):
         )
 
     # ------------------------------------------------------------- used by a Pairing
-
-    @property
-    def serving(self) -> int:
-        """Visitors between their launch and the end of their relay."""
-        return self._serving
 
     def enter(self) -> None:
         """Count a visitor from its launch to the end of its relay."""
@@ -234,6 +230,7 @@ class Client(Tunnel):
                 pairing = await self._pair_native(sock, handshake, records, host, mode)
             else:
                 port = greeting.data_port
+                self.circle.learn(None, is_one_machine=False)
                 pairing = Pairing(self, Dialect.SEED, host, port, "", b"", 0, mode)
         except BaseException:
             tcp.finish(sock)  # not reset: an alert that says why may be on its way
@@ -366,6 +363,17 @@ class Client(Tunnel):
                 exc.fingerprint = fingerprint_of(records.connection)
             raise
         welcome, key = answer
+        here = sock.getsockname()[0]
+        at = None if welcome.at is None else Place(*welcome.at)
+        self.circle.learn(at, is_one_machine=tcp.plain_host(here) == host)
+        if self.circle.is_near:
+            self.log.repeated(
+                "warn",
+                "near circle",
+                "the target may be where the server's visitors arrive; those who come back are "
+                "turned away",
+                target=self.config.target,
+            )
         port = self.config.tunnel.port
         return Pairing(self, Dialect.NATIVE, host, port, welcome.session, key, welcome.idle, mode)
 

@@ -260,14 +260,11 @@ class Pairing:
             client.counters.visitors += 1
             self._give_up(name, Failure.UNKNOWN, f"link {name} is not here any more")
             return
-        if client.circle.is_near(visitor, client.serving):
-            if client.circle.leads_back(kind, visitor):
-                client.counters.visitors += 1
-                self._give_up(name, Failure.CIRCLE, LEADS_BACK)
-                return
-            is_watched = True
-        else:
-            is_watched = False
+        is_watched = client.circle.is_near and bool(visitor)
+        if is_watched and client.circle.leads_back(kind, visitor):
+            client.counters.visitors += 1
+            self._give_up(name, Failure.CIRCLE, LEADS_BACK)
+            return
         if kind is Kind.TCP and client.config.tcp and self._target and client.take_slot():
             link = self._claim_nowait(name)
             if link is not None:
@@ -423,7 +420,7 @@ class Pairing:
         if local:
             kind = Kind.TCP if isinstance(relay, Relay) else Kind.UDP
             source = client.circle.begin(kind, local, visitor)
-            relay.result.add_done_callback(lambda _: client.circle.end(source))
+            relay.result.add_done_callback(lambda _: client.circle.end(source, visitor))
         if client.is_stopping:
             client.hurry()  # its launch was on its way when the others were hurried
         relay.result.add_done_callback(functools.partial(self._part, relay, name, visitor))

@@ -144,4 +144,4 @@ def leads_to(dialled: Address, listened: Address) -> bool:
         return not is_v6
     if there == ANY_IPV6:
         return is_v6 or here == "localhost"
-    return here == "localhost" and (there == "::1" or there.startswith("127.0.0.1"))
+    return here == "localhost" and there in ("::1", "127.0.0.1")

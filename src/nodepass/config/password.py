@@ -120,11 +120,12 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[Secret | None, str]:
 
 def _is_path(text: str) -> bool:
     """Tell whether this can only be meant as a path: it exists, or a folder on its way does."""
-    path = Path(text)
+    # Neither "." nor "/", which every text with a slash in it has. These looks raise nothing
+    # but ValueError, for NUL; those of `Path` do, with the whole text in the error.
+    folders = [folder for folder in Path(text).parents if folder.name]
     try:
-        # Neither "." nor "/", which every text with a slash in it has.
-        return os.path.lexists(text) or any(p.is_dir() for p in path.parents if p.name)
-    except ValueError:  # NUL
+        return os.path.lexists(text) or any(map(os.path.isdir, folders))
+    except ValueError:
         return False
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nodepass.net.resolver import SocketAddress
 
 R = TypeVar("R")
+E = TypeVar("E")
 
 _TLS_ENDS: Final = {errno.EBADMSG: "bad TLS record", errno.ENODATA: "truncated"}
 """Ends that only a TLS leg has: tampering or an alert, and a FIN without a close_notify."""
@@ -206,15 +207,17 @@ class Engine(Protocol):
     def close(self, deadline: float = 5.0) -> bool: ...
 
 
-class Work(Generic[R]):
+class Work(Generic[R, E]):
     """What the engine has been given; `result` resolves when it is done with it."""
 
-    __slots__ = ("_engine", "result", "token")
+    __slots__ = ("_engine", "ending", "result", "token")
 
     def __init__(self, engine: Engine, token: int, result: asyncio.Future[R]) -> None:
         self._engine = engine
         self.token = token
         self.result = result
+        self.ending: E | None = None
+        """The engine's last word on it, from when that was polled; `result` may follow later."""
 
     def abort(self) -> None:
         """End it at once; the result follows. A no-op once that is there."""
@@ -234,7 +237,7 @@ class Work(Generic[R]):
                 self._engine.doubt(self.token, side, quiet=is_quiet)
 
 
-class Relay(Work[RelayResult]):
+class Relay(Work[RelayResult, "Completion"]):
     """One joined pair; aborted, both sides are reset."""
 
     __slots__ = ()
@@ -243,18 +246,18 @@ class Relay(Work[RelayResult]):
         """Return bytes delivered so far, up and down."""
         if self.result.cancelled():
             return 0, 0  # the engine did not end in time and took its counts along
-        if self.result.done():
-            return self.result.result()[:2]
+        if self.ending is not None:
+            return self.ending[1:3]
         return self._engine.live(self.token) or (0, 0)
 
-    def finish(self, completion: Completion) -> None:
-        """Take the engine's word that all is over."""
-        if not self.result.done():
-            _, up, down, reason, side, code, _ = completion
+    def finish(self) -> None:
+        """Tell that all is over: the engine has had its last word."""
+        if self.ending is not None and not self.result.done():
+            _, up, down, reason, side, code, _ = self.ending
             self.result.set_result(RelayResult(up, down, _REASONS[reason], side, code))
 
 
-class Handshake(Work[HandshakeResult]):
+class Handshake(Work[HandshakeResult, "Completion"]):
     """One TLS handshake; socket and connection are the engine's until `result` is there."""
 
     __slots__ = ("connection",)
@@ -269,14 +272,14 @@ class Handshake(Work[HandshakeResult]):
         super().__init__(engine, token, result)
         self.connection = connection
 
-    def finish(self, completion: Completion) -> None:
-        """Take the engine's word that all is over."""
-        if not self.result.done():
-            _, _, _, reason, _, code, detail = completion
+    def finish(self) -> None:
+        """Tell that all is over: the engine has had its last word."""
+        if self.ending is not None and not self.result.done():
+            _, _, _, reason, _, code, detail = self.ending
             self.result.set_result(HandshakeResult(_REASONS[reason], code, detail))
 
 
-class _UdpWork(Work[UdpResult]):
+class _UdpWork(Work[UdpResult, "UdpCompletion"]):
     """A gate or a UDP relay."""
 
     __slots__ = ()
@@ -285,15 +288,15 @@ class _UdpWork(Work[UdpResult]):
         """Return what has become of its datagrams so far."""
         if self.result.cancelled():
             return Datagrams()  # the engine did not end in time and took its counts along
-        if self.result.done():
-            return self.result.result().datagrams
+        if self.ending is not None:
+            return Datagrams(*self.ending[1])
         counts = self._engine.udp_counts(self.token)
         return Datagrams() if counts is None else Datagrams(*counts)
 
-    def finish(self, completion: UdpCompletion) -> None:
-        """Take the engine's word that all is over."""
-        if not self.result.done():
-            _, counts, reason, side, code, _ = completion
+    def finish(self) -> None:
+        """Tell that all is over: the engine has had its last word."""
+        if self.ending is not None and not self.result.done():
+            _, counts, reason, side, code, _ = self.ending
             self.result.set_result(UdpResult(Datagrams(*counts), _REASONS[reason], side, code))
 
 

@@ -40,7 +40,7 @@ from .operations import (
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection
 
-    from nodepass._fastcopy import Completion, EngineStatistics, Newcomer, UdpCompletion
+    from nodepass._fastcopy import EngineStatistics, Newcomer
     from nodepass.net.resolver import SocketAddress
 
 __all__ = [
@@ -80,10 +80,10 @@ class _Crew:
         self._newcomer = newcomer
         self._forks = fork.count()
         self.open: dict[int, Relay | Handshake | UdpRelay | Gate] = {}
-        self._ends: deque[Completion | UdpCompletion] = deque()
+        self._ends: deque[Relay | Handshake | UdpRelay | Gate] = deque()
         self._newcomers: deque[Newcomer] = deque()
         """News that the engine has told and nobody has heard yet."""
-        self._is_called_again = False
+        self._again: asyncio.Handle | None = None
         self._loop.add_reader(engine.fileno(), self.drain)
         fork.own(self)
 
@@ -107,22 +107,20 @@ class _Crew:
         for report in self.engine.poll():
             if isinstance(report, self._newcomer):
                 self._newcomers.append(report)
-            else:
-                self._ends.append(report)  # type: ignore[arg-type]  # there is no third kind
-        left = len(self._ends) if is_last or takes_all else ENDS_A_TURN
-        while self._ends and left:
-            left -= 1
-            report = self._ends.popleft()
+                continue
             work = self.open.pop(report[0], None)
             if work is not None:
-                work.finish(report)  # type: ignore[arg-type]  # the token is of its kind
+                work.ending = report  # type: ignore[assignment]  # the token is of its kind
+                self._ends.append(work)
+        left = len(self._ends) if is_last or takes_all else ENDS_A_TURN
         if is_last:
             self._newcomers.clear()
-        elif not self._ends:  # behind all ends: each of them may have made room
-            self._meet()
-        if (self._ends or self._newcomers) and not self._is_called_again:
-            self._is_called_again = True
-            self._loop.call_soon(self._go_on)
+        elif len(self._ends) > left or self._newcomers:
+            self._go_on_soon()
+        while self._ends and left:
+            left -= 1
+            self._ends.popleft().finish()
+        self._meet()  # behind ends: each of them may have made room
 
     def _meet(self) -> None:
         for _ in range(min(NEWCOMERS_A_TURN, len(self._newcomers))):
@@ -131,12 +129,19 @@ class _Crew:
             if isinstance(gate, Gate):
                 gate.meet(newcomer)
 
+    def _go_on_soon(self) -> None:
+        if self._again is None:
+            self._again = self._loop.call_soon(self._go_on)
+
     def _go_on(self) -> None:
-        self._is_called_again = False
+        self._again = None
         self.drain()
 
     def leave_loop(self) -> None:
         self._loop.remove_reader(self.engine.fileno())
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
 
     def forget(self) -> None:
         """Let go of what the engine did not end in time."""

@@ -76,6 +76,7 @@ cdef int udp_send(
             done += 1
             continue
         udp.is_retried = 0
+        udp.local_worked = udp.has_local
         frames = 0
         size = 0
         for i in range(done, done + <uint32_t>n):
@@ -98,12 +99,17 @@ cdef inline size_t mail_bytes(Worker* w, uint32_t i) noexcept nogil:
 
 
 # The kernel would not send message `i`. -> 1 its datagrams are lost and counted, 0 it was GSO,
-# which is switched off for this relay, and nothing is lost. Where the address that the visitor
-# wrote to is ours no more, they are lost: from another one he would take them for somebody else's,
-# and it may come back.
+# or an address that nothing can leave from (a broadcast): that is switched off for this relay, and
+# nothing is lost. Where the address that the visitor wrote to is ours no more, they are lost: from
+# another one he would take them for somebody else's, and it may come back.
 cdef int udp_forgive(Worker* w, Udp* udp, uint32_t i, int code) noexcept nogil:
     if w.mail.frames[i] > 1 and (code == EIO or code == EINVAL or code == EMSGSIZE):
         udp.gso = 0             # some drivers cannot, some paths are narrower
+        return 0
+    if udp.has_local and not udp.local_worked and (
+        code == EINVAL or code == EADDRNOTAVAIL or code == ENODEV
+    ):
+        udp.has_local = 0
         return 0
     tally_drop(w, udp, T_UNSENT, w.mail.frames[i])
     return 1

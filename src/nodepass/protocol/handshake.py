@@ -50,13 +50,20 @@ class ServerHandshake:
         return self._lines.rest()
 
     def accept(
-        self, hello: Hello, *, session: str, idle: int, fresh_key: bytes
+        self,
+        hello: Hello,
+        *,
+        session: str,
+        idle: int,
+        fresh_key: bytes,
+        at: tuple[str, int] | None = None,
     ) -> tuple[bytes, bytes]:
         """Check the hello that `receive` returned, and answer it.
 
         Args:
             session: 16 hex characters nobody has used.
             idle: how many idle links to ask for.
+            at: where visitors arrive, for the client to know; None = not said.
             fresh_key: KEY_SIZE random bytes, used where no password gives a key.
 
         Returns:
@@ -69,7 +76,7 @@ class ServerHandshake:
         if hello.version < VERSION:
             raise TunnelError(f"dialect {hello.version} is not known", reason=Refusal.VERSION)
         if self._key is None:
-            return lines.pack_answer(Welcome(session, idle, key=fresh_key)), fresh_key
+            return lines.pack_answer(Welcome(session, idle, key=fresh_key, at=at)), fresh_key
         script = proof.transcript(self.greeting_line[:-1], self.binding, self._opening_line)
         wanted = proof.client_proof(self._key, script)
         if hello.proof is None or not proof.is_same_proof(hello.proof, wanted):
@@ -80,7 +87,8 @@ class ServerHandshake:
                 "handshake",
                 reason=Refusal.AUTH,
             )
-        answer = Welcome(session, idle, proof=proof.server_proof(self._key, script, session))
+        mac = proof.server_proof(self._key, script, session)
+        answer = Welcome(session, idle, proof=mac, at=at)
         return lines.pack_answer(answer), proof.session_key(self._key, script, session)
 
     def is_link_proven(self, claim: LinkClaim, key: proof.LinkKey) -> bool:

@@ -55,6 +55,7 @@ MAX_LINE: Final = 1024
 
 _KINDS: Final = {str(kind): kind for kind in Kind}
 _HEX: Final = frozenset("0123456789abcdef")
+_ADDRESS: Final = frozenset("0123456789abcdef.:")
 
 # What our own side writes, read at a glance: three of these lines come with each short visitor.
 # Whatever looks different, and be it right, is taken apart field by field.
@@ -245,6 +246,9 @@ def pack_answer(answer: Welcome | Refuse) -> bytes:
     if answer.key is not None:
         fields.append(f"k={_proof_hex(answer.key)}")
     fields.append(f"idle={answer.idle}")
+    if answer.at is not None:
+        _require(_place(f"{answer.at[0]}:{answer.at[1]}") == answer.at, "welcome: no such place")
+        fields.append(f"at={answer.at[0]}:{answer.at[1]}")
     return _line(f"welcome://{answer.session}?{'&'.join(fields)}")
 
 
@@ -261,7 +265,7 @@ def parse_answer(line: bytes) -> Welcome | Refuse:
         proof = _hex(fields["p"], "proof", KEY_SIZE) if "p" in fields else None
         key = _hex(fields["k"], "key", KEY_SIZE) if "k" in fields else None
         idle = _number(fields.get("idle", ""), "idle count", MAX_NUMBER)
-        return Welcome(_session(host), idle, proof, key)
+        return Welcome(_session(host), idle, proof, key, _place(fields.get("at", "")))
     raise PeerWireError(f"not an answer: the other side looks like {identify(line)}")
 
 
@@ -541,6 +545,13 @@ def _session(text: str) -> str:
     if not _is_hex(text, SESSION_SIZE):
         raise PeerWireError(f"session is not {SESSION_SIZE * 2} lower-case hex characters")
     return text
+
+
+def _place(text: str) -> tuple[str, int] | None:
+    """Read an address, or nothing for any, and a port; None = that is not what it is."""
+    host, _, port = text.rpartition(":")
+    is_port = port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536
+    return (host, int(port)) if is_port and _ADDRESS.issuperset(host) else None
 
 
 def _word(text: str, what: str) -> str:

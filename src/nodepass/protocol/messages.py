@@ -108,6 +108,8 @@ class Welcome:
     proof: bytes | None = field(default=None, repr=False)
     key: bytes | None = field(default=None, repr=False)
     """Session key, only where no password exists to derive one from."""
+    at: tuple[str, int] | None = None
+    """Where its visitors arrive: address or "" for any, and port. None = it does not say."""
 
 
 @dataclass(frozen=True, slots=True)

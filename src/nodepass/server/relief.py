@@ -140,7 +140,8 @@ class Relief:
             if rank is not None:
                 found.append((rank, -holds, random.random(), relay, visitor.source))  # noqa: S311
         found.sort(key=lambda one: one[:3])
-        gone = found[: self._most[found[0][0]]] if found else []
+        worst = found[0][0] if found else 0
+        gone = [one for one in found if one[0] == worst][: self._most[worst]]
         for source in {source for rank, _, _, _, source in gone if rank in (0, 2)}:
             self._losses[source] = self._losses.get(source, 0) + 1
         for _, _, _, relay, source in gone:

@@ -137,6 +137,8 @@ class Server(Tunnel):
         self.resources.callback(self._gates.close)
         if self.config.udp:
             await self._gates.open(host, port)
+        is_address = tcp.literal(host, port) is not None and "%" not in host
+        self._clients.arrival = (host if is_address else "", port)
 
     async def _listen(
         self,

@@ -157,6 +157,8 @@ class Roster:
         self._stock = shares.stock
         self.on_client_full: Callable[[], None] = lambda: None
         """Called when a client has no slot for a visitor although we have."""
+        self.arrival: tuple[str, int] | None = None
+        """Where visitors arrive, as clients are told: address, or "" for any, and port."""
         self._clients: dict[str, Client] = {}
         self._sources: Counter[str] = Counter()
         self._gone: deque[Client] = deque(maxlen=MAX_GONE)
@@ -276,12 +278,14 @@ class Roster:
         session_id = secrets.token_hex(SESSION_SIZE)
         demand = self._demand()
         try:
-            self._refuse_crowd(caller.source)
+            if not any(c.name == hello.name for c in self._clients.values()):  # it comes back
+                self._refuse_crowd(caller.source)
             welcome, key = caller.handshake.accept(
                 hello,
                 session=session_id,
                 idle=demand.wanted,
                 fresh_key=secrets.token_bytes(KEY_SIZE),
+                at=self.arrival,
             )
             caller.send(welcome)
         except (OSError, TlsError) as exc:

@@ -12,6 +12,7 @@ not take is dropped.
 
 from __future__ import annotations
 
+import errno
 import time
 from collections import Counter, deque
 from typing import Any, Final, NamedTuple, Protocol
@@ -25,6 +26,8 @@ CROWD_LEAVES: Final = 8  # one waiting place in so many is for those who have fe
 PARKED_BYTES: Final = 65536  # of one source that waits, 2 more for each datagram
 QUEUE_BYTES: Final = 131072  # of one relay whose link is slow, 2 more for each datagram
 COOLING_SECONDS: Final = 1.0  # a link that fails at once would be asked for again at once
+NO_SOURCE: Final = frozenset({errno.EINVAL, errno.EADDRNOTAVAIL, errno.ENODEV})
+"""Answers of the kernel to a source address that nothing can leave from."""
 RELIEVED: Final = 64  # relays ended by one udp_relieve()
 GROWN_SECONDS: Final = 30.0  # keepalives come more often
 YOUNG_SECONDS: Final = 2.0  # a look-up by name has its answer by then, or its next try
@@ -60,14 +63,18 @@ class GateHost(UdpHost, Protocol):
 class Source:
     """A UDP address that a gate knows."""
 
-    __slots__ = ("address", "gate", "key", "local", "parked", "parked_bytes", "relay", "token",
-                 "until")  # fmt: skip
+    __slots__ = (
+        "address", "gate", "has_heard", "key", "local", "parked", "parked_bytes", "relay", "token",
+        "until",
+    )  # fmt: skip
 
     def __init__(self, gate: Gate, key: object, parcel: Parcel) -> None:
         self.gate = gate
         self.key = key
         self.address: Any = parcel.address
         self.local: Remark | None = parcel.local
+        self.has_heard = False
+        """Whether an answer has left for it."""
         self.token = 0
         self.parked: deque[bytes] = deque()
         self.parked_bytes = 0
@@ -358,9 +365,13 @@ class Bound(Relay):
         except (BlockingIOError, InterruptedError):
             source.gate.await_room(self)
             return False
-        except OSError:
+        except OSError as exc:
+            if source.local is not None and not source.has_heard and exc.errno in NO_SOURCE:
+                source.local = None  # nothing ever leaves from there: it is a broadcast
+                return self.emit(data)
             self.tally.lose()
         else:
+            source.has_heard = True
             self.tally.go_down(data)
             self.active = time.monotonic()
         return True
