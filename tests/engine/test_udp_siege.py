@@ -217,7 +217,7 @@ async def test_gate_after_gate_on_one_slot(kind: Kind) -> None:
     async with UdpRig(kind, flows=64) as rig:
         for _ in range(30):
             gate = rig.gate(waiting=16)
-            visitors = [gate.visitor(f"127.0.0.{1 + n % 2}") for n in range(16)]
+            visitors = [gate.visitor(f"127.0.0.{1 + n % 8}") for n in range(16)]
             peers = [await gate.welcome(visitor, b"x") for visitor in visitors]
             gate.visitor().say(b"one too many")
             await rig.until(lambda: rig.counts(gate.token).no_link == 1, "the one too many")  # noqa: B023
@@ -228,21 +228,20 @@ async def test_gate_after_gate_on_one_slot(kind: Kind) -> None:
 
 @both_kinds
 async def test_c24_one_address_leaves_places_to_others(kind: Kind) -> None:
-    """The last eighth of the waiting places is not for who has more than half of all."""
+    """An address has at most four times as many of the waiting places as are left."""
     async with UdpRig(kind) as rig:
         gate = rig.gate(waiting=16)
         crowd = [gate.visitor("127.0.0.9") for _ in range(30)]
         for visitor in crowd:
             visitor.say(b"me first")
-        await rig.counted(gate.token, no_link=16)
-        assert rig.counts(gate.token).no_link == 16
-        await rig.told(lambda: len(rig.newcomers) == 14, "all but the last two")
+        await rig.counted(gate.token, no_link=17)
+        await rig.told(lambda: len(rig.newcomers) == 13, "all but the last three")
         first = rig.newcomers.popleft()
         rig.newcomers.clear()
-        for host in ("127.0.0.10", "127.0.0.11"):
+        for host in ("127.0.0.10", "127.0.0.11", "127.0.0.12"):
             await gate.welcome(gate.visitor(host), b"and me")
-        gate.visitor("127.0.0.12").say(b"too late")
-        await rig.counted(gate.token, no_link=17)
+        gate.visitor("127.0.0.13").say(b"too late")
+        await rig.counted(gate.token, no_link=18)
         # Whose link is there counts no more, and whoever is given up does until he has cooled.
         bound = rig.bind(first.token)
         assert await hear_frame(bound.far) == b"me first"
@@ -253,6 +252,20 @@ async def test_c24_one_address_leaves_places_to_others(kind: Kind) -> None:
                 late.say(b"there is one")
                 await asyncio.sleep(0.01)
         assert rig.engine.statistics().peers_waiting == 16
+
+
+@both_kinds
+async def test_c24_several_addresses_leave_places_to_others(kind: Kind) -> None:
+    async with UdpRig(kind) as rig:
+        gate = rig.gate(waiting=64)
+        for _ in range(40):
+            for host in ("127.0.0.9", "127.0.0.10", "127.0.0.11"):
+                gate.visitor(host).say(b"us first")
+        await rig.counted(gate.token, no_link=3 * 40 - 60)
+        await rig.told(lambda: len(rig.newcomers) == 60, "twenty of each")
+        rig.newcomers.clear()
+        for step in range(4):
+            await gate.welcome(gate.visitor(f"127.0.0.{20 + step}"), b"and me")
 
 
 @both_kinds
@@ -278,3 +291,16 @@ async def test_c24_who_has_waited_counts_no_more(kind: Kind) -> None:
         for visitor in crowd:
             visitor.say(b"again")
         await rig.told(lambda: len(rig.newcomers) == 7, "as many as in the beginning")
+
+
+@both_kinds
+async def test_c23_sources_without_a_link_are_few(kind: Kind, many_fds: None) -> None:
+    """Where nothing else is asked for, 512, however many addresses they come from."""
+    async with UdpRig(kind) as rig:
+        gate = rig.gate()
+        for number in range(600):
+            gate.visitor(f"127.0.{1 + number % 4}.{1 + number // 4}").say(b"?")
+        await rig.told(lambda: len(rig.newcomers) == 512, "as many as may wait")
+        await rig.counted(gate.token, no_link=88)
+        assert rig.engine.statistics().peers_waiting == 512
+        assert rig.counts(gate.token).no_link == 88

@@ -21,6 +21,7 @@ from nodepass.engine.relays import Handshake
 from nodepass.net import tcp
 from nodepass.protocol import lines
 from nodepass.protocol.messages import Hello, LinkClaim
+from nodepass.server import acceptor
 from nodepass.server.acceptor import KNOWN_SHARE, MAX_CALLERS_PER_SOURCE
 
 HELLO = lines.pack_hello(Hello("somebody", b"n" * 16))
@@ -125,6 +126,27 @@ async def test_line_in_pieces(kind: str) -> None:
                 await asyncio.sleep(0.005)
         await until(lambda: here.openings, 5, "the opening")
         assert here.counters.strangers == 0
+
+
+@both
+@engines
+async def test_c23_records_before_a_first_line_are_bounded(kind: str) -> None:
+    """A record for each letter: 23 bytes, far more than the line itself."""
+    async with street(kind) as here:
+        far = await here.secured()
+        count = 0
+        while len(here.entrance) and count < acceptor.MOST_HEARD:
+            count += 1
+            far.side.write(b"x")
+            data = far.side.give()
+            with contextlib.suppress(OSError):
+                await outside(far).write(data)
+            await asyncio.sleep(0)
+        await gone(here)
+        assert count < acceptor.MOST_HEARD // 8, "long before the line is too long by itself"
+        assert count >= acceptor.MOST_HEARD // 40
+        assert here.counters.strangers == 1
+        assert not here.openings
 
 
 @both

@@ -13,6 +13,7 @@ import pytest
 from tests.engine.rig import tcp_pair
 from tests.system.rig.timing import until, within
 
+from nodepass.client import refill
 from nodepass.client.refill import MAX_DIALS, QUIET_FAILURES, Filler
 from nodepass.errors import PeerWireError, PoolTimeout
 from nodepass.net import tcp
@@ -418,3 +419,12 @@ async def test_c11_claim_has_an_end() -> None:
         yard.want(2)
         await until(lambda: len(yard.shelf) == 2, 5, "two others")
         assert 1 not in yard.shelf
+
+
+@both
+async def test_c23_links_whose_launch_came_too_early_are_few() -> None:
+    async with Yard() as yard:
+        for name in range(2 * refill.TOO_LATE):
+            with pytest.raises(PoolTimeout, match="never came"):
+                await yard.filler.claim(name, 0.0)
+        assert len(yard.filler._too_late) == refill.TOO_LATE

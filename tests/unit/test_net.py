@@ -25,7 +25,7 @@ from tests.system.rig.timing import free_port, until, within
 import nodepass
 from nodepass.errors import DialError, ListenError
 from nodepass.net import tcp
-from nodepass.net.listener import ACCEPT_BATCH, Listener, listen
+from nodepass.net.listener import ACCEPT_BATCH, BACKLOG, Listener, listen
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -430,6 +430,16 @@ async def test_what_is_accepted_is_tuned() -> None:
 
 
 # --- Listener ----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells how long the queue may be")
+async def test_c23_the_queue_of_the_kernel_has_an_end() -> None:
+    (sock,) = await listen("127.0.0.1", 0)
+    with sock:
+        told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
+    (most,) = struct.unpack_from("I", told, 28)  # tcpi_sacked, which a listener lends to this
+    limit = int(Path("/proc/sys/net/core/somaxconn").read_text())
+    assert most == min(BACKLOG, limit)
 
 
 @both

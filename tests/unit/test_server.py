@@ -16,7 +16,7 @@ import pytest
 from OpenSSL.SSL import Connection
 from tests.system.rig.stream import connect
 from tests.system.rig.timing import free_port, until, within
-from tests.unit.server_desk import config, is_reset, launched, serving
+from tests.unit.server_desk import Desk, config, is_reset, launched, serving
 
 from nodepass.config.environment import Settings
 from nodepass.engine.relays import Relay, Relays
@@ -371,20 +371,43 @@ async def test_hello_that_is_refused(
         assert desk.figures.sessions == 0
 
 
+async def _hello(desk: Desk, name: str, source: str = "") -> bytes:
+    caller = await desk.call(source)
+    caller.sock.send(f"hello://{name}?v=2&n={NONCE}\n".encode())
+    return await caller.read_line()
+
+
 @both
 async def test_c24_sessions_of_one_source_leave_room_to_others(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A source has as many as are left: half if it is alone, a third beside another."""
+    monkeypatch.setattr(sessions, "MAX_CLIENTS", 9)
+    with caplog.at_level(logging.WARNING, "nodepass"):
+        async with serving("log=warn") as desk:
+            admitted = []
+            for step in range(5):
+                for source in ("127.0.0.1", "127.0.0.9"):
+                    answer = await _hello(desk, f"{source}-{step}", source)
+                    admitted.append(answer.startswith(b"welcome://"))
+            assert admitted == [True] * 6 + [False] * 4
+            assert (await _hello(desk, "other", "127.0.0.10")).startswith(b"welcome://")
+            # Who comes back for its own session makes none more, and nobody else may by its name.
+            assert (await _hello(desk, "127.0.0.1-0", "127.0.0.1")).startswith(b"welcome://")
+            assert await _hello(desk, "127.0.0.9-0", "127.0.0.1") == b"refuse://limit\n"
+            await until(lambda: desk.figures.sessions_open == 7, 5, "seven sessions")
+    assert "there are 3 clients of this address, and room for only 3 more" in caplog.text
+
+
+@both
+async def test_c24_who_has_the_password_is_not_counted_by_source(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sessions, "MAX_CLIENTS_PER_SOURCE", 2)
-    async with serving() as desk:
-        for name in ("a", "b"):
-            await desk.client(name)
-        caller = await desk.call()
-        caller.sock.send(f"hello://c?v=2&n={NONCE}\n".encode())
-        assert await caller.read_all() == b"refuse://limit\n"
-        other = await desk.call(source="127.0.0.9")
-        other.sock.send(f"hello://d?v=2&n={NONCE}\n".encode())
-        assert (await other.read_line()).startswith(b"welcome://")
+    monkeypatch.setattr(sessions, "MAX_CLIENTS", 4)
+    async with serving(password="secret") as desk:
+        for number in range(4):
+            await desk.client(f"c{number}", password="secret")
+        assert desk.figures.sessions_open == 4
 
 
 @both
@@ -405,6 +428,25 @@ async def test_c23_lost_sessions_that_are_remembered_are_few(
             await link.write(b"still here")
             assert await visitors[-1].read_exactly(10) == b"still here"
         assert len(desk.server._clients._gone) == 2
+
+
+@both
+async def test_c23_relays_that_have_ended_are_soon_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their client may still say why one failed; what it never says must not pile up."""
+    monkeypatch.setattr(sessions, "PARTED", 2)
+    async with serving() as desk:
+        client = await desk.client()
+        for number in range(1, 6):
+            await desk.links(client, number)
+            visitor = await desk.visit()
+            await launched(client)
+            visitor.reset()
+            await until(lambda: desk.figures.relays_open == 0, 5, "the end of a relay")
+        (known,) = desk.server._clients._clients.values()
+        assert list(known.parted) == [4, 5]
+        assert not known.launched
 
 
 @both

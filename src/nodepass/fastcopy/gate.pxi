@@ -15,7 +15,7 @@
 cdef enum:
     GATE_BUCKETS = 65536        # of the table: 256 KiB; chains stay short up to 100 000 sources
     GATE_TURN_DATAGRAMS = 256   # take about as long as copying 1 MiB
-    CROWD_LEAVES = 8            # one place in so many is for those who have few
+    CROWD_SHARE = 4             # an address may have so many times the places that are left
     PARK_BYTES = 65536          # frames that a peer may have waiting; then the oldest goes
     COOL_MS = 1000              # a source whose relay failed does not get the next one sooner
     RELIEF_LOOKS = 64           # relays that one udp_relieve() looks at
@@ -150,10 +150,9 @@ cdef uint32_t gate_welcome(Worker* w, uint32_t slot, const Key* key) noexcept no
     cdef uint32_t found
     if gate.is_shut or gate.spare_count == 0 or cells_left(w) <= PARK_KEEPS + MAIL_CELLS:
         return NONE_SLOT
-    # The last places are not for an address that has most of the others.
-    if gate.spare_count <= gate.waiting // CROWD_LEAVES and (
-        gate_crowd(gate, key)[0] > gate.waiting // 2
-    ):
+    # The scarcer the places, the fewer for one address: alone it gets four fifths, beside another
+    # four ninths, and to take them all needs as many addresses as a quarter of the places.
+    if gate_crowd(gate, key)[0] >= CROWD_SHARE * gate.spare_count:
         return NONE_SLOT
     found = gate_use_spare(w, gate, key)
     gate_announce(w, found)

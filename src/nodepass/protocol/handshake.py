@@ -91,6 +91,11 @@ class ServerHandshake:
         answer = Welcome(session, idle, proof=mac, at=at)
         return lines.pack_answer(answer), proof.session_key(self._key, script, session)
 
+    @property
+    def needs_password(self) -> bool:
+        """Whether a client has to prove that it has the password."""
+        return self._key is not None
+
     def is_link_proven(self, claim: LinkClaim, key: proof.LinkKey) -> bool:
         """Tell whether this connection belongs to the session that it names."""
         wanted = key.proof(self.greeting_line[:-1], self.binding, claim.number)

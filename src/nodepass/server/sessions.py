@@ -51,8 +51,9 @@ Spawn = Callable[[Coroutine[object, object, None], str], None]
 
 MAX_CLIENTS: Final = 1024
 """Sessions at once: bounds what somebody can make us keep where no password is asked."""
-MAX_CLIENTS_PER_SOURCE: Final = 512
-"""Sessions of one source (address, or /64) at once: half, so that it leaves room to others."""
+CLIENT_SHARE: Final = 1
+"""A source (address, or /64) may have so many times the sessions that are left, where no password
+is asked: alone it gets half of all, beside another a third, so that there is room for others."""
 
 
 LINK: Final = 2
@@ -180,13 +181,28 @@ class Roster:
             c.host == host and c.session.dialect is Dialect.NATIVE for c in self._clients.values()
         )
 
-    def _refuse_crowd(self, source: str) -> None:
-        """Raise TunnelError where there are as many sessions as there may be."""
-        if len(self._clients) >= MAX_CLIENTS:
+    def _refuse_crowd(self, source: str, name: str, *, is_open: bool) -> None:
+        """Raise TunnelError where there are as many sessions as there may be.
+
+        Args:
+            name: of the newcomer; who replaces a session of its source makes none more.
+            is_open: whether anybody may have one, so that no source may have them all.
+        """
+        left = MAX_CLIENTS - len(self._clients)
+        held = self._sources.get(source, 0)
+        if left > 0 and (not is_open or held < CLIENT_SHARE * left):
+            return
+        if held and any(
+            client.name == name
+            and client.session.dialect is Dialect.NATIVE
+            and tcp.source_of(client.host) == source
+            for client in self._clients.values()
+        ):
+            return
+        if left <= 0:
             raise TunnelError(f"there are {MAX_CLIENTS} clients", reason=Refusal.LIMIT)
-        if self._sources.get(source, 0) >= MAX_CLIENTS_PER_SOURCE:
-            text = f"there are {MAX_CLIENTS_PER_SOURCE} clients of this address"
-            raise TunnelError(text, reason=Refusal.LIMIT)
+        text = f"there are {held} clients of this address, and room for only {left} more"
+        raise TunnelError(text, reason=Refusal.LIMIT)
 
     def has_from(self, source: str) -> bool:
         """Tell whether a client is connected from a source: an address, or a /64 of IPv6."""
@@ -278,8 +294,9 @@ class Roster:
         session_id = secrets.token_hex(SESSION_SIZE)
         demand = self._demand()
         try:
-            if not any(c.name == hello.name for c in self._clients.values()):  # it comes back
-                self._refuse_crowd(caller.source)
+            self._refuse_crowd(
+                caller.source, hello.name, is_open=not caller.handshake.needs_password
+            )
             welcome, key = caller.handshake.accept(
                 hello,
                 session=session_id,

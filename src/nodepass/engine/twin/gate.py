@@ -22,7 +22,7 @@ from .legs import Leg
 from .udp_port import MAX_PAYLOAD, Parcel, Port, Remark, Tally, crowd_of, plain_host
 from .udp_relay import HEADER_BYTES, TURN_DATAGRAMS, Relay, UdpHost
 
-CROWD_LEAVES: Final = 8  # one waiting place in so many is for those who have few
+CROWD_SHARE: Final = 4  # an address may have so many times the waiting places that are left
 PARKED_BYTES: Final = 65536  # of one source that waits, 2 more for each datagram
 QUEUE_BYTES: Final = 131072  # of one relay whose link is slow, 2 more for each datagram
 COOLING_SECONDS: Final = 1.0  # a link that fails at once would be asked for again at once
@@ -178,10 +178,8 @@ class Gate:
         left = self._most_waiting - self.linkless
         if self.is_shut or left <= 0:
             return None
-        # The last places are not for an address that has most of the others.
-        if left <= self._most_waiting // CROWD_LEAVES and (
-            self._crowds[crowd_of(parcel.address)] > self._most_waiting // 2
-        ):
+        # The scarcer the places, the fewer for one address.
+        if self._crowds[crowd_of(parcel.address)] >= CROWD_SHARE * left:
             return None
         source = Source(self, key, parcel)
         if not self.host.admit(source):
