@@ -81,8 +81,8 @@ class Circle:
             is_one_machine: whether the server runs where we do.
         """
         self._arrival, self._is_one_machine = arrival, is_one_machine
-        for circle in _circles:
-            circle._is_near = any(circle._may_lead_to(other) for other in _circles)
+        for circle in list(_circles):
+            circle._is_near = any(map(circle._may_lead_to, list(_circles)))
 
     def close(self) -> None:
         """Be forgotten; idempotent."""
