@@ -65,6 +65,8 @@ class Street:
         self.counters = Counters()
         self.openings: list[tuple[Caller, Hello | LinkClaim]] = []
         self.known: set[str] = set()
+        self.clients = 1
+        """Of each known source."""
         self.penalties = Penalties()
         self.relays = Relays(Settings(threads=1, engine=kind))  # type: ignore[arg-type]
         self.tls: CountedTls | None = None
@@ -75,7 +77,7 @@ class Street:
             Log("street", level),
             timeout,
             self._on_opening,
-            self.known.__contains__,
+            lambda source: self.clients if source in self.known else 0,
             self.counters,
             self.relays,
             self.watch,

@@ -298,6 +298,7 @@ LIMITS = {
     "docs/security.md": (
         f"{acceptor.MAX_CALLERS}, of one source {acceptor.MAX_CALLERS_PER_SOURCE} (",
         f" ({acceptor.KNOWN_SHARE * acceptor.MAX_CALLERS_PER_SOURCE} where a client is connected",
+        f" {acceptor.CROWD_SHARE * acceptor.MAX_CALLERS:.0f} where several are)",
         f"{throttle.FIRST_DELAY:g} s, then 0.5 s, 1 s, at most {throttle.LONGEST_DELAY:g} s",
         f"forgotten after {throttle.FORGET_AFTER:g} s",
         f"| sources remembered for that | {throttle.MAX_SOURCES} |",
@@ -342,7 +343,8 @@ def test_figures_are_those_of_the_code(name: str) -> None:
     assert [figure for figure in LIMITS[name] if figure not in text] == []
     assert (log.CAUSES, log.LINES_A_MINUTE // log.SHARE) == (8, 4)  # "the ninth", "a quarter"
     assert (certificate.OWN_NAME, log.REPEAT_PAUSE) == ("nodepass", 60)  # "once a minute"
-    assert acceptor.KNOWN_SHARE == 2  # "twice as many"
+    # "twice as many", "three quarters of all"
+    assert (acceptor.KNOWN_SHARE, acceptor.CROWD_SHARE) == (2, 3 / 4)
 
 
 # --- log lines -----------------------------------------------------------------------------------

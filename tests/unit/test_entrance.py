@@ -264,6 +264,22 @@ async def test_limit_of_all_spares_the_addresses_of_clients() -> None:
         assert sum(street.is_out(far) for far in strangers) == 1
 
 
+@pytest.mark.parametrize(
+    ("clients", "count"), [(0, 64), (1, 128), (2, 192), (3, 192)], ids=["none", "1", "2", "3"]
+)
+async def test_c16_clients_that_share_an_address_may_all_refill(clients: int, count: int) -> None:
+    """Beyond three quarters of all places the rest is for others."""
+    if most() < MAX_CALLERS:
+        pytest.skip("too few descriptors here")
+    async with Street() as street:
+        street.clients = clients
+        street.known.add("10.1.1.1")
+        ours = [street.come("10.1.1.1") for _ in range(count)]
+        assert not any(street.is_out(far) for far in ours)
+        ours.append(street.come("10.1.1.1"))
+        assert sum(street.is_out(far) for far in ours) == 1
+
+
 async def test_limit_of_all_where_everybody_is_known() -> None:
     async with Street() as street:
         hosts = [f"10.0.{n // 60}.1" for n in range(most())]

@@ -50,8 +50,12 @@ begun: 26 MiB for all, and no more after thousands of every kind that came and w
 MAX_CALLERS_PER_SOURCE: Final = 64
 """Of one source address: a little more than the 60 links that a client dials at once."""
 KNOWN_SHARE: Final = 2
-"""A source with a client may have so many times as many: TLS is done for the client half a
-round trip before it is for us, so its next 60 links may come before the last have gone."""
+"""A source may have so many times as many for each client that is connected from it: TLS is done
+for the client half a round trip before it is for us, so its next 60 links may come before the last
+have gone."""
+CROWD_SHARE: Final = 3 / 4
+"""Of all places, for the clients of one source together, if they are several: the rest is for
+others."""
 READ_SIZE: Final = 2 * lines.MAX_LINE
 """Bytes per read: a whole first line and some."""
 MOST_HEARD: Final = 8192
@@ -66,7 +70,7 @@ class Entrance:
     Args:
         timeout: seconds from accept to a whole first line.
         on_opening: called with the caller, whose socket is then the hearer's, and its line.
-        is_known: tells whether a client is connected from a source (`tcp.source_of`).
+        count_clients: tells how many clients are connected from a source (`tcp.source_of`).
         counters: `strangers` grows by each connection that is turned away.
         relays: do the TLS handshakes.
         watch: tells when callers say something; the one that links are watched with later.
@@ -80,7 +84,7 @@ class Entrance:
         log: Log,
         timeout: float,
         on_opening: Callable[[Caller, Hello | LinkClaim], None],
-        is_known: Callable[[str], bool],
+        count_clients: Callable[[str], int],
         counters: Counters,
         relays: Relays,
         watch: Watch,
@@ -98,7 +102,7 @@ class Entrance:
         self._timeout = timeout
         self._patience = Patience[Caller](timeout, self._expire)
         self._on_opening = on_opening
-        self._is_known = is_known
+        self._count_clients = count_clients
         self._counters = counters
         self._callers: dict[int, Caller] = {}
         self._per_source: dict[str, int] = {}
@@ -169,12 +173,14 @@ class Entrance:
         count = self._per_source.get(source, 0)
         if count < MAX_CALLERS_PER_SOURCE:
             return False
-        return count >= KNOWN_SHARE * MAX_CALLERS_PER_SOURCE or not self._is_known(source)
+        clients = self._count_clients(source)
+        own = KNOWN_SHARE * MAX_CALLERS_PER_SOURCE
+        return count >= (max(own, min(clients * own, CROWD_SHARE * self._most)) if clients else 0)
 
     def make_room(self) -> None:
         """Drop a caller of the address that holds most, sparing those of clients."""
         if self._per_source:
-            strange = [source for source in self._per_source if not self._is_known(source)]
+            strange = [source for source in self._per_source if not self._count_clients(source)]
             self._evict(max(strange or self._per_source, key=self._per_source.__getitem__))
 
     def _evict(self, source: str) -> None:
@@ -261,7 +267,7 @@ class Entrance:
         outcome = result.result()
         if not outcome.is_done:
             broke = outcome.describe_break()
-            if broke and self._is_known(caller.source):
+            if broke and self._count_clients(caller.source):
                 self._leave(caller, broke)  # a client that stops in the middle of its refill
             else:
                 self._drop(

@@ -97,7 +97,7 @@ class Server(Tunnel):
             self.log,
             self.settings.handshake_timeout,
             self._clients.take_opening,
-            self._clients.has_source,
+            self._clients.count_from,
             self.counters,
             self.relays,
             idle,

@@ -171,9 +171,9 @@ class Roster:
     def __iter__(self) -> Iterator[Client]:
         return iter(list(self._clients.values()))
 
-    def has_source(self, source: str) -> bool:
-        """Tell whether any client is connected from a source, as `tcp.source_of` names it."""
-        return self._sources[source] > 0
+    def count_from(self, source: str) -> int:
+        """Count the clients that are connected from a source, as `tcp.source_of` names it."""
+        return self._sources.get(source, 0)
 
     def has_native(self, host: str) -> bool:
         """Tell whether a native client is connected from an address."""
