@@ -356,7 +356,7 @@ import encodings.idna, stringprep
 importlib.metadata.requires("nodepass")
 for codec in ("ascii", "latin-1", "idna", "utf-8"):
     codecs.lookup(codec)
-NAMES = "cli.cli cli.process server.server client.client engine.twin._pycopy tls.tls"
+NAMES = "cli.main cli.runner server.server client.client engine.twin.engine tls.contexts"
 for name in [*NAMES.split(), *sys.argv[2:]]:
     importlib.import_module("nodepass." + name)
 from cryptography.hazmat.bindings._rust import _openssl

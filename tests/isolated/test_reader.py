@@ -204,7 +204,7 @@ def test_c3_a_demo_that_nobody_reads_can_be_stopped() -> None:
 
 BOOM = """
 import sys
-from nodepass.cli.main import cli, process
+from nodepass.cli import main as cli, runner as process
 async def boom(*rest):
     raise ZeroDivisionError("server://hunter2@h:1")
 process.serve = boom
@@ -244,7 +244,7 @@ def test_c3_a_crash_where_nobody_reads() -> None:
 
 FAULTS = """
 import faulthandler, sys, threading
-from nodepass.cli.main import cli, process
+from nodepass.cli import main as cli, runner as process
 class Dropped:
     def __del__(self):
         raise ValueError("in a finalizer")
@@ -311,7 +311,7 @@ def faults(script: str, stderr: int, fmt: str) -> subprocess.CompletedProcess[by
 
 SLOW_END = """
 import asyncio, sys
-from nodepass.cli.main import cli, process
+from nodepass.cli import main as cli, runner as process
 real = process.serve
 class Slow:
     async def start(self):
