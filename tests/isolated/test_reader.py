@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -341,12 +342,14 @@ def test_c3_a_third_signal_lets_the_last_lines_out(is_read: bool) -> None:
     url = f"server://127.0.0.1:{free_port()}/127.0.0.1:{free_port()}"
     read, write = os.pipe()
     with (
-        os.fdopen(read, "rb") as reader,
+        os.fdopen(read, "rb", buffering=0) as reader,  # so that select() sees all that is left
         subprocess.Popen([sys.executable, "-c", SLOW_END, url], stderr=write) as process,
     ):
         for line in (b"started", b"stopping", b"closing"):
-            while line not in reader.readline():
-                pass
+            said = b""
+            while line not in said:
+                assert select.select([read], [], [], PATIENCE)[0], f"never said: {line!r}"
+                said = reader.readline()
             if not is_read and line == b"closing":
                 fill(write)
             process.send_signal(signal.SIGTERM)

@@ -89,8 +89,10 @@ class _Crew:
 
     def disown(self) -> list[int]:
         """Give up, in a forked child, what only the parent's engine could end."""
-        works = list(self.open.values())
+        works = [*self.open.values(), *self._ends]
         self.open.clear()
+        self._ends.clear()
+        self._newcomers.clear()
         for work in works:
             work.result.cancel()
         return []

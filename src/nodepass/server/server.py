@@ -69,7 +69,7 @@ class Server(Tunnel):
         self._relief = Relief(
             shares.visitors,
             lambda: not self.slots.has_room,
-            lambda source: self._clients.has_from(source),  # noqa: PLW0108 - it is made later
+            lambda source: self._clients.count_from(source) > 0,
             self.log,
         )
         self.resources.callback(self._relief.close)

@@ -204,10 +204,6 @@ class Roster:
         text = f"there are {held} clients of this address, and room for only {left} more"
         raise TunnelError(text, reason=Refusal.LIMIT)
 
-    def has_from(self, source: str) -> bool:
-        """Tell whether a client is connected from a source: an address, or a /64 of IPv6."""
-        return source in self._sources
-
     def seed_client(self) -> Client | None:
         """Return the client that speaks the seed dialect; there is one at a time."""
         return next((c for c in self._clients.values() if c.session.dialect is Dialect.SEED), None)
