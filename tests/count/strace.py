@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Final, Self
 
-from tests.system.rig.timing import until
+from tests.kit.timing import until
 
 PATIENCE: Final = 4.0
 """Seconds for strace to attach or to let go; it takes some hundredths."""

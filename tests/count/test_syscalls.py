@@ -18,9 +18,9 @@ import pytest
 from tests.count import strace
 from tests.count.strace import Tally
 from tests.engine.conftest import HAS_NATIVE, WHY_NOT
-from tests.system.rig.arena import Arena, Tunnel
-from tests.system.rig.stream import Stream, connect
-from tests.system.rig.timing import settled
+from tests.kit.arena import Arena, Tunnel
+from tests.kit.stream import Stream, connect
+from tests.kit.timing import settled
 
 ENV: Final = {
     "NODEPASS_ENGINE": "native",

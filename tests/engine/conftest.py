@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
-from tests.engine.rig import Kind, Rig
+from tests.kit.engine_rig import Kind, Rig
 
 HAS_NATIVE = importlib.util.find_spec("nodepass._fastcopy") is not None
 NATIVE_ONLY = os.environ.get("NODEPASS_TEST_ENGINE") == "native"

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.engine.rig import Kind, Rig, is_open, owned
-from tests.engine.tls_rig import our_end
 from tests.fuzz.engine_calls import (
     GOOD,
     KINDS_OF,
@@ -30,6 +28,8 @@ from tests.fuzz.engine_calls import (
     parameters,
     stage,
 )
+from tests.kit.engine_rig import Kind, Rig, is_open, owned
+from tests.kit.tls_rig import our_end
 
 from nodepass.errors import EngineClosed, EngineError
 

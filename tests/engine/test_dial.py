@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.engine.rig import (
+from tests.kit.engine_rig import (
     PATIENCE,
     Begun,
     Kind,
@@ -27,8 +27,8 @@ from tests.engine.rig import (
     stream_for,
     tcp_pair,
 )
-from tests.engine.tls_rig import TlsEnd, ends_for, is_cut
-from tests.system.rig.timing import has_ipv6
+from tests.kit.timing import has_ipv6
+from tests.kit.tls_rig import TlsEnd, ends_for, is_cut
 
 from nodepass.net.resolver import SocketAddress
 

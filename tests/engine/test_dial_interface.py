@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import cast
 
 import pytest
-from tests.engine.rig import Kind, Rig, is_called, is_open, owned, reset_on_close, stream_for
-from tests.system.rig.timing import has_ipv6
+from tests.kit.engine_rig import Kind, Rig, is_called, is_open, owned, reset_on_close, stream_for
+from tests.kit.timing import has_ipv6
 
 from nodepass.errors import EngineClosed, EngineError
 from nodepass.net.resolver import SocketAddress

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import trustme
 from OpenSSL import SSL
-from tests.engine.rig import Kind, Rig, reset_on_close
-from tests.engine.tls_rig import (
+from tests.kit.engine_rig import Kind, Rig, reset_on_close
+from tests.kit.tls_rig import (
     ALPN,
     HOST,
     TlsEnd,

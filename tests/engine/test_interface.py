@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 import pytest
-from tests.engine.rig import Kind, Rig, owned, tcp_pair
+from tests.kit.engine_rig import Kind, Rig, owned, tcp_pair
 
 from nodepass.errors import EngineClosed, EngineError
 

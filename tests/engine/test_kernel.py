@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from tests.engine.rig import reset_on_close, tcp_pair
+from tests.kit.engine_rig import reset_on_close, tcp_pair
 
 if not sys.platform.startswith("linux"):
     pytest.skip("these promises are Linux's", allow_module_level=True)

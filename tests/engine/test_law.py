@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable
 
 import pytest
-from tests.engine.rig import Kind, Rig, reset_on_close
+from tests.kit.engine_rig import Kind, Rig, reset_on_close
 
 Engine = Callable[..., Rig]
 BLOB = os.urandom(3_000_000)

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from tests.engine.rig import Joined, Kind, Rig, resident_bytes, tcp_pair
+from tests.kit.engine_rig import Joined, Kind, Rig, resident_bytes, tcp_pair
 
 Engine = Callable[..., Rig]
 every_kind = pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import socket
 from collections.abc import Callable, Iterator
 
 import pytest
-from tests.engine.rig import Joined, Kind, Rig, owned
-from tests.engine.street import Street, Unavailable, street
+from tests.kit.engine_rig import Joined, Kind, Rig, owned
+from tests.kit.silent_path import Street, Unavailable, street
 
 from nodepass.engine.twin.udp_relay import UdpCompletion
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tests.engine.conftest import kinds
-from tests.engine.rig import Joined, Kind, Rig, reset_on_close
+from tests.kit.engine_rig import Joined, Kind, Rig, reset_on_close
 
 SIZES = st.one_of(st.integers(1, 50), st.sampled_from([4096, 70_000, 262_144, 600_000]))
 PATTERN = bytes(range(251))

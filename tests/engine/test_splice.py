@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from tests.engine.rig import Joined, Kind, Rig
+from tests.kit.engine_rig import Joined, Kind, Rig
 
 Engine = Callable[..., Rig]
 only_splice = pytest.mark.parametrize("kind", ["native"], indirect=True)

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable
 
 import pytest
-from tests.engine.rig import Kind, Rig
+from tests.kit.engine_rig import Kind, Rig
 
 Engine = Callable[..., Rig]
 TRANSFERS = 200

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import pytest
 from OpenSSL import SSL
-from tests.engine.rig import Kind, Rig, reset_on_close
-from tests.engine.tls_rig import (
+from tests.kit.engine_rig import Kind, Rig, reset_on_close
+from tests.kit.tls_rig import (
     SHAPES,
     End,
     PlainEnd,

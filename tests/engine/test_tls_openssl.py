@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 from OpenSSL import SSL
-from tests.engine.rig import PATIENCE, Rig
-from tests.engine.tls_rig import HOST, PlainEnd, authority, leaf, our_end
+from tests.kit.engine_rig import PATIENCE, Rig
+from tests.kit.tls_rig import HOST, PlainEnd, authority, leaf, our_end
 
 Engine = Callable[..., Rig]
 OPENSSL = shutil.which("openssl")

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 from tests.engine.conftest import IS_SANITIZED
-from tests.engine.rig import Kind, Rig, resident_bytes
-from tests.engine.tls_rig import SHAPES, End, Secured, TlsEnd, join
+from tests.kit.engine_rig import Kind, Rig, resident_bytes
+from tests.kit.tls_rig import SHAPES, End, Secured, TlsEnd, join
 
 Engine = Callable[..., Rig]
 every_kind = pytest.mark.parametrize("kind", ["native", "native-2", "twin"], indirect=True)

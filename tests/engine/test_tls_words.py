@@ -14,15 +14,15 @@ from collections.abc import Callable
 import pytest
 from OpenSSL import SSL
 from tests.engine.conftest import IS_SANITIZED
-from tests.engine.rig import PATIENCE, Rig, resident_bytes
-from tests.engine.tls_rig import PlainEnd, is_cut, our_end
-from tests.unit.hand_seal import (
+from tests.kit.engine_rig import PATIENCE, Rig, resident_bytes
+from tests.kit.hand_seal import (
     ALERT,
     HANDSHAKE,
     KEY_UPDATE_ASKED,
     HandSealer,
     _expand,
 )
+from tests.kit.tls_rig import PlainEnd, is_cut, our_end
 
 Engine = Callable[..., Rig]
 ANSWER = 5 + 5 + 1 + 16

@@ -8,10 +8,10 @@ import socket
 import time
 
 import pytest
-from tests.engine.rig import Kind, reset_on_close, tcp_pair
-from tests.engine.tls_rig import End, cut
-from tests.engine.udp_rig import Mouth, UdpRig
-from tests.engine.udp_words import (
+from tests.kit.engine_rig import Kind, reset_on_close, tcp_pair
+from tests.kit.tls_rig import End, cut
+from tests.kit.udp_rig import Mouth, UdpRig
+from tests.kit.udp_words import (
     closed_target,
     frame,
     frames,

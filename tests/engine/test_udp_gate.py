@@ -8,11 +8,11 @@ import socket
 import time
 
 import pytest
-from tests.engine.rig import Kind
-from tests.engine.street import Unavailable, street
-from tests.engine.tls_rig import cut
-from tests.engine.udp_rig import Gate, Mouth, UdpRig
-from tests.engine.udp_words import (
+from tests.kit.engine_rig import Kind
+from tests.kit.silent_path import Unavailable, street
+from tests.kit.tls_rig import cut
+from tests.kit.udp_rig import Gate, Mouth, UdpRig
+from tests.kit.udp_words import (
     ANY,
     HEADER,
     frame,

@@ -10,9 +10,9 @@ from dataclasses import asdict
 from types import ModuleType
 
 import pytest
-from tests.engine.rig import Kind, owned, tcp_pair
-from tests.engine.udp_rig import UdpRig
-from tests.engine.udp_words import (
+from tests.kit.engine_rig import Kind, owned, tcp_pair
+from tests.kit.udp_rig import UdpRig
+from tests.kit.udp_words import (
     DROPS,
     closed_target,
     frame,

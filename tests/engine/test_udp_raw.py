@@ -8,10 +8,10 @@ import socket
 import time
 
 import pytest
-from tests.engine.rig import Kind
-from tests.engine.tls_rig import End, cut
-from tests.engine.udp_rig import Mouth, UdpRig
-from tests.engine.udp_words import MAX_PAYLOAD, closed_target, hear_to_fin, udp_pair
+from tests.kit.engine_rig import Kind
+from tests.kit.tls_rig import End, cut
+from tests.kit.udp_rig import Mouth, UdpRig
+from tests.kit.udp_words import MAX_PAYLOAD, closed_target, hear_to_fin, udp_pair
 
 every_kind = pytest.mark.parametrize("kind", ["native", "native-2", "twin"], indirect=True)
 tls_or_not = pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "tls"])

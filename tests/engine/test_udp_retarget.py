@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.engine.rig import PATIENCE, Kind
-from tests.engine.udp_rig import UdpRig
-from tests.engine.udp_words import frame, hear_frame, udp_pair, udp_socket, unix_datagrams
+from tests.kit.engine_rig import PATIENCE, Kind
+from tests.kit.udp_rig import UdpRig
+from tests.kit.udp_words import frame, hear_frame, udp_pair, udp_socket, unix_datagrams
 
 from nodepass.errors import EngineClosed, EngineError
 

@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from tests.engine.rig import PATIENCE, Kind
-from tests.engine.udp_rig import UdpRig
-from tests.engine.udp_words import frame, hear_frame, udp_pair, udp_socket
+from tests.kit.engine_rig import PATIENCE, Kind
+from tests.kit.udp_rig import UdpRig
+from tests.kit.udp_words import frame, hear_frame, udp_pair, udp_socket
 
 from nodepass.errors import EngineError
 

@@ -11,10 +11,10 @@ import socket
 import sys
 
 import pytest
-from tests.engine.rig import Kind
-from tests.engine.tls_rig import End
-from tests.engine.udp_rig import Mouth, UdpRig
-from tests.engine.udp_words import (
+from tests.kit.engine_rig import Kind
+from tests.kit.tls_rig import End
+from tests.kit.udp_rig import Mouth, UdpRig
+from tests.kit.udp_words import (
     HEADER,
     closed_target,
     frame,

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 from tests.engine.conftest import IS_SANITIZED
-from tests.engine.rig import Kind, resident_bytes
-from tests.engine.udp_rig import Gate, Mouth, UdpRig
-from tests.engine.udp_words import ANY, frame, udp_socket
+from tests.kit.engine_rig import Kind, resident_bytes
+from tests.kit.udp_rig import Gate, Mouth, UdpRig
+from tests.kit.udp_words import ANY, frame, udp_socket
 
 every_kind = pytest.mark.parametrize("kind", ["native", "native-2", "twin"], indirect=True)
 tls_or_not = pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "tls"])

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable
 
 import pytest
-from tests.engine.rig import Rig, reset_on_close
+from tests.kit.engine_rig import Rig, reset_on_close
 
 ROUNDS = 60
 """The reset comes on the heels of the bytes; once in some rounds both meet in one event."""

@@ -28,8 +28,8 @@ from typing import Any, Final
 
 from hypothesis import strategies as st
 from OpenSSL import SSL
-from tests.engine.rig import Kind
-from tests.engine.tls_rig import our_end
+from tests.kit.engine_rig import Kind
+from tests.kit.tls_rig import our_end
 
 import nodepass
 from nodepass.errors import EngineError

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from tests.system.rig.timing import free_port
+from tests.kit.timing import free_port
 
 from nodepass.errors import TOO_FEW_THREADS
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.system.rig.timing import free_port
+from tests.kit.timing import free_port
 
 if sys.platform == "win32":
     pytest.skip("needs pipes, terminals and signals of Unix", allow_module_level=True)

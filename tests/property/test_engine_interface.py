@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.engine.conftest import kinds
-from tests.engine.rig import Kind
 from tests.fuzz.engine_calls import CALLS, FUNCTIONS, GOOD, METHODS, Call, parameters, stage
+from tests.kit.engine_rig import Kind
 
 
 def test_every_parameter_of_the_stub_is_known() -> None:

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from tests.system.rig import burst, delay
-from tests.system.rig.arena import Arena
-from tests.system.rig.target import echo
-from tests.system.rig.timing import free_port, limit, until, within
+from tests.kit import burst, delay
+from tests.kit.arena import Arena
+from tests.kit.target import echo
+from tests.kit.timing import free_port, limit, until, within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.system.rig.process import Nodepass
+    from tests.kit.process import Nodepass
 
 ONE_WAY: Final = 25
 """Milliseconds; a round trip of 50 ms, as faults.md asks."""

@@ -12,11 +12,11 @@ import random
 from pathlib import Path
 from typing import Final
 
-from tests.system.rig.arena import Arena
-from tests.system.rig.proxy import Channel
-from tests.system.rig.stream import Stream, connect, exchange
-from tests.system.rig.target import body_of, digest_of
-from tests.system.rig.timing import free_port, until, within
+from tests.kit.arena import Arena
+from tests.kit.proxy import Channel
+from tests.kit.stream import Stream, connect, exchange
+from tests.kit.target import body_of, digest_of
+from tests.kit.timing import free_port, until, within
 
 VISITORS: Final = 20
 """Visitors at a time; each comes again as soon as it is done."""

@@ -6,11 +6,11 @@ import asyncio
 from pathlib import Path
 from typing import Final
 
-from tests.system.rig.datagram import UdpArena
-from tests.system.rig.process import Nodepass
-from tests.system.rig.stream import connect
-from tests.system.rig.target import echo
-from tests.system.rig.timing import free_port, until, within
+from tests.kit.datagram import UdpArena
+from tests.kit.process import Nodepass
+from tests.kit.stream import connect
+from tests.kit.target import echo
+from tests.kit.timing import free_port, until, within
 
 PLACES: Final = 96
 """SEMAPHORE_LIMIT."""

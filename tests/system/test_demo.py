@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.system.rig.process import PACKAGE
-from tests.system.rig.timing import limit, until, within
+from tests.kit.process import PACKAGE
+from tests.kit.timing import limit, until, within
 
 from nodepass.cli import demo
 

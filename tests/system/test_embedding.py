@@ -7,11 +7,11 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from tests.system.rig.arena import Arena
-from tests.system.rig.datagram import UdpArena
-from tests.system.rig.stream import connect, exchange
-from tests.system.rig.target import body_of, digest_of, echo, serve_body
-from tests.system.rig.timing import free_port, until, within
+from tests.kit.arena import Arena
+from tests.kit.datagram import UdpArena
+from tests.kit.stream import connect, exchange
+from tests.kit.target import body_of, digest_of, echo, serve_body
+from tests.kit.timing import free_port, until, within
 
 from nodepass import Client, Server
 

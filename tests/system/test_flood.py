@@ -15,11 +15,11 @@ from statistics import quantiles
 from typing import Final
 
 import pytest
-from tests.system.rig.arena import Arena
-from tests.system.rig.middle import MiddleMan
-from tests.system.rig.stream import exchange
-from tests.system.rig.target import body_of, echo
-from tests.system.rig.timing import free_port, limit, settled, until, within
+from tests.kit.arena import Arena
+from tests.kit.middle import MiddleMan
+from tests.kit.stream import exchange
+from tests.kit.target import body_of, echo
+from tests.kit.timing import free_port, limit, settled, until, within
 
 ATTACKERS: Final = 1000
 
@@ -42,7 +42,7 @@ WORST: Final = 1.0
 GROWTH: Final = 64 * 1024 * 1024
 """Bytes that the server may grow by: 256 strangers with TLS buffers of 80 KiB are 20 MiB."""
 
-FLOOD: Final = Path(__file__).parent / "rig" / "flood.py"
+FLOOD: Final = Path(__file__).parents[1] / "kit" / "flood.py"
 
 
 @dataclass

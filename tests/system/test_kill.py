@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from tests.system.rig.arena import Arena
-from tests.system.rig.peer import NativeClient, NativeServer, SeedClient, SeedServer
-from tests.system.rig.process import Nodepass
-from tests.system.rig.stream import Stream, connect
-from tests.system.rig.target import hold, serve_body
-from tests.system.rig.timing import free_port, settled, until, within
+from tests.kit.arena import Arena
+from tests.kit.peer import NativeClient, NativeServer, SeedClient, SeedServer
+from tests.kit.process import Nodepass
+from tests.kit.stream import Stream, connect
+from tests.kit.target import hold, serve_body
+from tests.kit.timing import free_port, settled, until, within
 
 KILLS: Final = 5
 """Of one side under load."""

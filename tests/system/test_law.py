@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.system.rig.arena import Arena
-from tests.system.rig.stream import Stream, connect, exchange
-from tests.system.rig.target import (
+from tests.kit.arena import Arena
+from tests.kit.stream import Stream, connect, exchange
+from tests.kit.target import (
     answer_after_eof,
     body_of,
     digest_of,
@@ -20,7 +20,7 @@ from tests.system.rig.target import (
     serve_body,
     sink,
 )
-from tests.system.rig.timing import free_port, limit, until, within
+from tests.kit.timing import free_port, limit, until, within
 
 BODY = body_of(3, 8_000_000)
 

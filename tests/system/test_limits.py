@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.system.rig.arena import Arena
-from tests.system.rig.stream import connect, exchange
-from tests.system.rig.target import echo
-from tests.system.rig.timing import free_port, limit, until, within
+from tests.kit.arena import Arena
+from tests.kit.stream import connect, exchange
+from tests.kit.target import echo
+from tests.kit.timing import free_port, limit, until, within
 
 if TYPE_CHECKING:
-    from tests.system.rig.process import Nodepass
+    from tests.kit.process import Nodepass
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="limits of another process are set with prlimit: Linux"

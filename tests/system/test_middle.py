@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Final, Unpack
 
 import pytest
-from tests.system.rig.arena import Arena
-from tests.system.rig.authority import Authority, self_signed
-from tests.system.rig.middle import (
+from tests.kit.arena import Arena
+from tests.kit.authority import Authority, self_signed
+from tests.kit.middle import (
     MiddleMan,
     Rewrite,
     Talk,
@@ -25,11 +25,11 @@ from tests.system.rig.middle import (
     look_like_seed,
     lower_tls,
 )
-from tests.system.rig.peer import Listener
-from tests.system.rig.process import Nodepass
-from tests.system.rig.stream import Stream, connect, exchange
-from tests.system.rig.target import Target, echo
-from tests.system.rig.timing import free_port, until, within
+from tests.kit.peer import Listener
+from tests.kit.process import Nodepass
+from tests.kit.stream import Stream, connect, exchange
+from tests.kit.target import Target, echo
+from tests.kit.timing import free_port, until, within
 
 VISITOR: Final = b"what only the target may read"
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.system.rig.arena import Arena
-from tests.system.rig.stream import exchange
-from tests.system.rig.target import echo
-from tests.system.rig.timing import free_port, within
+from tests.kit.arena import Arena
+from tests.kit.stream import exchange
+from tests.kit.target import echo
+from tests.kit.timing import free_port, within
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,11 +6,11 @@ import asyncio
 import re
 from pathlib import Path
 
-from tests.system.rig.arena import Arena
-from tests.system.rig.peer import NativeClient, NativeServer
-from tests.system.rig.stream import Stream, connect, exchange
-from tests.system.rig.target import body_of, echo
-from tests.system.rig.timing import free_port, within
+from tests.kit.arena import Arena
+from tests.kit.peer import NativeClient, NativeServer
+from tests.kit.stream import Stream, connect, exchange
+from tests.kit.target import body_of, echo
+from tests.kit.timing import free_port, within
 
 BODY = body_of(8, 1_000_000)
 

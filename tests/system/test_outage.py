@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.system.rig.arena import Arena
-from tests.system.rig.stream import Stream, connect, exchange
-from tests.system.rig.target import body_of, digest_of, echo, serve_body
-from tests.system.rig.timing import free_port, limit, until, within
+from tests.kit.arena import Arena
+from tests.kit.stream import Stream, connect, exchange
+from tests.kit.target import body_of, digest_of, echo, serve_body
+from tests.kit.timing import free_port, limit, until, within
 
 if TYPE_CHECKING:
-    from tests.system.rig.process import Nodepass
+    from tests.kit.process import Nodepass
 
 OUTAGE = 5.0
 """Seconds that the CPU time of a client without its server is watched."""

@@ -15,13 +15,13 @@ from typing import Final
 from urllib.parse import quote
 
 import pytest
-from tests.system.rig.arena import Arena, Tunnel
-from tests.system.rig.peer import GREETING, NativeClient, NativeServer, SeedClient, SeedServer
-from tests.system.rig.process import PACKAGE, Nodepass
-from tests.system.rig.secure import Truncated
-from tests.system.rig.stream import Stream, connect, exchange
-from tests.system.rig.target import BANNER, body_of, echo, speak_first
-from tests.system.rig.timing import free_port, until, within
+from tests.kit.arena import Arena, Tunnel
+from tests.kit.peer import GREETING, NativeClient, NativeServer, SeedClient, SeedServer
+from tests.kit.process import PACKAGE, Nodepass
+from tests.kit.secure import Truncated
+from tests.kit.stream import Stream, connect, exchange
+from tests.kit.target import BANNER, body_of, echo, speak_first
+from tests.kit.timing import free_port, until, within
 
 SECRET: Final = "Xq7-unmistakable_9"
 

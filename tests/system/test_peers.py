@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from tests.system.rig.arena import Arena
-from tests.system.rig.authority import Authority, Issued, self_signed
-from tests.system.rig.peer import (
+from tests.kit.arena import Arena
+from tests.kit.authority import Authority, Issued, self_signed
+from tests.kit.peer import (
     Listener,
     NativeClient,
     NativeServer,
@@ -30,7 +30,7 @@ from tests.system.rig.peer import (
     mac,
     stretch,
 )
-from tests.system.rig.secure import (
+from tests.kit.secure import (
     PythonSide,
     TlsFault,
     TlsStream,
@@ -39,9 +39,9 @@ from tests.system.rig.secure import (
     python_server,
     secure,
 )
-from tests.system.rig.stream import Stream, connect, exchange
-from tests.system.rig.target import answer_after_eof, body_of, digest_of, echo
-from tests.system.rig.timing import free_port, until, within
+from tests.kit.stream import Stream, connect, exchange
+from tests.kit.target import answer_after_eof, body_of, digest_of, echo
+from tests.kit.timing import free_port, until, within
 
 SECRET: Final = "correct-horse"
 

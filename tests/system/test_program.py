@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from tests.system.rig.arena import Arena
-from tests.system.rig.target import answer_after_eof, body_of, digest_of
-from tests.system.rig.timing import free_port, limit, until, within
+from tests.kit.arena import Arena
+from tests.kit.target import answer_after_eof, body_of, digest_of
+from tests.kit.timing import free_port, limit, until, within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from tests.system.rig.arena import Arena
-from tests.system.rig.authority import Authority, Issued, self_signed
-from tests.system.rig.process import Nodepass
-from tests.system.rig.secure import PythonSide, python_client, secure
-from tests.system.rig.stream import connect, exchange
-from tests.system.rig.target import echo
-from tests.system.rig.timing import free_port, until, within
+from tests.kit.arena import Arena
+from tests.kit.authority import Authority, Issued, self_signed
+from tests.kit.process import Nodepass
+from tests.kit.secure import PythonSide, python_client, secure
+from tests.kit.stream import connect, exchange
+from tests.kit.target import echo
+from tests.kit.timing import free_port, until, within
 
 LOOKS: Final = {"RELOAD_INTERVAL": "100ms"}
 

@@ -12,13 +12,13 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.system.rig.arena import Arena
-from tests.system.rig.authority import Authority, Issued, self_signed
-from tests.system.rig.peer import SeedClient, SeedServer
-from tests.system.rig.secure import PythonSide, TlsStream, Truncated, python_server, secure
-from tests.system.rig.stream import Stream, connect, exchange
-from tests.system.rig.target import answer_after_eof, body_of, digest_of, echo
-from tests.system.rig.timing import free_port, until, within
+from tests.kit.arena import Arena
+from tests.kit.authority import Authority, Issued, self_signed
+from tests.kit.peer import SeedClient, SeedServer
+from tests.kit.secure import PythonSide, TlsStream, Truncated, python_server, secure
+from tests.kit.stream import Stream, connect, exchange
+from tests.kit.target import answer_after_eof, body_of, digest_of, echo
+from tests.kit.timing import free_port, until, within
 
 BODY = body_of(7, 5_000_000)
 

@@ -11,11 +11,11 @@ import re
 from pathlib import Path
 from typing import Final
 
-from tests.system.rig.arena import Arena
-from tests.system.rig.peer import SeedClient
-from tests.system.rig.stream import Stream, connect
-from tests.system.rig.target import body_of, digest_of
-from tests.system.rig.timing import free_port, limit, within
+from tests.kit.arena import Arena
+from tests.kit.peer import SeedClient
+from tests.kit.stream import Stream, connect
+from tests.kit.target import body_of, digest_of
+from tests.kit.timing import free_port, limit, within
 
 BURSTS: Final = 5
 VISITORS: Final = 40

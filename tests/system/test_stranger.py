@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.system.rig.arena import Arena
-from tests.system.rig.peer import GREETING, NativeClient, SeedClient
-from tests.system.rig.stream import Stream, connect, exchange
-from tests.system.rig.target import body_of, echo, hold, speak_first
-from tests.system.rig.timing import free_port, until, within
+from tests.kit.arena import Arena
+from tests.kit.peer import GREETING, NativeClient, SeedClient
+from tests.kit.stream import Stream, connect, exchange
+from tests.kit.target import body_of, echo, hold, speak_first
+from tests.kit.timing import free_port, until, within
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -9,10 +9,10 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Final
 
-from tests.system.rig.arena import Arena, Tunnel
-from tests.system.rig.stream import Stream, connect, exchange
-from tests.system.rig.target import Target, body_of, digest_of, echo, serve_body, source
-from tests.system.rig.timing import settled, until, within
+from tests.kit.arena import Arena, Tunnel
+from tests.kit.stream import Stream, connect, exchange
+from tests.kit.target import Target, body_of, digest_of, echo, serve_body, source
+from tests.kit.timing import settled, until, within
 
 TRANSFERS: Final = 200
 """Visitors at once: faults.md, F21."""

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from tests.system.conftest import HAS_NATIVE
-from tests.system.rig.arena import Arena
-from tests.system.rig.authority import Authority, Issued
-from tests.system.rig.secure import PythonSide, Truncated, python_client, secure
-from tests.system.rig.stream import Stream, connect, exchange
-from tests.system.rig.target import (
+from tests.kit.arena import Arena
+from tests.kit.authority import Authority, Issued
+from tests.kit.secure import PythonSide, Truncated, python_client, secure
+from tests.kit.stream import Stream, connect, exchange
+from tests.kit.target import (
     answer_after_eof,
     body_of,
     digest_of,
@@ -27,7 +26,8 @@ from tests.system.rig.target import (
     serve_body,
     speak_first,
 )
-from tests.system.rig.timing import free_port, has_ipv6, settled, until, within
+from tests.kit.timing import free_port, has_ipv6, settled, until, within
+from tests.system.conftest import HAS_NATIVE
 
 BODY: Final = body_of(31, 8_000_000)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.system.rig.arena import Arena
-from tests.system.rig.stream import connect, exchange
-from tests.system.rig.target import (
+from tests.kit.arena import Arena
+from tests.kit.stream import connect, exchange
+from tests.kit.target import (
     BANNER,
     answer_after_eof,
     body_of,
@@ -19,10 +19,10 @@ from tests.system.rig.target import (
     serve_body,
     speak_first,
 )
-from tests.system.rig.timing import free_port, has_ipv6, until, within
+from tests.kit.timing import free_port, has_ipv6, until, within
 
 if TYPE_CHECKING:
-    from tests.system.rig.process import Nodepass
+    from tests.kit.process import Nodepass
 
 BODY = body_of(2, 20_000_000)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from tests.system.rig.datagram import Address, UdpArena, UdpTarget, echo
-from tests.system.rig.stream import exchange
-from tests.system.rig.target import body_of
-from tests.system.rig.target import echo as tcp_echo
-from tests.system.rig.timing import free_port, has_ipv6, until, within
+from tests.kit.datagram import Address, UdpArena, UdpTarget, echo
+from tests.kit.stream import exchange
+from tests.kit.target import body_of
+from tests.kit.target import echo as tcp_echo
+from tests.kit.timing import free_port, has_ipv6, until, within
 
 BODY: Final = body_of(51, 65_507)
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from tests.system.rig.datagram import Address, Notes, UdpArena, UdpTarget, Visitor, listen_only
-from tests.system.rig.stream import connect, exchange
-from tests.system.rig.target import echo as tcp_echo
-from tests.system.rig.timing import free_port, limit, until, within
+from tests.kit.datagram import Address, Notes, UdpArena, UdpTarget, Visitor, listen_only
+from tests.kit.stream import connect, exchange
+from tests.kit.target import echo as tcp_echo
+from tests.kit.timing import free_port, limit, until, within
 
 if TYPE_CHECKING:
-    from tests.system.rig.process import Nodepass
+    from tests.kit.process import Nodepass
 
 TWO: Final = {"SEMAPHORE_LIMIT": "2", "DIAL_TIMEOUT": "30s"}
 

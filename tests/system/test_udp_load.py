@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from tests.system.rig.datagram import (
+from tests.kit.datagram import (
     STEADY,
     Address,
     UdpArena,
@@ -20,9 +20,9 @@ from tests.system.rig.datagram import (
     at_rest,
     back_to,
 )
-from tests.system.rig.peer import NativeClient
-from tests.system.rig.stream import Stream
-from tests.system.rig.timing import free_port, until, within
+from tests.kit.peer import NativeClient
+from tests.kit.stream import Stream
+from tests.kit.timing import free_port, until, within
 
 DATAGRAMS: Final = 10_000
 """Faults.md, F7."""

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from tests.system.rig.authority import self_signed
-from tests.system.rig.datagram import UdpArena, Visitor
-from tests.system.rig.peer import NativeClient, NativeServer
-from tests.system.rig.stream import Stream
-from tests.system.rig.target import body_of
-from tests.system.rig.timing import free_port, until, within
+from tests.kit.authority import self_signed
+from tests.kit.datagram import UdpArena, Visitor
+from tests.kit.peer import NativeClient, NativeServer
+from tests.kit.stream import Stream
+from tests.kit.target import body_of
+from tests.kit.timing import free_port, until, within
 
 BODY: Final = body_of(71, 65_535)
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.system.rig.datagram import Notes, UdpArena, Visitor
-from tests.system.rig.stream import connect, exchange
-from tests.system.rig.target import echo as tcp_echo
-from tests.system.rig.timing import free_port, limit, within
+from tests.kit.datagram import Notes, UdpArena, Visitor
+from tests.kit.stream import connect, exchange
+from tests.kit.target import echo as tcp_echo
+from tests.kit.timing import free_port, limit, within
 
 if TYPE_CHECKING:
-    from tests.system.rig.process import Nodepass
-    from tests.system.rig.proxy import Channel, Proxy
+    from tests.kit.process import Nodepass
+    from tests.kit.proxy import Channel, Proxy
 
 BACK: float = 8.0
 """Seconds within which a visitor must be served again once everything is back."""

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from tests.system.rig.authority import self_signed
-from tests.system.rig.datagram import STEADY, UdpArena, at_rest, back_to
-from tests.system.rig.timing import free_port, within
+from tests.kit.authority import self_signed
+from tests.kit.datagram import STEADY, UdpArena, at_rest, back_to
+from tests.kit.timing import free_port, within
 
 MANY: Final = 200
 """Addresses of one name: 16 bytes of answer for each."""

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from tests.system.rig.authority import Issued, self_signed
-from tests.system.rig.datagram import Address, UdpArena, UdpTarget, listen_only
-from tests.system.rig.peer import SeedClient, SeedServer
-from tests.system.rig.process import Nodepass
-from tests.system.rig.secure import TlsStream, Truncated
-from tests.system.rig.stream import Stream
-from tests.system.rig.target import body_of
-from tests.system.rig.timing import free_port, limit, settled, until, within
-from tests.unit.recording import Row, recording
+from tests.kit.authority import Issued, self_signed
+from tests.kit.datagram import Address, UdpArena, UdpTarget, listen_only
+from tests.kit.peer import SeedClient, SeedServer
+from tests.kit.process import Nodepass
+from tests.kit.recording import Row, recording
+from tests.kit.secure import TlsStream, Truncated
+from tests.kit.stream import Stream
+from tests.kit.target import body_of
+from tests.kit.timing import free_port, limit, settled, until, within
 
 BODY: Final = body_of(61, 8193)
 

@@ -12,10 +12,10 @@ import socket
 from collections.abc import Iterable
 
 import pytest
-from tests.system.rig.peer import Listener
-from tests.system.rig.stream import Stream, connect
-from tests.system.rig.timing import free_port, within
-from tests.unit.recording import Row, recording
+from tests.kit.peer import Listener
+from tests.kit.recording import Row, recording
+from tests.kit.stream import Stream, connect
+from tests.kit.timing import free_port, within
 
 from nodepass import Client, Server
 

@@ -3,7 +3,7 @@
 The engine drives TLS without the GIL by calling OpenSSL's C functions. They must come from
 the very copy of OpenSSL that pyOpenSSL uses, which lives inside `cryptography`; its cffi
 module gives their addresses. What a new release moves is named by `Moved`, and TLS then runs
-on the slow twin. `tests/unit/test_openssl.py` holds each name.
+on the slow twin. `tests/unit/tls/test_openssl.py` holds each name.
 
 Ground floor. Importing this module imports nothing heavy.
 """

@@ -2,8 +2,8 @@
 
 import atexit
 
-from tests.engine.rig import tcp_pair
 from tests.isolated.scripts.stage import KIND, play
+from tests.kit.engine_rig import tcp_pair
 
 
 async def script() -> None:

@@ -6,8 +6,8 @@ import gc
 import warnings
 from pathlib import Path
 
-from tests.engine.rig import Joined, tcp_pair
 from tests.isolated.scripts.stage import KIND, descriptors, play, pour
+from tests.kit.engine_rig import Joined, tcp_pair
 
 
 def engine_threads() -> int:

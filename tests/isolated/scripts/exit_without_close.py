@@ -16,8 +16,8 @@ def close_kept() -> None:
         flow.target.close()
 
 
-from tests.engine.rig import Joined, tcp_pair  # noqa: E402
 from tests.isolated.scripts.stage import KIND, play, pour  # noqa: E402
+from tests.kit.engine_rig import Joined, tcp_pair  # noqa: E402
 
 engine = None
 

@@ -5,8 +5,8 @@ import os
 import resource
 import time
 
-from tests.engine.rig import Rig
 from tests.isolated.scripts.stage import KIND, descriptors, play, pour
+from tests.kit.engine_rig import Rig
 
 
 async def script() -> None:

@@ -4,8 +4,8 @@ import asyncio
 import os
 import warnings
 
-from tests.engine.rig import Rig
 from tests.isolated.scripts.stage import KIND, play
+from tests.kit.engine_rig import Rig
 
 from nodepass.errors import EngineClosed
 

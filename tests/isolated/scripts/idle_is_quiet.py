@@ -2,8 +2,8 @@
 
 import asyncio
 
-from tests.engine.rig import Rig
 from tests.isolated.scripts.stage import KIND, play
+from tests.kit.engine_rig import Rig
 
 
 async def script() -> None:

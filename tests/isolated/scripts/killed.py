@@ -5,8 +5,8 @@ import os
 import signal
 import socket
 
-from tests.engine.rig import tcp_pair
 from tests.isolated.scripts.stage import KIND, play
+from tests.kit.engine_rig import tcp_pair
 
 SIZE = 100_000
 """Bytes sent each way before the kill."""

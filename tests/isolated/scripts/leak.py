@@ -6,8 +6,8 @@ import resource
 import socket
 from pathlib import Path
 
-from tests.engine.rig import Rig, reset_on_close
 from tests.isolated.scripts.stage import KIND, descriptors, play
+from tests.kit.engine_rig import Rig, reset_on_close
 
 ROUND = 60
 ROUNDS = 25

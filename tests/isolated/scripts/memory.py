@@ -3,8 +3,8 @@
 import resource
 from pathlib import Path
 
-from tests.engine.rig import Rig
 from tests.isolated.scripts.stage import KIND, play
+from tests.kit.engine_rig import Rig
 
 
 def resident() -> int:

@@ -6,8 +6,8 @@ import signal
 import threading
 from pathlib import Path
 
-from tests.engine.rig import Rig, reset_on_close
 from tests.isolated.scripts.stage import KIND, play, pour
+from tests.kit.engine_rig import Rig, reset_on_close
 
 FAULT = 1 << (signal.SIGSEGV - 1)
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.engine.rig import Joined, Kind
+from tests.kit.engine_rig import Joined, Kind
 
 if TYPE_CHECKING:
-    from tests.engine.tls_rig import Secured
+    from tests.kit.tls_rig import Secured
 
 KIND = Kind(importlib.import_module(f"nodepass.{sys.argv[1]}"), True, 2)
 
@@ -38,7 +38,7 @@ def pour(flow: Joined) -> list[threading.Thread]:
 
 def pour_secured(flow: Secured) -> list[threading.Thread]:
     """Do the same with a flow that may speak TLS; what arrives is not decrypted."""
-    from tests.engine.tls_rig import TlsEnd  # loads OpenSSL
+    from tests.kit.tls_rig import TlsEnd  # loads OpenSSL
 
     chunk = bytes(1 << 18)
     visitor = flow.visitor

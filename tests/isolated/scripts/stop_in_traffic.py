@@ -2,8 +2,8 @@
 
 import asyncio
 
-from tests.engine.rig import Joined, tcp_pair
 from tests.isolated.scripts.stage import KIND, descriptors, play, pour, shut
+from tests.kit.engine_rig import Joined, tcp_pair
 
 
 async def script() -> None:

@@ -4,9 +4,9 @@ import asyncio
 import gc
 import warnings
 
-from tests.engine.rig import Rig
-from tests.engine.tls_rig import SHAPES, join, our_end
 from tests.isolated.scripts.stage import KIND, descriptors, play, pour_secured
+from tests.kit.engine_rig import Rig
+from tests.kit.tls_rig import SHAPES, join, our_end
 
 
 async def script() -> None:

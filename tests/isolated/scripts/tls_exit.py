@@ -19,9 +19,9 @@ def close_kept() -> None:
             sock.close()
 
 
-from tests.engine.rig import Rig  # noqa: E402
-from tests.engine.tls_rig import SHAPES, join, our_end  # noqa: E402
 from tests.isolated.scripts.stage import KIND, play, pour_secured  # noqa: E402
+from tests.kit.engine_rig import Rig  # noqa: E402
+from tests.kit.tls_rig import SHAPES, join, our_end  # noqa: E402
 
 
 async def script() -> None:

@@ -5,9 +5,9 @@ import contextlib
 import random
 import ssl
 
-from tests.engine.rig import Rig, resident_bytes
-from tests.engine.tls_rig import SHAPES, TlsEnd, cut, join, our_end
 from tests.isolated.scripts.stage import KIND, descriptors, play
+from tests.kit.engine_rig import Rig, resident_bytes
+from tests.kit.tls_rig import SHAPES, TlsEnd, cut, join, our_end
 
 ROUND = 30
 ROUNDS = 30
