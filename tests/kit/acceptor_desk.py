@@ -1,4 +1,4 @@
-"""An entrance, and the far ends of who stands there."""
+"""An acceptor, and the far ends of who stands there."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from nodepass.net.readiness import Watch
 from nodepass.observe.log import Log
 from nodepass.observe.stats import Counters
 from nodepass.protocol.messages import Hello, LinkClaim
-from nodepass.server.acceptor import Entrance
-from nodepass.server.pending import Caller
-from nodepass.server.throttle import Penalties
+from nodepass.server.acceptor import Acceptor
+from nodepass.server.pending import PendingConnection
+from nodepass.server.throttle import Throttle
 from nodepass.tls.contexts import ServerTls
 
 
@@ -41,7 +41,7 @@ class CountedTls(ServerTls):
 
 
 class Street:
-    """An entrance, and the far ends of who stands there.
+    """An acceptor, and the far ends of who stands there.
 
     Args:
         timeout: seconds from accept to a whole first line.
@@ -63,17 +63,17 @@ class Street:
         key: bytes | None = None,
     ) -> None:
         self.counters = Counters()
-        self.openings: list[tuple[Caller, Hello | LinkClaim]] = []
+        self.openings: list[tuple[PendingConnection, Hello | LinkClaim]] = []
         self.known: set[str] = set()
         self.clients = 1
         """Of each known source."""
-        self.penalties = Penalties()
+        self.throttle = Throttle()
         self.relays = Relays(Settings(threads=1, engine=kind))  # type: ignore[arg-type]
         self.tls: CountedTls | None = None
         if is_secure:
             self.tls = CountedTls(1, None, None, Log("street", level), self.relays.alpn_selector)
         self.watch = Watch()
-        self.entrance = Entrance(
+        self.acceptor = Acceptor(
             Log("street", level),
             timeout,
             self._on_opening,
@@ -83,9 +83,9 @@ class Street:
             self.watch,
             key,
             self.tls,
-            self.penalties,
+            self.throttle,
         )
-        self.entrance.data_port = data_port
+        self.acceptor.data_port = data_port
         self._socks: list[socket.socket] = []
         self._given: list[socket.socket] = []
 
@@ -94,7 +94,7 @@ class Street:
         near, far = tcp_pair()
         self._given.append(near)
         self._socks += [near, far]
-        self.entrance.admit(near, host, port)
+        self.acceptor.admit(near, host, port)
         return far
 
     def leaving(self, host: str = "10.0.0.1") -> None:
@@ -102,7 +102,7 @@ class Street:
         near, far = tcp_pair()
         self._socks += [near, far]
         near.shutdown(socket.SHUT_WR)
-        self.entrance.admit(near, host, 999)
+        self.acceptor.admit(near, host, 999)
 
     def greeted(self, side: Side | None = None, host: str = "10.0.0.1") -> TlsStream:
         """Let somebody call who has read the greeting and is about to speak TLS."""
@@ -146,14 +146,14 @@ class Street:
             return True
         return True
 
-    def _on_opening(self, caller: Caller, opening: Hello | LinkClaim) -> None:
+    def _on_opening(self, caller: PendingConnection, opening: Hello | LinkClaim) -> None:
         self.openings.append((caller, opening))
 
     async def __aenter__(self) -> Street:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self.entrance.close()
+        self.acceptor.close()
         self.watch.close()
         await self.relays.close()
         for sock in self._socks:

@@ -296,13 +296,13 @@ def test_worked_examples_reproduce() -> None:
 
 LIMITS = {
     "docs/security.md": (
-        f"{acceptor.MAX_CALLERS}, of one source {acceptor.MAX_CALLERS_PER_SOURCE} (",
-        f" ({acceptor.KNOWN_SHARE * acceptor.MAX_CALLERS_PER_SOURCE} where a client is connected",
-        f" {acceptor.CROWD_SHARE * acceptor.MAX_CALLERS:.0f} where several are)",
+        f"{acceptor.MAX_PENDING}, of one source {acceptor.MAX_PENDING_PER_SOURCE} (",
+        f" ({acceptor.KNOWN_SHARE * acceptor.MAX_PENDING_PER_SOURCE} where a client is connected",
+        f" {acceptor.CROWD_SHARE * acceptor.MAX_PENDING:.0f} where several are)",
         f"{throttle.FIRST_DELAY:g} s, then 0.5 s, 1 s, at most {throttle.LONGEST_DELAY:g} s",
         f"forgotten after {throttle.FORGET_AFTER:g} s",
         f"| sources remembered for that | {throttle.MAX_SOURCES} |",
-        f"some {acceptor.MAX_CALLERS_PER_SOURCE / throttle.LONGEST_DELAY:g} guesses a second",
+        f"some {acceptor.MAX_PENDING_PER_SOURCE / throttle.LONGEST_DELAY:g} guesses a second",
         f"all others, with `repeats=`; of one kind {log.LINES_A_MINUTE} a minute",
         f"| log lines that wait for a slow reader | {outlet.ROOM >> 20} MiB;",
         f"| sessions of one server | {sessions.MAX_CLIENTS} |",
@@ -315,8 +315,8 @@ LIMITS = {
         f"has {8 * keygen.SECRET_SIZE} random bits",
     ),
     "docs/protocol.md": (
-        f"| {acceptor.MAX_CALLERS}, and an eighth",
-        f"| {acceptor.MAX_CALLERS_PER_SOURCE}; from one with a connected client twice",
+        f"| {acceptor.MAX_PENDING}, and an eighth",
+        f"| {acceptor.MAX_PENDING_PER_SOURCE}; from one with a connected client twice",
         f"{throttle.FIRST_DELAY:g} s later, then 0.5 s, 1 s, at most {throttle.LONGEST_DELAY:g} s",
         f"{throttle.FORGET_AFTER:g} s without a failure",
         f"{throttle.MAX_SOURCES} sources",

@@ -3,7 +3,7 @@
 Owns: the loop of connect, serve, lose, wait; and within one connection the control channel,
 the idle links and the launches. Never listens.
 
-A `Pairing` is one session as the client sees it: it ends with its control channel. Relays
+A `ClientSession` is one session as the client sees it: it ends with its control channel. Relays
 outlive it.
 """
 
@@ -31,7 +31,7 @@ from nodepass.tunnel.base import Tunnel
 from nodepass.tunnel.slots import Queue
 
 from .circle import Circle, Place
-from .session import LINK, Pairing
+from .session import LINK, ClientSession
 from .udp_target import UdpTarget
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Client(Tunnel):
         super().__init__(url, relays=relays)
         self.name = self.config.name
         """What the server calls us; gets a suffix if another client has the same."""
-        self.pairing: Pairing | None = None
+        self.pairing: ClientSession | None = None
         """The live session, or None."""
         self._key: bytes | None = None
         self._tls: ClientTls | None = None
@@ -131,8 +131,8 @@ class Client(Tunnel):
             relays_open=len(self._open_relays),
             relays_reset=counters.relays_reset,
             launches_failed=counters.launches_failed,
-            links_idle=0 if pairing is None else len(pairing.shelf),
-            links_wanted=0 if pairing is None else pairing.filler.wanted,
+            links_idle=0 if pairing is None else len(pairing.idle_links),
+            links_wanted=0 if pairing is None else pairing.refill.wanted,
             links=counters.links,
             links_lost=counters.links_lost,
             strangers=counters.strangers,
@@ -142,7 +142,7 @@ class Client(Tunnel):
             rtt=None if pairing is None else pairing.session.rtt,
         )
 
-    # ------------------------------------------------------------- used by a Pairing
+    # ------------------------------------------------------------- used by a ClientSession
 
     def enter(self) -> None:
         """Count a visitor from its launch to the end of its relay."""
@@ -231,7 +231,7 @@ class Client(Tunnel):
             else:
                 port = greeting.data_port
                 self.circle.learn(None, is_one_machine=False)
-                pairing = Pairing(self, Dialect.SEED, host, port, "", b"", 0, mode)
+                pairing = ClientSession(self, Dialect.SEED, host, port, "", b"", 0, mode)
         except BaseException:
             tcp.finish(sock)  # not reset: an alert that says why may be on its way
             raise
@@ -245,7 +245,7 @@ class Client(Tunnel):
             await pairing.control.open(sock, interval, handshake.rest(), records)
             self._tell_up(tcp.join_address(host, tunnel.port), pairing, records)
             self.doubt_links(LINK, is_back=True)  # all of them are of earlier sessions
-            pairing.filler.fill()
+            pairing.refill.fill()
             return await pairing.lost
         finally:
             pairing.close("stopped")
@@ -338,7 +338,7 @@ class Client(Tunnel):
         records: Records | None,
         host: str,
         mode: int,
-    ) -> Pairing:
+    ) -> ClientSession:
         loop = asyncio.get_running_loop()
         timeout = self.settings.handshake_timeout
         binding = b"" if records is None else records.binding()
@@ -375,9 +375,11 @@ class Client(Tunnel):
                 target=self.config.target,
             )
         port = self.config.tunnel.port
-        return Pairing(self, Dialect.NATIVE, host, port, welcome.session, key, welcome.idle, mode)
+        return ClientSession(
+            self, Dialect.NATIVE, host, port, welcome.session, key, welcome.idle, mode
+        )
 
-    def _tell_up(self, server: str, pairing: Pairing, records: Records | None) -> None:
+    def _tell_up(self, server: str, pairing: ClientSession, records: Records | None) -> None:
         fields: dict[str, object] = {"dialect": pairing.session.dialect, "tls": pairing.tls}
         if records is not None:
             from nodepass.tls.contexts import fingerprint_of

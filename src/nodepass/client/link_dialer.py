@@ -51,7 +51,7 @@ class _Dial:
         self.said = b""
 
 
-class LinkDials:
+class LinkDialer:
     """Every link that one session is making.
 
     Args:
@@ -146,7 +146,7 @@ class LinkDials:
         try:
             self._claim(dial)
         finally:
-            # Not before: on its shelf it is watched, too.
+            # Not before: an idle link is watched, too.
             if on_ready is not None:
                 self._client.watch.release(fd, on_ready)
 

@@ -15,7 +15,7 @@ from nodepass.errors import PoolError, PoolTimeout
 from nodepass.net import tcp
 from nodepass.observe.log import Log
 from nodepass.protocol.session import Backoff
-from nodepass.tunnel.pool import Link, Shelf, has_result
+from nodepass.tunnel.pool import IdleLinks, Link, has_result
 
 MAX_DIALS: Final = 60
 """Dials under way at once, handshakes included: a server bears 64 from one address. Fills 200
@@ -34,11 +34,11 @@ YOUNG: Final = 1.0
 Begin = Callable[[Callable[[Link | Exception], None]], None]
 
 
-class Filler:
-    """Keep a shelf as full as is wanted.
+class Refill:
+    """Keep as many links idle as are wanted.
 
     Args:
-        shelf: where fresh links go.
+        idle_links: where fresh links go.
         begin: begins to make one link; calls what it is given with the link, or with what was
             wrong, now or later.
         random: gives a fraction, 0 <= f < 1, for the pauses.
@@ -47,14 +47,14 @@ class Filler:
 
     def __init__(
         self,
-        shelf: Shelf,
+        idle_links: IdleLinks,
         begin: Begin,
         random: Callable[[], float],
         pause: float,
         log: Log,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._shelf = shelf
+        self._idle_links = idle_links
         self._begin = begin
         self._random = random
         self._backoff = Backoff(pause)
@@ -74,7 +74,7 @@ class Filler:
 
     def fill(self) -> None:
         """Begin as many dials as links are missing; harmless to call at any time."""
-        missing = self.wanted - len(self._shelf) - self.dialling
+        missing = self.wanted - len(self._idle_links) - self.dialling
         if missing <= 0:
             return
         for _ in range(min(missing, MAX_DIALS - self.dialling)):
@@ -93,7 +93,7 @@ class Filler:
         Raises:
             PoolTimeout: it did not come within `timeout` seconds, or too many wait behind it.
         """
-        link = self._shelf.claim(name)
+        link = self._idle_links.claim(name)
         if link is not None:
             return link
         if name in self._claims:
@@ -172,7 +172,7 @@ class Filler:
         self.made += 1
         place = self._claims.pop(link.name, None)
         if place is None:
-            self._shelf.put(link)
+            self._idle_links.put(link)
         elif not place.done():
             place.set_result(link)
         else:

@@ -42,10 +42,10 @@ from nodepass.protocol.messages import (
 from nodepass.protocol.session import SILENT_PERIODS, Drained, Event, Lost, Role, Session
 from nodepass.tls.codec import Records
 from nodepass.tunnel.control import Control
-from nodepass.tunnel.pool import Demand, Link, Shelf
+from nodepass.tunnel.pool import Demand, IdleLinks, Link
 
-from .link_dialer import LinkDials
-from .refill import Filler
+from .link_dialer import LinkDialer
+from .refill import Refill
 
 if TYPE_CHECKING:
     from .client import Client
@@ -78,7 +78,7 @@ _FAILURES: Final = {
 }
 
 
-class Pairing:
+class ClientSession:
     """One session with a server: its control channel, idle links and launches."""
 
     def __init__(
@@ -113,12 +113,12 @@ class Pairing:
         """Resolves when the control channel has ended."""
         self.is_drained = asyncio.Event()
         """Set once no launch can come any more."""
-        self.shelf = Shelf(client.watch, self._on_link_lost, settings.handshake_timeout)
-        self._links: LinkDials | None = None
+        self.idle_links = IdleLinks(client.watch, self._on_link_lost, settings.handshake_timeout)
+        self._links: LinkDialer | None = None
         if dialect is Dialect.NATIVE:
-            self._links = LinkDials(client, host, port, session_id, key, tls)
-        self.filler = Filler(
-            self.shelf,
+            self._links = LinkDialer(client, host, port, session_id, key, tls)
+        self.refill = Refill(
+            self.idle_links,
             self._begin_seed_link if self._links is None else self._links.begin,
             random.random,
             settings.service_cooldown,
@@ -131,7 +131,7 @@ class Pairing:
 
     def drain(self) -> None:
         """Ask for no more launches."""
-        self.filler.close()
+        self.refill.close()
         if self._links is not None:
             self._links.close()  # a link that is claimed behind the drain could get a visitor
         self.session.drain()
@@ -146,11 +146,11 @@ class Pairing:
         if self._is_closed:
             return
         self._is_closed = True
-        self.filler.close()
+        self.refill.close()
         if self._links is not None:
             self._links.close()
         self.control.close(reason)
-        self.shelf.clear()
+        self.idle_links.clear()
         self.is_drained.set()
         if not self.lost.done():
             self.lost.set_result(Lost(reason))
@@ -212,17 +212,17 @@ class Pairing:
 
     def _want(self, idle: int) -> None:
         # The server knows the rate of visitors; what the user set here still bounds its wish.
-        self.filler.wanted = min(self._most_idle, max(self._least_idle, idle))
+        self.refill.wanted = min(self._most_idle, max(self._least_idle, idle))
 
     def _on_link_lost(self, link: Link) -> None:
         self._client.counters.links_lost += 1
-        self.filler.lose(link)
+        self.refill.lose(link)
         self._check_drained()
 
     def _check_drained(self) -> None:
         # Without a link there is none to launch; else the server's answer tells (`Drained`).
-        if self._client.is_stopping and not len(self.shelf):
-            if self.shelf.has_any:  # ended by the server: their launches may be on their way
+        if self._client.is_stopping and not len(self.idle_links):
+            if self.idle_links.has_any:  # ended by the server: their launches may be on their way
                 self._loop.call_later(LAUNCH_DELAY, self.is_drained.set)
             else:
                 self.is_drained.set()
@@ -237,12 +237,12 @@ class Pairing:
                 self._launch(kind, link_id, "")
             case Idle(count):
                 self._want(count)
-                self.filler.fill()
+                self.refill.fill()
             case Drain():
                 if not self._is_server_stopping:
                     self._is_server_stopping = True
                     self._client.log.info("the server is stopping")
-                    self.filler.close()
+                    self.refill.close()
             case Drained():
                 self.is_drained.set()
             case Lost():
@@ -253,9 +253,9 @@ class Pairing:
         """Serve a visitor: in a task only if something but a connect is to be waited for."""
         client = self._client
         self._launches += 1
-        if self._launches > self.filler.made + OVERTAKERS:
+        if self._launches > self.refill.made + OVERTAKERS:
             self.session.waste(self._loop.time())
-        if name not in self.shelf and isinstance(name, int):
+        if name not in self.idle_links and isinstance(name, int):
             # A native server launches only what has introduced itself: it was here and died.
             client.counters.visitors += 1
             self._give_up(name, Failure.UNKNOWN, f"link {name} is not here any more")
@@ -441,20 +441,20 @@ class Pairing:
         )
 
     def _claim_nowait(self, name: int | str) -> Link | None:
-        link = self.shelf.claim(name)
+        link = self.idle_links.claim(name)
         if link is not None:
-            self.filler.settle()
+            self.refill.settle()
             if self.session.dialect is Dialect.SEED:
                 self._demand.take(self._loop.time())
                 self._want(self._demand.wanted)
-            self.filler.fill()
+            self.refill.fill()
             self._check_drained()
         return link
 
     async def _claim(self, name: int | str) -> Link:
         if isinstance(name, int):  # it died in the turn that its launch took
             raise PoolTimeout(f"link {name} is not here any more")
-        return await self.filler.claim(name, self._settings.handshake_timeout)
+        return await self.refill.claim(name, self._settings.handshake_timeout)
 
     def _give_up(self, name: int | str, why: Failure, text: str) -> None:
         client = self._client
@@ -469,10 +469,10 @@ class Pairing:
         )
         if isinstance(name, int):
             self.session.send(Fail(name, why))
-        link = self.shelf.claim(name)
+        link = self.idle_links.claim(name)
         if link is not None:
             tcp.reset(link.sock)
-            self.filler.fill()
+            self.refill.fill()
 
     def _part(
         self,

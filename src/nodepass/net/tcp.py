@@ -5,8 +5,8 @@ non-blocking, never wrapped in a transport, because the engine takes them over: 
 would already have read bytes that belong to the relay.
 
 Each is born armed: whoever closes it, we or the kernel for a process that has died, its peer sees
-a reset. Nobody can tell in time when a connection begins to stand for somebody's stream: a link on
-a shelf may have a visitor whose launch is on its way. A clean end has to be asked for: `finish`.
+a reset. Nobody can tell in time when a connection begins to stand for somebody's stream: an idle
+link may have a visitor whose launch is on its way. A clean end has to be asked for: `finish`.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from OpenSSL.SSL import Connection
 
 
-class Caller:
+class PendingConnection:
     """One connection that has been greeted and not yet understood."""
 
     __slots__ = (
@@ -68,7 +68,7 @@ class Caller:
         self.records: Records | None = None
         """Its TLS once the handshake is done; None = it speaks plain."""
         self.is_released = False
-        """No longer the entrance's; what is lent to the engine is closed when it comes back."""
+        """No longer the acceptor's; what is lent to the engine is closed when it comes back."""
 
     @property
     def address(self) -> str:
@@ -86,7 +86,7 @@ class Caller:
         """Send a line; what a fresh connection's buffer does not take, it will never take.
 
         Raises:
-            OSError: the caller has gone.
+            OSError: the pending has gone.
             TlsError: it has broken its TLS, or keeps us from writing by half a message.
         """
         self.sock.send(data if self.records is None else self.records.seal(data))

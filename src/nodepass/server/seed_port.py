@@ -30,8 +30,8 @@ from nodepass.protocol.messages import SEED_ID_SIZE
 from nodepass.tls.codec import Records
 from nodepass.tunnel.pool import Link, Pool
 
-from .pending import Caller
-from .sessions import Client, Roster
+from .pending import PendingConnection
+from .sessions import ConnectedClient, Sessions
 
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection
@@ -54,7 +54,7 @@ class _Green:
 
     __slots__ = ("client", "is_acknowledged", "link", "since")
 
-    def __init__(self, client: Client, link: Link, since: float) -> None:
+    def __init__(self, client: ConnectedClient, link: Link, since: float) -> None:
         self.client = client
         self.link = link
         self.since = since
@@ -62,12 +62,12 @@ class _Green:
         """Whether the client's kernel had the id when we looked last."""
 
 
-class DataPort:
+class SeedPort:
     """Make links of what comes in at the data port.
 
     Args:
         timeout: seconds that a TLS handshake may take.
-        roster: knows the seed client, and seats one.
+        sessions: knows the seed client, and seats one.
         pool: where the links go.
         relays: do the TLS handshakes.
         tls: the server's certificate, None = plain.
@@ -78,7 +78,7 @@ class DataPort:
         log: Log,
         counters: Counters,
         timeout: float,
-        roster: Roster,
+        sessions: Sessions,
         pool: Pool,
         relays: Relays,
         tls: ServerTls | None,
@@ -87,7 +87,7 @@ class DataPort:
         self._log = log
         self._counters = counters
         self._timeout = timeout
-        self._roster = roster
+        self._sessions = sessions
         self._pool = pool
         self._relays = relays
         self._tls = tls
@@ -95,29 +95,29 @@ class DataPort:
         self._green: dict[str, _Green] = {}
         self._ripening = Patience[_Green](RIPENING, self._look)
 
-    def take(self, sock: socket.socket, host: str, caller: Caller | None) -> None:
+    def take(self, sock: socket.socket, host: str, pending: PendingConnection | None) -> None:
         """Take a connection: only from where the seed client is.
 
         Args:
-            caller: the newest silent caller of that address, if there is one; ours now.
+            pending: the newest silent pending of that address, if there is one; ours now.
         """
-        current = self._roster.seed_client()
-        if caller is not None and current is not None:
+        current = self._sessions.seed_client()
+        if pending is not None and current is not None:
             if current.host == host and current.control is not None and current.control.is_stalled:
-                self._roster.replace(current)
+                self._sessions.replace(current)
             else:
                 # A probe from the same address, or a second client: whoever answers keeps
                 # the place, or any port check could take it.
-                self._turn_away_second(caller, current)
-                caller = None
-        if caller is not None:
-            current = self._roster.seat_seed(caller)
+                self._turn_away_second(pending, current)
+                pending = None
+        if pending is not None:
+            current = self._sessions.seat_seed(pending)
         if current is None or current.host != host:
             tcp.reset(sock)
             self._counters.strangers += 1
             self._log.repeated("warn", f"data {host}", "turned away at the data port", host=host)
         elif len(self._shakes) >= MAX_SHAKES or self._is_stocked(current):
-            self._roster.refuse_link(sock, current)
+            self._sessions.refuse_link(sock, current)
         elif self._tls is None:
             self._give(current, sock, None)
         else:
@@ -132,7 +132,9 @@ class DataPort:
             tcp.reset(green.link.sock)
         self._green.clear()
 
-    def _secure(self, client: Client, sock: socket.socket, connection: Connection) -> None:
+    def _secure(
+        self, client: ConnectedClient, sock: socket.socket, connection: Connection
+    ) -> None:
         try:
             shake = self._relays.shake(sock, connection)
         except EngineError:
@@ -149,7 +151,7 @@ class DataPort:
 
     def _on_secured(
         self,
-        client: Client,
+        client: ConnectedClient,
         sock: socket.socket,
         shake: Handshake,
         deadline: asyncio.TimerHandle,
@@ -157,18 +159,18 @@ class DataPort:
     ) -> None:
         deadline.cancel()
         self._shakes.discard(shake)
-        if client is not self._roster.seed_client() or result.cancelled():
+        if client is not self._sessions.seed_client() or result.cancelled():
             tcp.reset(sock)
         elif not result.result().is_done:
             tcp.finish(sock)  # not reset: an alert that says why may be on its way
             self._tell_failed(client, shake.connection, result.result())
         elif self._is_stocked(client):
-            self._roster.refuse_link(sock, client)
+            self._sessions.refuse_link(sock, client)
         else:
             self._give(client, sock, Records(shake.connection))
 
     def _tell_failed(
-        self, client: Client, connection: Connection, outcome: HandshakeResult
+        self, client: ConnectedClient, connection: Connection, outcome: HandshakeResult
     ) -> None:
         from nodepass.tls.contexts import explain
 
@@ -182,7 +184,7 @@ class DataPort:
             why=why,
         )
 
-    def _give(self, client: Client, sock: socket.socket, records: Records | None) -> None:
+    def _give(self, client: ConnectedClient, sock: socket.socket, records: Records | None) -> None:
         link_id = self._fresh_id(client)
         line = link_id.encode()
         try:
@@ -214,22 +216,22 @@ class DataPort:
             green.is_acknowledged = tcp.is_acknowledged(link.sock)
             self._ripening.add(green)
 
-    def _is_stocked(self, client: Client) -> bool:
-        return self._roster.is_stocked(client, len(self._green))
+    def _is_stocked(self, client: ConnectedClient) -> bool:
+        return self._sessions.is_stocked(client, len(self._green))
 
-    def _fresh_id(self, client: Client) -> str:
+    def _fresh_id(self, client: ConnectedClient) -> str:
         while True:
             link_id = secrets.token_hex(SEED_ID_SIZE // 2)
             if link_id not in self._green and not client.has_link(link_id):
                 return link_id
 
-    def _turn_away_second(self, caller: Caller, current: Client) -> None:
-        tcp.reset(caller.sock)
+    def _turn_away_second(self, pending: PendingConnection, current: ConnectedClient) -> None:
+        tcp.reset(pending.sock)
         self._counters.strangers += 1
         self._log.repeated(
             "warn",
-            f"second seed {caller.host}",
+            f"second seed {pending.host}",
             "a second NodePass 1.0.3/1.0.4 client was turned away: there can be one at a time",
-            host=caller.host,
+            host=pending.host,
             served=current.host,
         )

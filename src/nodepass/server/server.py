@@ -28,19 +28,19 @@ from nodepass.tunnel.base import ABORT_GRACE, Tunnel
 from nodepass.tunnel.pool import Link, Member, Pool, announce
 from nodepass.tunnel.slots import Slots
 
-from .acceptor import Entrance
-from .relief import Relief
-from .seed_port import DataPort
-from .sessions import Client, Roster
-from .silence import Silences
-from .throttle import Penalties
-from .udp_visitors import Gates
+from .acceptor import Acceptor
+from .eviction import Eviction
+from .seed_port import SeedPort
+from .sessions import ConnectedClient, Sessions
+from .throttle import Throttle
+from .udp_visitors import UdpVisitors
+from .unanswered import UnansweredLaunches
 
 if TYPE_CHECKING:
     from nodepass.tls.contexts import ServerTls
 
 NATIVE_PATIENCE: Final = 1.0
-"""Seconds that a caller must have been silent to pass for a seed client where its address has
+"""Seconds that a pending must have been silent to pass for a seed client where its address has
 native clients too: their links are silent for a round trip, a second at the very worst."""
 
 
@@ -51,13 +51,13 @@ class Server(Tunnel):
 
     def __init__(self, url: str | Config, *, relays: Relays | None = None) -> None:
         super().__init__(url, relays=relays)
-        self._gates = Gates(self)
+        self._gates = UdpVisitors(self)
 
     async def _open(self) -> None:
         self._loop = asyncio.get_running_loop()
         key = await self.stretch_password()
         self._tls = await threads.run(self._load_tls)
-        penalties = Penalties()
+        throttle = Throttle()
         shares = self.share_descriptors()
         self.slots = Slots(
             shares.visitors,
@@ -66,19 +66,19 @@ class Server(Tunnel):
             resume_tcp=self._resume_tcp,
             admit_udp=self._gates.admit_one,
         )
-        self._relief = Relief(
+        self._eviction = Eviction(
             shares.visitors,
             lambda: not self.slots.has_room,
-            lambda source: self._clients.count_from(source) > 0,
+            lambda source: self._sessions.count_from(source) > 0,
             self.log,
         )
-        self.resources.callback(self._relief.close)
+        self.resources.callback(self._eviction.close)
         self._waiting = Watch()
         self.resources.callback(self._waiting.close)
         idle = Watch()
         self.resources.callback(idle.close)
         self.pool = Pool()
-        self._clients = Roster(
+        self._sessions = Sessions(
             self.settings,
             self.log,
             self.counters,
@@ -86,46 +86,46 @@ class Server(Tunnel):
             idle,
             self.spawn,
             shares,
-            penalties,
+            throttle,
         )
-        self._clients.on_client_full = self._gates.make_room
-        self.resources.callback(self._clients.close, "stopped")
+        self._sessions.on_client_full = self._gates.make_room
+        self.resources.callback(self._sessions.close, "stopped")
         self.resources.callback(self.pool.close)
-        self._silences = Silences(self.log, self.counters)
-        self.resources.callback(self._silences.close)
-        self._entrance = Entrance(
+        self._unanswered = UnansweredLaunches(self.log, self.counters)
+        self.resources.callback(self._unanswered.close)
+        self._acceptor = Acceptor(
             self.log,
             self.settings.handshake_timeout,
-            self._clients.take_opening,
-            self._clients.count_from,
+            self._sessions.take_opening,
+            self._sessions.count_from,
             self.counters,
             self.relays,
             idle,
             key,
             self._tls,
-            penalties,
+            throttle,
         )
-        self.resources.callback(self._entrance.close)
+        self.resources.callback(self._acceptor.close)
         tunnel = self.config.tunnel
         self._tunnel = await self._listen(
-            tunnel.host, tunnel.port, self._entrance.admit, self._entrance.make_room
+            tunnel.host, tunnel.port, self._acceptor.admit, self._acceptor.make_room
         )
         await self._open_target()
         self._data: Listener | None = None
-        self._seed_links: DataPort | None = None
+        self._seed_links: SeedPort | None = None
         if self.config.compat:
-            self._seed_links = DataPort(
+            self._seed_links = SeedPort(
                 self.log,
                 self.counters,
                 self.settings.handshake_timeout,
-                self._clients,
+                self._sessions,
                 self.pool,
                 self.relays,
                 self._tls,
             )
             self.resources.callback(self._seed_links.close)
             self._data = await self._listen(tunnel.host, self.config.data, self._admit_seed_link)
-            self._entrance.data_port = self._data.address[1]
+            self._acceptor.data_port = self._data.address[1]
 
     async def _open_target(self) -> None:
         """Listen for visitors, TCP and UDP on one port."""
@@ -138,7 +138,7 @@ class Server(Tunnel):
         if self.config.udp:
             await self._gates.open(host, port)
         is_address = tcp.literal(host, port) is not None and "%" not in host
-        self._clients.arrival = (host if is_address else "", port)
+        self._sessions.arrival = (host if is_address else "", port)
 
     async def _listen(
         self,
@@ -213,9 +213,9 @@ class Server(Tunnel):
         self._gates.shut()
         self.hurry()
         self._tunnel.close()
-        self._clients.drain()
+        self._sessions.drain()
         await asyncio.sleep(0)  # the drain lines leave before the idle links go
-        self._entrance.close()
+        self._acceptor.close()
         self.pool.close()
         if self._open_relays:
             self.log.info("waiting for open relays", relays=len(self._open_relays))
@@ -233,7 +233,7 @@ class Server(Tunnel):
         counters = self.counters
         return TunnelStatistics(
             mode=str(self.mode),
-            sessions_open=len(self._clients),
+            sessions_open=len(self._sessions),
             sessions=counters.sessions,
             visitors_open=self.slots.taken + self._gates.waiting,
             visitors_waiting=self.pool.waiting + self._gates.waiting,
@@ -242,7 +242,7 @@ class Server(Tunnel):
             relays_open=len(self._open_relays),
             relays_reset=counters.relays_reset,
             launches_failed=counters.launches_failed,
-            links_idle=sum(len(member.shelf) for member in members),
+            links_idle=sum(len(member.idle_links) for member in members),
             links_wanted=sum(member.demand.wanted for member in members),
             links=counters.links,
             links_lost=counters.links_lost,
@@ -250,7 +250,7 @@ class Server(Tunnel):
             bytes_up=up,
             bytes_down=down,
             datagrams=self.datagrams(),
-            rtt=least_rtt(client.session.rtt for client in self._clients),
+            rtt=least_rtt(client.session.rtt for client in self._sessions),
         )
 
     @property
@@ -283,7 +283,7 @@ class Server(Tunnel):
                 "as many visitors as SEMAPHORE_LIMIT allows; more wait",
                 limit=self.slots.limit,
             )
-            self._relief.press()
+            self._eviction.press()
         self._gates.make_room()
 
     def _resume_tcp(self) -> bool:
@@ -340,10 +340,10 @@ class Server(Tunnel):
 
     def why_no_link(self, exc: PoolTimeout | PoolClosed) -> str:
         """Say in a clause why a visitor got no link."""
-        return str(exc) if len(self._clients) else "no client is connected"
+        return str(exc) if len(self._sessions) else "no client is connected"
 
     def _join(self, sock: socket.socket, visitor: str, member: Member, link: Link) -> None:
-        assert isinstance(member, Client)
+        assert isinstance(member, ConnectedClient)
         try:
             relay = self.relays.join(sock, link.sock, tls_b=link.tls, head_b=link.head)
         except EngineError as exc:
@@ -355,11 +355,11 @@ class Server(Tunnel):
             tcp.reset(sock)
             self.slots.give()
             raise
-        self._relief.join(relay, visitor)
+        self._eviction.join(relay, visitor)
         self.launch(relay, member, link.name, visitor)
 
     def launch(
-        self, relay: Relay | UdpRelay, client: Client, name: int | str, visitor: str
+        self, relay: Relay | UdpRelay, client: ConnectedClient, name: int | str, visitor: str
     ) -> None:
         """Tell a client of the visitor that has been joined with a link of it.
 
@@ -370,7 +370,7 @@ class Server(Tunnel):
         kind = Kind.UDP if isinstance(relay, UdpRelay) else Kind.TCP
         client.session.launch(kind, name, visitor)
         if isinstance(name, str):
-            self._silences.begin(relay, client, kind, name)
+            self._unanswered.begin(relay, client, kind, name)
         now = self._loop.time()
         client.join(name, relay, now)
         if client.demand.take(now):
@@ -381,16 +381,16 @@ class Server(Tunnel):
     def _part(
         self,
         relay: Relay | UdpRelay,
-        client: Client,
+        client: ConnectedClient,
         name: int | str,
         visitor: str,
         result: asyncio.Future[RelayResult] | asyncio.Future[UdpResult],
     ) -> None:
         if isinstance(relay, Relay):
-            self._relief.part(relay)
+            self._eviction.part(relay)
         self.slots.give(is_udp=isinstance(relay, UdpRelay))
         client.part(name)
-        self._silences.end(relay)
+        self._unanswered.end(relay)
         if result.cancelled():
             self.forget(relay)
             return
@@ -410,15 +410,15 @@ class Server(Tunnel):
     # ------------------------------------------------------------------------ small
 
     def _admit_seed_link(self, sock: socket.socket, host: str, _port: int) -> None:
-        patience = NATIVE_PATIENCE if self._clients.has_native(host) else 0.0
+        patience = NATIVE_PATIENCE if self._sessions.has_native(host) else 0.0
         assert self._seed_links is not None
-        self._seed_links.take(sock, host, self._entrance.promote(host, patience))
+        self._seed_links.take(sock, host, self._acceptor.promote(host, patience))
 
     def _stop_resting(self) -> None:
         self._rest_timer.cancel()
 
     def _rest(self) -> None:
-        self._clients.rest()
+        self._sessions.rest()
         self._rest_timer = self._loop.call_later(self.settings.report_interval, self._rest)
 
     def tell_absent(self, address: str) -> None:

@@ -1,11 +1,11 @@
 """The server's clients: their sessions, how they come, what they say, how they go.
 
-Owns: the table of live sessions and their control channels. Finds nothing out about callers
-(`acceptor` does) and knows nothing of visitors; fills the `pool` with links and takes them
-away again. Called by `server`.
+Owns: the table of live sessions and their control channels. Finds nothing out about pending
+connections (`acceptor` does) and knows nothing of visitors; fills the `pool` with links and takes
+them away again. Called by `server`.
 
     hello ──proof holds──> seated ──bye, silence, EOF, replaced by name──> unseated
-    silent caller + data connection of its address ──`seed_port`──> seated as the seed client
+    silent pending + data connection of its address ──`seed_port`──> seated as the seed client
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from nodepass.protocol.messages import (
 from nodepass.protocol.proof import LinkKey
 from nodepass.protocol.session import Event, Lost, Role, Session
 from nodepass.tunnel.control import Control
-from nodepass.tunnel.pool import Demand, Link, Member, Pool, Shelf, announce
+from nodepass.tunnel.pool import Demand, IdleLinks, Link, Member, Pool, announce
 
-from .pending import Caller
-from .throttle import Penalties
+from .pending import PendingConnection
+from .throttle import Throttle
 
 Spawn = Callable[[Coroutine[object, object, None], str], None]
 
@@ -65,7 +65,7 @@ PARTED: Final = 256
 
 
 @dataclass(slots=True, eq=False)
-class Client(Member):
+class ConnectedClient(Member):
     """One session of ours: a pool member and how to talk to it."""
 
     id: str = ""
@@ -87,7 +87,7 @@ class Client(Member):
 
     def has_link(self, name: int | str) -> bool:
         """Tell whether a link of this name is here in any way: idle, handed over, launched."""
-        return name in self.shelf or name in self.handed or name in self.launched
+        return name in self.idle_links or name in self.handed or name in self.launched
 
     def blame(self, name: int | str) -> bool:
         """Take note that the client has said why a launch failed; return whether it is news."""
@@ -124,7 +124,7 @@ class Client(Member):
             self.parted.append(name)
 
 
-class Roster:
+class Sessions:
     """Every client of one server.
 
     Args:
@@ -132,7 +132,7 @@ class Roster:
         watch: tells of idle links that die.
         spawn: runs a task.
         shares: how many idle links may be asked for and kept.
-        penalties: told of failed proofs.
+        throttle: told of failed proofs.
     """
 
     def __init__(
@@ -144,10 +144,10 @@ class Roster:
         watch: Watch,
         spawn: Spawn,
         shares: tcp.Shares,
-        penalties: Penalties | None = None,
+        throttle: Throttle | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._penalties = Penalties() if penalties is None else penalties
+        self._throttle = Throttle() if throttle is None else throttle
         self._settings = settings
         self._log = log
         self._counters = counters
@@ -160,15 +160,15 @@ class Roster:
         """Called when a client has no slot for a visitor although we have."""
         self.arrival: tuple[str, int] | None = None
         """Where visitors arrive, as clients are told: address, or "" for any, and port."""
-        self._clients: dict[str, Client] = {}
+        self._clients: dict[str, ConnectedClient] = {}
         self._sources: Counter[str] = Counter()
-        self._gone: deque[Client] = deque(maxlen=MAX_GONE)
+        self._gone: deque[ConnectedClient] = deque(maxlen=MAX_GONE)
         """Clients whose sessions have ended before their relays."""
 
     def __len__(self) -> int:
         return len(self._clients)
 
-    def __iter__(self) -> Iterator[Client]:
+    def __iter__(self) -> Iterator[ConnectedClient]:
         return iter(list(self._clients.values()))
 
     def count_from(self, source: str) -> int:
@@ -204,21 +204,21 @@ class Roster:
         text = f"there are {held} clients of this address, and room for only {left} more"
         raise TunnelError(text, reason=Refusal.LIMIT)
 
-    def seed_client(self) -> Client | None:
+    def seed_client(self) -> ConnectedClient | None:
         """Return the client that speaks the seed dialect; there is one at a time."""
         return next((c for c in self._clients.values() if c.session.dialect is Dialect.SEED), None)
 
-    def seat_seed(self, caller: Caller) -> Client:
-        """Make a silent caller the seed client; its socket is ours from here on."""
-        session_id, name = secrets.token_hex(SESSION_SIZE), f"seed-{caller.host}"
-        return self._seat(caller, Dialect.SEED, session_id, name, None, self._demand())
+    def seat_seed(self, pending: PendingConnection) -> ConnectedClient:
+        """Make a silent pending the seed client; its socket is ours from here on."""
+        session_id, name = secrets.token_hex(SESSION_SIZE), f"seed-{pending.host}"
+        return self._seat(pending, Dialect.SEED, session_id, name, None, self._demand())
 
-    def take_opening(self, caller: Caller, opening: Hello | LinkClaim) -> None:
-        """Take a caller that has said what it is; its socket is ours from here on."""
+    def take_opening(self, pending: PendingConnection, opening: Hello | LinkClaim) -> None:
+        """Take a pending that has said what it is; its socket is ours from here on."""
         if isinstance(opening, LinkClaim):
-            self._take_link(caller, opening)
+            self._take_link(pending, opening)
         else:
-            self._take_hello(caller, opening)
+            self._take_hello(pending, opening)
 
     def rest(self) -> None:
         """Close a report period: ask for fewer links of clients that have been quiet."""
@@ -226,7 +226,9 @@ class Roster:
             surplus = member.demand.rest()
             if surplus and member.session.dialect is Dialect.NATIVE:
                 announce(member)
-                member.shelf.retire(min(surplus, len(member.shelf) - member.demand.wanted))
+                member.idle_links.retire(
+                    min(surplus, len(member.idle_links) - member.demand.wanted)
+                )
 
     def drain(self) -> None:
         """Tell every client that nothing will be launched any more."""
@@ -240,94 +242,94 @@ class Roster:
                 client.control.close(reason)
             self._unseat(client)
 
-    def _take_link(self, caller: Caller, claim: LinkClaim) -> None:
+    def _take_link(self, pending: PendingConnection, claim: LinkClaim) -> None:
         client = self._clients.get(claim.session)
         key = None if client is None else client.key
-        if client is None or key is None or not caller.handshake.is_link_proven(claim, key):
+        if client is None or key is None or not pending.handshake.is_link_proven(claim, key):
             # A link of a session that has just ended is no attack; it has no key to prove.
-            tcp.reset(caller.sock)
+            tcp.reset(pending.sock)
             if client is not None:
-                self._penalties.fail(caller.source, self._loop.time())
+                self._throttle.fail(pending.source, self._loop.time())
                 self._counters.strangers += 1
                 self._log.repeated(
-                    "warn", f"link {caller.host}", "a link's proof was wrong", host=caller.host
+                    "warn", f"link {pending.host}", "a link's proof was wrong", host=pending.host
                 )
             return
         if client.has_link(claim.number) or self.is_stocked(client):
-            self.refuse_link(caller.sock, client)
+            self.refuse_link(pending.sock, client)
             return
         self._counters.links += 1
-        link = Link(caller.sock, claim.number, caller.handshake.rest(), caller.tls)
+        link = Link(pending.sock, claim.number, pending.handshake.rest(), pending.tls)
         self._pool.give(client, link)
 
-    def is_stocked(self, client: Client, coming: int = 0) -> bool:
+    def is_stocked(self, client: ConnectedClient, coming: int = 0) -> bool:
         """Tell whether a client has brought as many links as we keep; may drop another's.
 
         Args:
-            coming: links of it that are on no shelf yet.
+            coming: links of it that are not idle yet.
         """
-        if len(client.shelf) + coming >= tcp.IDLE_ROOM * self._most_idle:
+        if len(client.idle_links) + coming >= tcp.IDLE_ROOM * self._most_idle:
             return True
         # Callers are watched along with the links; only where that is too many we count.
         if len(self._watch) < self._stock or self._count_idle() < self._stock:
             return False
         # Full: who has most gives way, so that one client cannot starve the others.
-        fattest = max(self._pool, key=lambda member: len(member.shelf))
-        if len(fattest.shelf) <= len(client.shelf) + 1:
+        fattest = max(self._pool, key=lambda member: len(member.idle_links))
+        if len(fattest.idle_links) <= len(client.idle_links) + 1:
             return True
-        fattest.shelf.retire(1)
+        fattest.idle_links.retire(1)
         return False
 
     def _count_idle(self) -> int:
-        return sum(len(member.shelf) for member in self._pool)
+        return sum(len(member.idle_links) for member in self._pool)
 
-    def refuse_link(self, sock: socket.socket, client: Client) -> None:
+    def refuse_link(self, sock: socket.socket, client: ConnectedClient) -> None:
         """Reset a link that there is no room for."""
         tcp.reset(sock)
         self._log.repeated("warn", f"surplus {client.name}", "a link too many", client=client.name)
 
-    def _take_hello(self, caller: Caller, hello: Hello) -> None:
+    def _take_hello(self, pending: PendingConnection, hello: Hello) -> None:
         session_id = secrets.token_hex(SESSION_SIZE)
         demand = self._demand()
         try:
             self._refuse_crowd(
-                caller.source, hello.name, is_open=not caller.handshake.needs_password
+                pending.source, hello.name, is_open=not pending.handshake.needs_password
             )
-            welcome, key = caller.handshake.accept(
+            welcome, key = pending.handshake.accept(
                 hello,
                 session=session_id,
                 idle=demand.wanted,
                 fresh_key=secrets.token_bytes(KEY_SIZE),
                 at=self.arrival,
             )
-            caller.send(welcome)
+            pending.send(welcome)
         except (OSError, TlsError) as exc:
-            tcp.reset(caller.sock)
-            self._log.debug("a client left during its handshake", host=caller.host, why=str(exc))
+            tcp.reset(pending.sock)
+            self._log.debug("a client left during its handshake", host=pending.host, why=str(exc))
             return
         except TunnelError as exc:
             if isinstance(exc, AuthError):
-                self._penalties.fail(caller.source, self._loop.time())
-            self._refuse(caller, exc)
+                self._throttle.fail(pending.source, self._loop.time())
+            self._refuse(pending, exc)
             return
         for other in list(self._clients.values()):
             if other.name == hello.name and other.session.dialect is Dialect.NATIVE:
                 self.replace(other)
         link_key = LinkKey(key, session_id)
-        self._seat(caller, Dialect.NATIVE, session_id, hello.name, link_key, demand)
+        self._seat(pending, Dialect.NATIVE, session_id, hello.name, link_key, demand)
 
-    def _refuse(self, caller: Caller, exc: TunnelError) -> None:
+    def _refuse(self, pending: PendingConnection, exc: TunnelError) -> None:
         try:
-            caller.send(lines.pack_answer(Refuse(exc.reason)))
+            pending.send(lines.pack_answer(Refuse(exc.reason)))
         except (OSError, TlsError) as error:
-            self._log.debug("a refused client left first", host=caller.host, why=str(error))
-        tcp.finish(caller.sock)
+            self._log.debug("a refused client left first", host=pending.host, why=str(error))
+        tcp.finish(pending.sock)
         self._counters.strangers += 1
         self._log.repeated(
-            "warn", f"refused {caller.host}", "client refused", host=caller.host, why=str(exc)
+            "warn", f"refused {pending.host}", "client refused", host=pending.host, why=str(exc)
         )
 
-    def replace(self, old: Client) -> None:
+    def replace(self, old: ConnectedClient) -> None:
         """End a session because a newer one takes its place."""
         self._log.bounded(
             "info",
@@ -342,19 +344,19 @@ class Roster:
 
     def _seat(
         self,
-        caller: Caller,
+        pending: PendingConnection,
         dialect: Dialect,
         session_id: str,
         name: str,
         key: LinkKey | None,
         demand: Demand,
-    ) -> Client:
+    ) -> ConnectedClient:
         session = Session(
             Role.SERVER, dialect, now=self._loop.time(), interval=self._settings.report_interval
         )
-        shelf = Shelf(self._watch, self._count_lost_link)
-        client = Client(
-            session, shelf, demand, id=session_id, name=name, host=caller.host, key=key
+        idle_links = IdleLinks(self._watch, self._count_lost_link)
+        client = ConnectedClient(
+            session, idle_links, demand, id=session_id, name=name, host=pending.host, key=key
         )
         client.control = Control(session, functools.partial(self._on_event, client))
         self._clients[session_id] = client
@@ -362,24 +364,24 @@ class Roster:
         self._counters.sessions += 1
         self._pool.add(client)
         self._welcome_back(client)
-        self._spawn(self._run_control(client, caller), "a control channel")
-        origin = {"from": caller.address}
+        self._spawn(self._run_control(client, pending), "a control channel")
+        origin = {"from": pending.address}
         self._log.bounded(
             "info", f"connected {name}", "client connected", client=name, dialect=dialect, **origin
         )
         return client
 
-    async def _run_control(self, client: Client, caller: Caller) -> None:
+    async def _run_control(self, client: ConnectedClient, pending: PendingConnection) -> None:
         assert client.control is not None
         interval = self._settings.report_interval
         try:
-            head = caller.handshake.rest()
-            await client.control.open(caller.sock, interval, head, caller.records)
+            head = pending.handshake.rest()
+            await client.control.open(pending.sock, interval, head, pending.records)
         except (OSError, TunnelError) as exc:
             for event in client.session.cut(str(exc), self._loop.time()):
                 self._on_event(client, event)
 
-    def _unseat(self, client: Client) -> None:
+    def _unseat(self, client: ConnectedClient) -> None:
         if self._clients.get(client.id) is client:
             del self._clients[client.id]
             self._doubt(client)
@@ -389,20 +391,20 @@ class Roster:
                 del self._sources[source]
         self._pool.remove(client)
 
-    def _doubt(self, client: Client) -> None:
+    def _doubt(self, client: ConnectedClient) -> None:
         """Doubt the links of a session that has ended: its path may have gone with it."""
         if client.relays:
             client.doubt_links()
             self._gone.append(client)
 
-    def _welcome_back(self, client: Client) -> None:
+    def _welcome_back(self, client: ConnectedClient) -> None:
         """Ask the links of a client's earlier sessions whether they have survived."""
         self._gone = deque((gone for gone in self._gone if gone.relays), MAX_GONE)
         for gone in self._gone:
             if gone.name == client.name:
                 gone.doubt_links(is_back=True)
 
-    def _on_event(self, client: Client, event: Event) -> None:
+    def _on_event(self, client: ConnectedClient, event: Event) -> None:
         if isinstance(event, Fail):
             self._fail(client, event)
         elif isinstance(event, Drain):
@@ -412,11 +414,11 @@ class Roster:
             self._log.bounded(
                 "info", f"stopping {client.name}", "client is stopping", client=client.name
             )
-            client.shelf.clear()
+            client.idle_links.clear()
         elif isinstance(event, Lost):
             self._unseat(client)
             if event.is_flood:  # it would be back at once
-                self._penalties.fail(tcp.source_of(client.host), self._loop.time())
+                self._throttle.fail(tcp.source_of(client.host), self._loop.time())
             self._log.bounded(
                 "info" if event.is_orderly else "warn",
                 f"lost {client.name}",
@@ -429,7 +431,7 @@ class Roster:
             if event.silent_since is not None:
                 self._abort_unheard(client, event.silent_since)
 
-    def _abort_unheard(self, client: Client, since: float) -> None:
+    def _abort_unheard(self, client: ConnectedClient, since: float) -> None:
         """Reset the visitors of whom a silent client may never have been told.
 
         Control loss does not touch relays; but a launch that went into the silence and has
@@ -442,7 +444,7 @@ class Roster:
             if launched_at >= since and relay.live()[1] == 0:
                 relay.abort()
 
-    def _fail(self, client: Client, event: Fail) -> None:
+    def _fail(self, client: ConnectedClient, event: Fail) -> None:
         launch = client.launched.get(event.number)
         if not client.blame(event.number):
             return  # it was never launched, or long ago, or has been told before

@@ -14,14 +14,14 @@ FIRST_DELAY: Final = 0.25
 """Seconds after the first failure: a mistyped password is no attack."""
 LONGEST_DELAY: Final = 2.0
 """Seconds: with it, a client still gets its answer before its own time-out of 5 s, and 64
-callers of one source make 32 guesses a second, 10^9 in a year."""
+connections of one source make 32 guesses a second, 10^9 in a year."""
 FORGET_AFTER: Final = 60.0
 """Seconds without a failure after which a source starts over."""
 MAX_SOURCES: Final = 4096
 """Sources remembered, the longest quiet ones forgotten first: some 0.5 MiB."""
 
 
-class Penalties:
+class Throttle:
     """Failures by source, as `tcp.source_of` names it."""
 
     def __init__(self) -> None:

@@ -22,7 +22,7 @@ from nodepass.protocol.messages import Dialect
 from nodepass.protocol.session import SILENT_PERIODS
 from nodepass.tunnel.pool import Link, Member
 
-from .sessions import Client
+from .sessions import ConnectedClient
 
 if TYPE_CHECKING:
     from nodepass._fastcopy import Newcomer
@@ -42,7 +42,7 @@ class _Waiting(NamedTuple):
     """Seconds of the loop at which it is turned away."""
 
 
-class Gates:
+class UdpVisitors:
     """Every UDP visitor of one server."""
 
     def __init__(self, server: Server) -> None:
@@ -54,7 +54,7 @@ class Gates:
         self.address: tuple[str, int] | None = None
         """Host and port of the first socket; None = UDP is off."""
         self._waiting: deque[_Waiting] = deque()
-        self._relief: asyncio.TimerHandle | None = None
+        self._eviction: asyncio.TimerHandle | None = None
         self._is_shut = False
 
     @property
@@ -94,9 +94,9 @@ class Gates:
             gate.shut()
         while self._waiting:
             self._turn_away(self._waiting.popleft())
-        if self._relief is not None:
-            self._relief.cancel()
-            self._relief = None
+        if self._eviction is not None:
+            self._eviction.cancel()
+            self._eviction = None
 
     def close(self) -> None:
         """Close the sockets and end what is open; idempotent."""
@@ -140,14 +140,14 @@ class Gates:
 
         Whether TCP visitors wait cannot be seen: they are in the kernel's queue.
         """
-        if self._relief is None and self._gates and not self._is_shut:
+        if self._eviction is None and self._gates and not self._is_shut:
             for gate in self._gates if self._server.slots.udp else ():
                 gate.relieve()
             loop = asyncio.get_running_loop()
-            self._relief = loop.call_later(RELIEF_PAUSE, self._relieve_again)
+            self._eviction = loop.call_later(RELIEF_PAUSE, self._relieve_again)
 
     def _relieve_again(self) -> None:
-        self._relief = None
+        self._eviction = None
         now = asyncio.get_running_loop().time()
         while self._waiting and self._waiting[0].until <= now:
             self._turn_away(
@@ -187,7 +187,7 @@ class Gates:
     # -------------------------------------------------------------------------- relays
 
     def _bind(self, gate: Gate, newcomer: Newcomer, member: Member, link: Link) -> None:
-        assert isinstance(member, Client)
+        assert isinstance(member, ConnectedClient)
         server, settings = self._server, self._settings
         is_raw = member.session.dialect is Dialect.SEED
         try:

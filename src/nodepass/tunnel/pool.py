@@ -1,11 +1,11 @@
 """Links: kept idle, watched, taken, claimed; and how many are wanted.
 
     Link    one pooled data connection, used once
-    Shelf   the idle links of one session, on either side
+    IdleLinks   the idle links of one session, on either side
     Demand  how many idle links a session should have
-    Pool    the server's choice among the shelves of all its sessions, and who waits for one
+    Pool    the server's choice among the idle links of all its sessions, and who waits for one
 
-A link's socket belongs to its Shelf while it lies there and to whoever takes it afterwards.
+A link's socket belongs to its IdleLinks while it lies there and to whoever takes it afterwards.
 Called by `server`, `client` and `refill`.
 """
 
@@ -70,7 +70,7 @@ class Link:
     """Runs while a link that the far side has ended waits for a launch."""
 
 
-class Shelf:
+class IdleLinks:
     """Idle links of one session; the dead are noticed at once.
 
     Args:
@@ -279,14 +279,14 @@ class Member:
     """One session as the pool sees it."""
 
     session: Session
-    shelf: Shelf
+    idle_links: IdleLinks
     demand: Demand
     relays: int = 0
     """Open relays: what "least loaded" means."""
     turn: int = 0
     """When it was last given a visitor, as a number that grows; among equals the first is next."""
     handed: set[int | str] = field(default_factory=set)
-    """Links on their way to who has waited for one: on no shelf, and not launched yet."""
+    """Links on their way to who has waited for one: not idle any more, and not launched yet."""
 
     @property
     def can_launch(self) -> bool:
@@ -297,7 +297,7 @@ class Pool:
     """Give each visitor an idle link of the least loaded live session, equals by turns.
 
     Visitors that find none wait their turn, first come first served; links that arrive go to
-    them before they go to a shelf.
+    them before they lie idle.
     """
 
     def __init__(self) -> None:
@@ -324,18 +324,18 @@ class Pool:
         """Drop a session and reset its idle links; idempotent."""
         if member in self._members:
             self._members.remove(member)
-        member.shelf.clear()
+        member.idle_links.clear()
 
     def take_nowait(self) -> tuple[Member, Link] | None:
         """Return a live idle link and its session, now the caller's, or None."""
         if self._waiting:
             return None  # those who wait came first
         while True:
-            able = [m for m in self._members if m.can_launch and len(m.shelf)]
+            able = [m for m in self._members if m.can_launch and len(m.idle_links)]
             if not able:
                 return None
             member = min(able, key=_load) if len(able) > 1 else able[0]
-            link = member.shelf.take()
+            link = member.idle_links.take()
             if link is not None:
                 self._take_turn(member)
                 return member, link
@@ -399,7 +399,7 @@ class Pool:
                 self._take_turn(member)
                 place.set_result((member, link))
                 return
-        member.shelf.put(link)
+        member.idle_links.put(link)
 
     def close(self) -> None:
         """Reset every idle link and turn away who waits; idempotent."""

@@ -173,7 +173,7 @@ async def test_fault_of_ours_is_told_and_tried_again(
     with caplog.at_level(logging.ERROR, "nodepass"):
         async with NativeServer() as server, running(server.listener.port, "log=error") as desk:
             with monkeypatch.context() as patch:
-                patch.setattr("nodepass.client.client.Pairing", fail)
+                patch.setattr("nodepass.client.client.ClientSession", fail)
                 await server.welcome()
                 with contextlib.suppress(ConnectionResetError):
                     await server.control.read_all()

@@ -16,7 +16,7 @@ import pytest
 from tests.kit.timing import free_port, until
 
 from nodepass.client.client import Client
-from nodepass.client.link_dialer import LinkDials
+from nodepass.client.link_dialer import LinkDialer
 from nodepass.errors import DialError, NodePassError, PeerWireError, TunnelError
 from nodepass.net import tcp
 from nodepass.net.readiness import Watch
@@ -24,7 +24,7 @@ from nodepass.protocol import lines
 from nodepass.protocol.handshake import ClientHandshake, ServerHandshake
 from nodepass.protocol.messages import KEY_SIZE, NONCE_SIZE, VERSION, Greeting, LinkClaim
 from nodepass.protocol.proof import LinkKey
-from nodepass.tunnel.pool import Link, Shelf
+from nodepass.tunnel.pool import IdleLinks, Link
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -44,7 +44,7 @@ class Post:
             counters=self.counters,
             new_handshake=ClientHandshake,
         )
-        self.dials = LinkDials(cast(Client, client), *name, SESSION, KEY, 0)
+        self.dials = LinkDialer(cast(Client, client), *name, SESSION, KEY, 0)
         self.ends: list[Link | Exception] = []
 
     def begin(self) -> None:
@@ -173,19 +173,19 @@ async def test_a_shelf_goes_on_watching(monkeypatch: pytest.MonkeyPatch) -> None
                 calls.append(name)
                 return getattr(epoll, name)
 
-        shelf = Shelf(here.watch, lost.append)
+        idle_links = IdleLinks(here.watch, lost.append)
         monkeypatch.setattr(here.watch, "_epoll", Counted())
 
         def on_end(made: Link | Exception) -> None:
             here.ends.append(made)
             assert isinstance(made, Link)
-            shelf.put(made)
+            idle_links.put(made)
 
         here.dials.begin(on_end)
         with accept(listening) as far:
             far.send(greeting().greeting_line)
             link = await here.link()
-            assert (len(here.watch), link.name in shelf) == (1, True)
+            assert (len(here.watch), link.name in idle_links) == (1, True)
             assert [name for name in calls if name != "poll"] == ["register", "modify"]
         await until(lambda: lost == [link], 5, "the hang-up to be seen")
         assert len(here.watch) == 0
@@ -195,12 +195,12 @@ async def test_a_shelf_goes_on_watching(monkeypatch: pytest.MonkeyPatch) -> None
 async def test_a_shelf_hears_of_an_end_that_came_with_the_greeting() -> None:
     lost: list[Link] = []
     with server() as listening, post(name_of(listening)) as here:
-        shelf = Shelf(here.watch, lost.append)
+        idle_links = IdleLinks(here.watch, lost.append)
 
         def on_end(made: Link | Exception) -> None:
             here.ends.append(made)
             assert isinstance(made, Link)
-            shelf.put(made)
+            idle_links.put(made)
 
         here.dials.begin(on_end)
         with accept(listening) as far:
@@ -209,7 +209,7 @@ async def test_a_shelf_hears_of_an_end_that_came_with_the_greeting() -> None:
             # Both are there before the loop has its next turn.
             link = await here.link()
             await until(lambda: lost == [link], 5, "the end")
-        assert (len(here.watch), len(shelf)) == (0, 0)
+        assert (len(here.watch), len(idle_links)) == (0, 0)
 
 
 @pytest.mark.parametrize("is_made", [False, True])

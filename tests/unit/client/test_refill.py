@@ -1,4 +1,4 @@
-"""filler: links are dialled in parallel until enough lie ready, and given to early launches."""
+"""refill: links are dialled in parallel until enough lie ready, and given to early launches."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from tests.kit.engine_rig import tcp_pair
 from tests.kit.timing import until, within
 
 from nodepass.client import refill
-from nodepass.client.refill import MAX_DIALS, QUIET_FAILURES, Filler
+from nodepass.client.refill import MAX_DIALS, QUIET_FAILURES, Refill
 from nodepass.errors import PeerWireError, PoolTimeout
 from nodepass.net import tcp
 from nodepass.net.readiness import Watch
 from nodepass.observe.log import Log
-from nodepass.tunnel.pool import Link, Shelf
+from nodepass.tunnel.pool import IdleLinks, Link
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
 
 class Yard:
-    """A filler over a shelf; its dials are what the test makes of them."""
+    """A refill of idle links; its dials are what the test makes of them."""
 
     def __init__(self, *, pause: float = 0.01, level: str = "none") -> None:
         self.watch = Watch()
-        self.shelf = Shelf(self.watch, self._on_lost)
+        self.idle_links = IdleLinks(self.watch, self._on_lost)
         self.gate = asyncio.Event()
         """Dials wait until it is set."""
         self.fault: Exception | None = None
@@ -42,11 +42,11 @@ class Yard:
         self._numbers = itertools.count(1)
         self._tasks: set[asyncio.Task[None]] = set()
         self._socks: list[socket.socket] = []
-        self.filler = Filler(self.shelf, self._begin, lambda: 1.0, pause, Log("yard", level))
+        self.refill = Refill(self.idle_links, self._begin, lambda: 1.0, pause, Log("yard", level))
 
     def want(self, count: int) -> None:
-        self.filler.wanted = count
-        self.filler.fill()
+        self.refill.wanted = count
+        self.refill.fill()
 
     def open_gate(self) -> None:
         self.gate.set()
@@ -61,7 +61,7 @@ class Yard:
             task.cancel()
 
     def _on_lost(self, link: Link) -> None:
-        self.filler.lose(link)
+        self.refill.lose(link)
 
     def _begin(self, on_end: Callable[[Link | Exception], None]) -> None:
         self.dials += 1
@@ -87,10 +87,10 @@ class Yard:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self.filler.close()
+        self.refill.close()
         self.cancel_dials()
         await self.settle()
-        self.shelf.clear()
+        self.idle_links.clear()
         self.watch.close()
         for sock in self._socks:
             sock.close()
@@ -104,12 +104,12 @@ async def test_fills_up_to_the_wish_and_no_further() -> None:
     async with Yard() as yard:
         yard.open_gate()
         yard.want(10)
-        yard.filler.fill()
-        assert yard.filler.dialling == 10
-        await until(lambda: len(yard.shelf) == 10, 5, "ten links")
+        yard.refill.fill()
+        assert yard.refill.dialling == 10
+        await until(lambda: len(yard.idle_links) == 10, 5, "ten links")
         await yard.settle()
-        yard.filler.fill()
-        assert (yard.dials, yard.filler.made, yard.filler.dialling) == (10, 10, 0)
+        yard.refill.fill()
+        assert (yard.dials, yard.refill.made, yard.refill.dialling) == (10, 10, 0)
         yard.want(4)
         assert yard.dials == 10, "too many is no reason to dial"
 
@@ -119,14 +119,14 @@ async def test_refills_what_is_taken_and_what_dies() -> None:
     async with Yard() as yard:
         yard.open_gate()
         yard.want(3)
-        await until(lambda: len(yard.shelf) == 3, 5, "three links")
-        taken = yard.shelf.take()
+        await until(lambda: len(yard.idle_links) == 3, 5, "three links")
+        taken = yard.idle_links.take()
         assert taken is not None
-        yard.filler.fill()
-        await until(lambda: len(yard.shelf) == 3, 5, "one in its place")
+        yard.refill.fill()
+        await until(lambda: len(yard.idle_links) == 3, 5, "one in its place")
         yard.far[1].close()
-        await until(lambda: yard.filler.made == 5, 5, "one in place of the dead")
-        assert len(yard.shelf) == 3
+        await until(lambda: yard.refill.made == 5, 5, "one in place of the dead")
+        assert len(yard.idle_links) == 3
 
 
 @both
@@ -134,12 +134,12 @@ async def test_bounds_dials_under_way() -> None:
     async with Yard() as yard:
         yard.want(500)
         await asyncio.sleep(0.02)
-        assert yard.filler.dialling == MAX_DIALS
-        yard.filler.fill()
-        assert yard.filler.dialling == MAX_DIALS
+        assert yard.refill.dialling == MAX_DIALS
+        yard.refill.fill()
+        assert yard.refill.dialling == MAX_DIALS
         yard.open_gate()
-        await until(lambda: len(yard.shelf) == 500, 10, "all links")
-        assert yard.filler.made == 500
+        await until(lambda: len(yard.idle_links) == 500, 10, "all links")
+        assert yard.refill.made == 500
 
 
 @both
@@ -150,13 +150,13 @@ async def test_failures_back_off_and_do_not_spin(fault: Exception) -> None:
         yard.fault = fault
         yard.want(4)
         await yard.settle()
-        yard.filler.fill()
+        yard.refill.fill()
         assert yard.dials == 4, "nothing is dialled during the pause"
         # Pauses of 0.1 s doubling would be the start; here the ceiling of 0.05 s binds at once.
         await asyncio.sleep(0.3)
         assert 8 <= yard.dials <= 4 * 7
         yard.fault = None
-        await until(lambda: len(yard.shelf) == 4, 5, "links once it works again")
+        await until(lambda: len(yard.idle_links) == 4, 5, "links once it works again")
 
 
 @both
@@ -165,9 +165,9 @@ async def test_a_dial_that_fails_at_once_ends_the_round() -> None:
         yard.open_gate()
         yard.fault_now = OSError("no descriptor")
         yard.want(4)
-        assert (yard.dials, yard.filler.dialling) == (1, 0)
+        assert (yard.dials, yard.refill.dialling) == (1, 0)
         yard.fault_now = None
-        await until(lambda: len(yard.shelf) == 4, 5, "links once it works again")
+        await until(lambda: len(yard.idle_links) == 4, 5, "links once it works again")
 
 
 @both
@@ -179,13 +179,13 @@ async def test_a_fault_of_ours_backs_off_like_any_failure(
 
     with caplog.at_level(logging.ERROR, "nodepass"):
         async with Yard(pause=0.05, level="error") as yard:
-            begin = yard.filler._begin
-            monkeypatch.setattr(yard.filler, "_begin", fail)
+            begin = yard.refill._begin
+            monkeypatch.setattr(yard.refill, "_begin", fail)
             yard.open_gate()
             yard.want(4)
-            assert yard.filler.dialling == 0
-            monkeypatch.setattr(yard.filler, "_begin", begin)
-            await until(lambda: len(yard.shelf) == 4, 5, "links once it works again")
+            assert yard.refill.dialling == 0
+            monkeypatch.setattr(yard.refill, "_begin", begin)
+            await until(lambda: len(yard.idle_links) == 4, 5, "links once it works again")
     assert "a fault of ours in dialling a link" in caplog.text
 
 
@@ -200,11 +200,11 @@ async def test_failures_are_told_once_they_are_no_accident(
             yard.want(1)
             await until(lambda: yard.dials > QUIET_FAILURES + 3, 5, "failures")
             yard.fault = None
-            await until(lambda: len(yard.shelf) == 1, 5, "a link")
-            yard.filler.settle()  # it was launched
+            await until(lambda: len(yard.idle_links) == 1, 5, "a link")
+            yard.refill.settle()  # it was launched
             yard.fault = OSError("refused")
-            yard.shelf.retire(1)
-            yard.filler.fill()
+            yard.idle_links.retire(1)
+            yard.refill.fill()
             await yard.settle()
     levels = [record.levelname for record in caplog.records]
     quiet = ["DEBUG"] * QUIET_FAILURES
@@ -220,9 +220,9 @@ async def test_a_success_during_the_pause_does_not_shorten_it() -> None:
         await yard.settle()
         yard.fault = None
         assert yard.dials == 2
-        yard.filler.fill()
-        assert yard.filler.dialling == 0
-        await until(lambda: len(yard.shelf) == 2, 5, "both links, after the pause")
+        yard.refill.fill()
+        assert yard.refill.dialling == 0
+        await until(lambda: len(yard.idle_links) == 2, 5, "both links, after the pause")
 
 
 # --- launches that come before their link ------------------------------------------------------
@@ -233,33 +233,33 @@ async def test_claim_of_a_link_that_is_here() -> None:
     async with Yard() as yard:
         yard.open_gate()
         yard.want(1)
-        await until(lambda: len(yard.shelf) == 1, 5, "the link")
-        assert (await yard.filler.claim(1, 1.0)).name == 1
+        await until(lambda: len(yard.idle_links) == 1, 5, "the link")
+        assert (await yard.refill.claim(1, 1.0)).name == 1
         with pytest.raises(PoolTimeout):
-            await yard.filler.claim(1, 0.01)
+            await yard.refill.claim(1, 0.01)
 
 
 @both
 async def test_claim_waits_for_its_link_and_no_other() -> None:
     async with Yard() as yard:
         yard.names = ["aaaa0001", "aaaa0002"]
-        claiming = asyncio.create_task(yard.filler.claim("aaaa0002", 5.0))
+        claiming = asyncio.create_task(yard.refill.claim("aaaa0002", 5.0))
         await asyncio.sleep(0)
         yard.open_gate()
         yard.want(2)
         assert (await claiming).name == "aaaa0002"
-        await until(lambda: yard.filler.made == 3, 5, "one in its place")
-        assert "aaaa0001" in yard.shelf
-        assert "aaaa0002" not in yard.shelf
+        await until(lambda: yard.refill.made == 3, 5, "one in its place")
+        assert "aaaa0001" in yard.idle_links
+        assert "aaaa0002" not in yard.idle_links
 
 
 @both
 async def test_claim_twice_while_waiting() -> None:
     async with Yard() as yard:
-        claiming = asyncio.create_task(yard.filler.claim(1, 5.0))
+        claiming = asyncio.create_task(yard.refill.claim(1, 5.0))
         await asyncio.sleep(0)
         with pytest.raises(PoolTimeout, match="twice"):
-            await yard.filler.claim(1, 5.0)
+            await yard.refill.claim(1, 5.0)
         yard.open_gate()
         yard.want(1)
         assert (await claiming).name == 1, "the first is not harmed"
@@ -271,7 +271,7 @@ async def test_claim_whose_link_comes_in_the_turn_of_the_time_out(delay: float) 
     """Whichever is first within the turn, the link is with the caller or reset."""
     async with Yard() as yard:
         yard.want(1)
-        claiming = asyncio.create_task(yard.filler.claim(1, 0.05))
+        claiming = asyncio.create_task(yard.refill.claim(1, 0.05))
         await asyncio.sleep(0)
         asyncio.get_running_loop().call_later(delay, yard.open_gate)
         await asyncio.sleep(0.03)
@@ -283,7 +283,7 @@ async def test_claim_whose_link_comes_in_the_turn_of_the_time_out(delay: float) 
         else:
             assert link.name == 1
             assert not tcp.has_ended(yard.far[1])
-        assert 1 not in yard.shelf
+        assert 1 not in yard.idle_links
 
 
 @both
@@ -291,7 +291,7 @@ async def test_claim_times_out_with_its_link_in_hand() -> None:
     """The link is there, the claimer has not run yet, and its time is over."""
     async with Yard() as yard:
         yard.want(1)
-        claiming = asyncio.create_task(yard.filler.claim(1, 0.05))
+        claiming = asyncio.create_task(yard.refill.claim(1, 0.05))
 
         def open_late() -> None:
             yard.open_gate()
@@ -307,7 +307,7 @@ async def test_claim_times_out_with_its_link_in_hand() -> None:
 @pytest.mark.parametrize("turns", range(6))
 async def test_claim_cancelled_around_the_arrival_of_its_link(turns: int) -> None:
     async with Yard() as yard:
-        claiming = asyncio.create_task(yard.filler.claim(1, 5.0))
+        claiming = asyncio.create_task(yard.refill.claim(1, 5.0))
         yard.want(1)
         await asyncio.sleep(0.01)
         yard.open_gate()
@@ -316,7 +316,7 @@ async def test_claim_cancelled_around_the_arrival_of_its_link(turns: int) -> Non
         claiming.cancel()
         await asyncio.wait({claiming})
         await yard.settle()
-        if claiming.cancelled() and 1 not in yard.shelf:
+        if claiming.cancelled() and 1 not in yard.idle_links:
             assert 1 in yard.far
             await until(lambda: tcp.has_ended(yard.far[1]), 5, "the reset of the link")
         else:
@@ -331,16 +331,16 @@ async def test_close_during_dials_leaks_nothing() -> None:
     async with Yard() as yard:
         yard.want(5)
         await asyncio.sleep(0.01)
-        yard.filler.close()
-        yard.filler.close()
+        yard.refill.close()
+        yard.refill.close()
         yard.open_gate()
         await yard.settle()
-        assert len(yard.shelf) == 0
-        assert yard.filler.made == 0
+        assert len(yard.idle_links) == 0
+        assert yard.refill.made == 0
         for far in yard.far.values():
             await until(lambda far=far: tcp.has_ended(far), 5, "its end")  # type: ignore[misc]
-        yard.filler.fill()
-        assert yard.filler.dialling == 0
+        yard.refill.fill()
+        assert yard.refill.dialling == 0
 
 
 @both
@@ -349,7 +349,7 @@ async def test_close_during_failing_dials_and_during_the_pause() -> None:
         yard.fault = OSError("refused")
         yard.want(2)
         await asyncio.sleep(0.01)
-        yard.filler.close()
+        yard.refill.close()
         yard.open_gate()
         await yard.settle()
         await asyncio.sleep(0.04)
@@ -359,7 +359,7 @@ async def test_close_during_failing_dials_and_during_the_pause() -> None:
         yard.fault = OSError("refused")
         yard.want(2)
         await yard.settle()
-        yard.filler.close()
+        yard.refill.close()
         await asyncio.sleep(0.04)
         assert yard.dials == 2
 
@@ -367,9 +367,9 @@ async def test_close_during_failing_dials_and_during_the_pause() -> None:
 @both
 async def test_close_ends_claims() -> None:
     async with Yard() as yard:
-        claiming = asyncio.create_task(yard.filler.claim(1, 5.0))
+        claiming = asyncio.create_task(yard.refill.claim(1, 5.0))
         await asyncio.sleep(0)
-        yard.filler.close()
+        yard.refill.close()
         async with within(1):
             await asyncio.wait({claiming})
         assert claiming.cancelled() or isinstance(claiming.exception(), PoolTimeout)
@@ -394,7 +394,7 @@ async def test_f05_links_that_die_young_do_not_make_us_spin() -> None:
             for name in list(yard.far):
                 yard.far.pop(name).close()
         # Half a second of pauses up to 0.05 s, four dials after each, is about 60; a spinning
-        # filler makes thousands.
+        # refill makes thousands.
         assert yard.dials < 150
 
 
@@ -404,7 +404,7 @@ async def test_link_that_dies_old_is_replaced_at_once(monkeypatch: pytest.Monkey
     async with Yard(pause=30.0) as yard:
         yard.open_gate()
         yard.want(1)
-        await until(lambda: len(yard.shelf) == 1, 5, "a link")
+        await until(lambda: len(yard.idle_links) == 1, 5, "a link")
         yard.far[1].close()
         await until(lambda: yard.dials == 2, 5, "another dial, without the pause of 30 s")
 
@@ -414,11 +414,11 @@ async def test_c11_claim_has_an_end() -> None:
     """Its launch has been given up, and whoever sent it must not wait for ever."""
     async with Yard() as yard:
         with pytest.raises(PoolTimeout, match="never came"):
-            await yard.filler.claim(1, 0.02)
+            await yard.refill.claim(1, 0.02)
         yard.open_gate()
         yard.want(2)
-        await until(lambda: len(yard.shelf) == 2, 5, "two others")
-        assert 1 not in yard.shelf
+        await until(lambda: len(yard.idle_links) == 2, 5, "two others")
+        assert 1 not in yard.idle_links
 
 
 @both
@@ -426,5 +426,5 @@ async def test_c23_links_whose_launch_came_too_early_are_few() -> None:
     async with Yard() as yard:
         for name in range(2 * refill.TOO_LATE):
             with pytest.raises(PoolTimeout, match="never came"):
-                await yard.filler.claim(name, 0.0)
-        assert len(yard.filler._too_late) == refill.TOO_LATE
+                await yard.refill.claim(name, 0.0)
+        assert len(yard.refill._too_late) == refill.TOO_LATE

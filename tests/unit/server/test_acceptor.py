@@ -1,4 +1,4 @@
-"""entrance: what becomes of a connection between its greeting and its first whole line."""
+"""acceptor: what becomes of a connection between its greeting and its first whole line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.kit.timing import until, within
 from nodepass.net import tcp
 from nodepass.protocol import lines
 from nodepass.protocol.messages import Hello, LinkClaim
-from nodepass.server.acceptor import MAX_CALLERS, MAX_CALLERS_PER_SOURCE
+from nodepass.server.acceptor import MAX_PENDING, MAX_PENDING_PER_SOURCE
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -25,7 +25,7 @@ CLAIM = lines.pack_link_claim(LinkClaim("ab" * 8, 7, b"p" * 32))
 
 def most() -> int:
     """Most callers at once on this machine."""
-    return min(MAX_CALLERS, tcp.descriptor_limit() // 8)
+    return min(MAX_PENDING, tcp.descriptor_limit() // 8)
 
 
 # --- greeting and openings ---------------------------------------------------------------------
@@ -37,7 +37,7 @@ async def test_greets_at_once_and_never_the_same_twice() -> None:
         first, second = (lines.parse_greeting(street.greeting(street.come())[:-1]) for _ in "ab")
         assert (first.data_port, first.tls, first.is_native) == (9102, 0, True)
         assert first.nonce != second.nonce
-        assert len(street.entrance) == 2
+        assert len(street.acceptor) == 2
 
 
 @both
@@ -53,10 +53,10 @@ async def test_hands_over_who_has_said_what_it_is(
         assert isinstance(opening, kind)
         assert (caller.host, caller.port, caller.address) == ("::1", 5, "[::1]:5")
         assert caller.handshake.rest() == b"behind"
-        assert len(street.entrance) == 0
+        assert len(street.acceptor) == 0
         far.send(b"more")
         await asyncio.sleep(0.01)
-        assert caller.sock.recv(10) == b"more", "the entrance reads no further"
+        assert caller.sock.recv(10) == b"more", "the acceptor reads no further"
         assert street.counters.strangers == 0
 
 
@@ -68,10 +68,10 @@ async def test_nothing_of_a_caller_waits_for_the_garbage_collector(line: bytes) 
     try:
         async with Street() as street:
             far = street.come()
-            (caller,) = (weakref.ref(one.handshake) for one in street.entrance._callers.values())
+            (caller,) = (weakref.ref(one.handshake) for one in street.acceptor._pending.values())
             far.send(line)
             far.close()
-            await until(lambda: not len(street.entrance), 5, "its end")
+            await until(lambda: not len(street.acceptor), 5, "its end")
             while street.openings:
                 street.openings.pop()[0].sock.close()
             await asyncio.sleep(0)
@@ -116,7 +116,7 @@ async def test_garbage_is_reset_at_once(garbage: bytes) -> None:
         far.send(garbage)
         await until(lambda: street.is_out(far), 5, "its end")
         assert street.counters.strangers == 1
-        assert len(street.entrance) == 0
+        assert len(street.acceptor) == 0
         assert not street.openings
 
 
@@ -132,14 +132,14 @@ async def test_who_leaves_is_counted(said: bytes, how: str) -> None:
             tcp.reset(far)
         else:
             far.close()
-        await until(lambda: not len(street.entrance), 5, "its end")
+        await until(lambda: not len(street.acceptor), 5, "its end")
         assert street.counters.strangers == 1
 
 
 async def test_who_has_left_before_the_greeting() -> None:
     async with Street() as street:
         street.leaving()
-        assert len(street.entrance) == 0
+        assert len(street.acceptor) == 0
         assert street.counters.strangers == 1
 
 
@@ -182,12 +182,12 @@ async def test_a_silent_one_delays_nobody() -> None:
 @both
 async def test_limit_of_one_address_makes_room_at_the_cost_of_one_of_it() -> None:
     async with Street() as street:
-        inside = [street.come() for _ in range(MAX_CALLERS_PER_SOURCE)]
+        inside = [street.come() for _ in range(MAX_PENDING_PER_SOURCE)]
         other = street.come("10.0.0.2")
         late = street.come()
         assert sum(map(street.is_out, inside)) == 1
         assert not any(street.is_out(far) for far in [other, late])
-        assert len(street.entrance) == MAX_CALLERS_PER_SOURCE + 1
+        assert len(street.acceptor) == MAX_PENDING_PER_SOURCE + 1
         late.send(HELLO)
         await until(lambda: street.openings, 5, "a client behind a crowd of its address")
         assert not street.is_out(street.come())
@@ -198,19 +198,19 @@ async def test_limit_of_one_address_makes_room_at_the_cost_of_one_of_it() -> Non
 async def test_limit_counts_only_who_has_said_nothing_yet() -> None:
     """A burst of a client's links accepted in one turn: their lines are here, only unread."""
     async with Street() as street:
-        for _ in range(MAX_CALLERS_PER_SOURCE):
+        for _ in range(MAX_PENDING_PER_SOURCE):
             street.come().send(CLAIM)
         late = street.come()
-        assert len(street.openings) == MAX_CALLERS_PER_SOURCE
+        assert len(street.openings) == MAX_PENDING_PER_SOURCE
         assert not street.is_out(late)
         late.send(CLAIM)
-        await until(lambda: len(street.openings) == MAX_CALLERS_PER_SOURCE + 1, 5, "the last")
+        await until(lambda: len(street.openings) == MAX_PENDING_PER_SOURCE + 1, 5, "the last")
         assert street.counters.strangers == 0
 
 
 async def test_crowd_is_swept_again_in_the_next_turn() -> None:
     async with Street() as street:
-        inside = [street.come() for _ in range(MAX_CALLERS_PER_SOURCE)]
+        inside = [street.come() for _ in range(MAX_PENDING_PER_SOURCE)]
         street.come()
         left = [far for far in inside if not street.is_out(far)]
         assert len(left) == len(inside) - 1
@@ -224,11 +224,11 @@ async def test_crowd_is_swept_again_in_the_next_turn() -> None:
 
 async def test_room_is_made_where_there_is_anybody() -> None:
     async with Street() as street:
-        street.entrance.make_room()
+        street.acceptor.make_room()
         far = street.come()
-        street.entrance.make_room()
+        street.acceptor.make_room()
         assert street.is_out(far)
-        assert len(street.entrance) == 0
+        assert len(street.acceptor) == 0
 
 
 async def test_few_descriptors_bound_the_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +236,7 @@ async def test_few_descriptors_bound_the_crowd(monkeypatch: pytest.MonkeyPatch) 
     async with Street() as street:
         for number in range(20):
             street.come(f"10.0.{number}.1")
-        assert len(street.entrance) == 10
+        assert len(street.acceptor) == 10
         assert street.counters.strangers == 10
 
 
@@ -249,7 +249,7 @@ async def test_limit_of_all_makes_room_at_the_cost_of_the_crowd() -> None:
         assert not street.is_out(newcomer)
         assert sum(map(street.is_out, crowd)) == 1, "one of those who are most"
         assert not any(street.is_out(far) for far in others)
-        assert len(street.entrance) == most()
+        assert len(street.acceptor) == most()
         assert street.counters.strangers == 1
 
 
@@ -257,7 +257,7 @@ async def test_limit_of_all_makes_room_at_the_cost_of_the_crowd() -> None:
 async def test_limit_of_all_spares_the_addresses_of_clients() -> None:
     async with Street() as street:
         street.known.add("10.1.1.1")
-        ours = [street.come("10.1.1.1") for _ in range(MAX_CALLERS_PER_SOURCE)]
+        ours = [street.come("10.1.1.1") for _ in range(MAX_PENDING_PER_SOURCE)]
         strangers = [street.come(f"10.0.{n}.1") for n in range(most() - len(ours))]
         street.come("10.2.2.2")
         assert not any(street.is_out(far) for far in ours)
@@ -269,7 +269,7 @@ async def test_limit_of_all_spares_the_addresses_of_clients() -> None:
 )
 async def test_c16_clients_that_share_an_address_may_all_refill(clients: int, count: int) -> None:
     """Beyond three quarters of all places the rest is for others."""
-    if most() < MAX_CALLERS:
+    if most() < MAX_PENDING:
         pytest.skip("too few descriptors here")
     async with Street() as street:
         street.clients = clients
@@ -292,14 +292,14 @@ async def test_limit_of_all_where_everybody_is_known() -> None:
 @both
 async def test_limit_goes_down_with_those_who_leave() -> None:
     async with Street(timeout=0.05) as street:
-        for _ in range(MAX_CALLERS_PER_SOURCE):
+        for _ in range(MAX_PENDING_PER_SOURCE):
             street.come()
-        await until(lambda: not len(street.entrance), 5, "the deadline of all")
+        await until(lambda: not len(street.acceptor), 5, "the deadline of all")
         assert not street.is_out(street.come())
-        assert street.counters.strangers == MAX_CALLERS_PER_SOURCE
+        assert street.counters.strangers == MAX_PENDING_PER_SOURCE
 
 
-# --- penalties ---------------------------------------------------------------------------------
+# --- throttle ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -310,7 +310,7 @@ def long_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fail(street: Street, source: str = "10.0.0.1") -> None:
-    street.penalties.fail(source, asyncio.get_running_loop().time())
+    street.throttle.fail(source, asyncio.get_running_loop().time())
 
 
 @both
@@ -325,7 +325,7 @@ async def test_hello_of_who_has_failed_waits_its_time(monkeypatch: pytest.Monkey
         assert time.monotonic() - start >= 0.1
         caller, _ = street.openings[0]
         assert caller.handshake.rest() == b"behind"
-        assert (len(street.entrance), street.counters.strangers) == (0, 0)
+        assert (len(street.acceptor), street.counters.strangers) == (0, 0)
 
 
 @both
@@ -337,7 +337,7 @@ async def test_hello_of_anybody_else_does_not_wait(long_penalty: None) -> None:
         await until(lambda: street.openings, 5, "the opening")
         await asyncio.sleep(0.02)
         assert [caller.host for caller, _ in street.openings] == ["10.0.0.2"]
-        assert len(street.entrance) == 1
+        assert len(street.acceptor) == 1
 
 
 @both
@@ -364,15 +364,15 @@ async def test_addresses_of_one_network_are_one_source(long_penalty: None) -> No
 async def test_who_waits_still_counts_and_may_have_to_go(
     long_penalty: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nodepass.server.acceptor.MAX_CALLERS_PER_SOURCE", 3)
+    monkeypatch.setattr("nodepass.server.acceptor.MAX_PENDING_PER_SOURCE", 3)
     async with Street() as street:
         fail(street)
         waiting = [street.come() for _ in range(3)]
         for far in waiting:
             far.send(HELLO)
-        await until(lambda: all(c.wait for c in street.entrance._callers.values()), 5, "them")
+        await until(lambda: all(c.wait for c in street.acceptor._pending.values()), 5, "them")
         late = street.come()
-        assert len(street.entrance) == 3
+        assert len(street.acceptor) == 3
         assert [street.is_out(far) for far in waiting].count(True) == 1
         assert not street.is_out(late)
         assert street.counters.strangers == 1
@@ -384,7 +384,7 @@ async def test_guessers_do_not_always_push_out_who_waits_with_them(
     long_penalty: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A right client behind a guesser's address: as the oldest it would never get its turn."""
-    monkeypatch.setattr("nodepass.server.acceptor.MAX_CALLERS_PER_SOURCE", 3)
+    monkeypatch.setattr("nodepass.server.acceptor.MAX_PENDING_PER_SOURCE", 3)
     chosen: list[int] = []
 
     def choose_last(count: int) -> int:
@@ -398,7 +398,7 @@ async def test_guessers_do_not_always_push_out_who_waits_with_them(
         right.send(HELLO)
         for _ in range(12):
             street.come().send(HELLO)
-            await until(lambda: all(c.wait for c in street.entrance._callers.values()), 5, "them")
+            await until(lambda: all(c.wait for c in street.acceptor._pending.values()), 5, "them")
         assert not street.is_out(right)
         assert chosen == [3] * 10
 
@@ -411,9 +411,9 @@ async def test_c24_a_silent_crowd_does_not_push_out_who_has_begun() -> None:
         for far in honest:
             far.send(HELLO[:5])
         await until(
-            lambda: sum(bool(c.said) for c in street.entrance._callers.values()) == 20, 5, ""
+            lambda: sum(bool(c.said) for c in street.acceptor._pending.values()) == 20, 5, ""
         )
-        for _ in range(5 * MAX_CALLERS_PER_SOURCE):
+        for _ in range(5 * MAX_PENDING_PER_SOURCE):
             street.come()
         assert not any(map(street.is_out, honest))
         for far in honest:
@@ -424,13 +424,13 @@ async def test_c24_a_silent_crowd_does_not_push_out_who_has_begun() -> None:
 @both
 async def test_c24_nor_do_those_who_begin_and_never_end() -> None:
     async with Street() as street:
-        for _ in range(MAX_CALLERS_PER_SOURCE - 1):
+        for _ in range(MAX_PENDING_PER_SOURCE - 1):
             street.come().send(b"x")
         await until(
-            lambda: all(c.said for c in street.entrance._callers.values()), 5, "their first letter"
+            lambda: all(c.said for c in street.acceptor._pending.values()), 5, "their first letter"
         )
         honest = street.come()
-        for _ in range(MAX_CALLERS_PER_SOURCE // 2):
+        for _ in range(MAX_PENDING_PER_SOURCE // 2):
             street.come().send(b"x")
             await asyncio.sleep(0.001)
         assert not street.is_out(honest), "though it has not said a word yet"
@@ -440,8 +440,8 @@ async def test_c24_nor_do_those_who_begin_and_never_end() -> None:
 async def test_c24_the_oldest_is_nobodys_favourite() -> None:
     """A flood that turns a whole crowd over within a round trip leaves some of the slow."""
     async with Street() as street:
-        slow = [street.come() for _ in range(MAX_CALLERS_PER_SOURCE // 2)]
-        for _ in range(MAX_CALLERS_PER_SOURCE + 6):
+        slow = [street.come() for _ in range(MAX_PENDING_PER_SOURCE // 2)]
+        for _ in range(MAX_PENDING_PER_SOURCE + 6):
             street.come()
         left = sum(not street.is_out(far) for far in slow)
         assert left > 0, (
@@ -453,12 +453,12 @@ async def test_c24_the_oldest_is_nobodys_favourite() -> None:
 async def test_the_silent_go_before_those_who_wait(
     long_penalty: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nodepass.server.acceptor.MAX_CALLERS_PER_SOURCE", 2)
+    monkeypatch.setattr("nodepass.server.acceptor.MAX_PENDING_PER_SOURCE", 2)
     async with Street() as street:
         fail(street)
         silent, waiting = street.come(), street.come()
         waiting.send(HELLO)
-        await until(lambda: any(c.wait for c in street.entrance._callers.values()), 5, "it")
+        await until(lambda: any(c.wait for c in street.acceptor._pending.values()), 5, "it")
         street.come()
         assert (street.is_out(silent), street.is_out(waiting)) == (True, False)
 
@@ -469,10 +469,10 @@ async def test_who_waits_is_dropped_at_its_deadline(long_penalty: None) -> None:
         fail(street)
         far = street.come()
         far.send(HELLO)
-        (caller,) = street.entrance._callers.values()
+        (caller,) = street.acceptor._pending.values()
         await until(lambda: caller.wait, 5, "its wait")
-        assert len(street.entrance._patience) == 1, "its time goes on"
-        street.entrance._expire(caller)
+        assert len(street.acceptor._patience) == 1, "its time goes on"
+        street.acceptor._expire(caller)
         await asyncio.sleep(0.01)
         assert street.is_out(far)
         assert caller.wait is not None
@@ -496,11 +496,11 @@ async def test_who_waits_and_leaves_is_let_go(long_penalty: None) -> None:
         fail(street)
         far = street.come()
         far.send(HELLO)
-        (caller,) = street.entrance._callers.values()
+        (caller,) = street.acceptor._pending.values()
         await until(lambda: caller.wait, 5, "its wait")
         tcp.reset(far)
-        street.entrance.close()
-        assert len(street.entrance) == 0
+        street.acceptor.close()
+        assert len(street.acceptor) == 0
         await asyncio.sleep(0.01)
         assert street.openings == []
 
@@ -515,11 +515,11 @@ async def test_promotes_the_newest_silent_caller_of_an_address() -> None:
             far = street.come(host, port)
             if port == 4:
                 far.send(b"hello://half")
-        caller = street.entrance.promote("10.0.0.1", 0.0)
+        caller = street.acceptor.promote("10.0.0.1", 0.0)
         assert caller is not None
         assert caller.port == 2, "newest but one: the newest has begun a line of the native kind"
-        assert len(street.entrance) == 3
-        assert street.entrance.promote("10.0.0.9", 0.0) is None
+        assert len(street.acceptor) == 3
+        assert street.acceptor.promote("10.0.0.9", 0.0) is None
         await asyncio.sleep(0.1)
         assert caller.sock.fileno() >= 0, "its deadline is over"
         assert street.counters.strangers == 3
@@ -528,7 +528,7 @@ async def test_promotes_the_newest_silent_caller_of_an_address() -> None:
 async def test_promotes_nobody_whose_line_is_here_but_unread() -> None:
     async with Street(data_port=9102) as street:
         street.come().send(HELLO)
-        assert street.entrance.promote("10.0.0.1", 0.0) is None
+        assert street.acceptor.promote("10.0.0.1", 0.0) is None
         assert len(street.openings) == 1
 
 
@@ -537,18 +537,18 @@ async def test_promotes_nobody_who_came_a_moment_ago() -> None:
         street.come(port=1)
         await asyncio.sleep(0.06)
         street.come(port=2)
-        caller = street.entrance.promote("10.0.0.1", 0.05)
+        caller = street.acceptor.promote("10.0.0.1", 0.05)
         assert caller is not None
         assert caller.port == 1
-        assert street.entrance.promote("10.0.0.1", 0.05) is None
+        assert street.acceptor.promote("10.0.0.1", 0.05) is None
 
 
 @both
 async def test_close_resets_everybody() -> None:
     async with Street() as street:
         inside = [street.come() for _ in range(3)]
-        street.entrance.close()
-        street.entrance.close()
-        assert len(street.entrance) == 0
+        street.acceptor.close()
+        street.acceptor.close()
+        assert len(street.acceptor) == 0
         assert all(street.is_out(far) for far in inside)
         assert street.counters.strangers == 0

@@ -1,4 +1,4 @@
-"""entrance: callers who have to speak TLS before they say what they are."""
+"""acceptor: callers who have to speak TLS before they say what they are."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nodepass.net import tcp
 from nodepass.protocol import lines
 from nodepass.protocol.messages import Hello, LinkClaim
 from nodepass.server import acceptor
-from nodepass.server.acceptor import KNOWN_SHARE, MAX_CALLERS_PER_SOURCE
+from nodepass.server.acceptor import KNOWN_SHARE, MAX_PENDING_PER_SOURCE
 
 HELLO = lines.pack_hello(Hello("somebody", b"n" * 16))
 CLAIM = lines.pack_link_claim(LinkClaim("ab" * 8, 7, b"p" * 32))
@@ -34,7 +34,7 @@ def street(kind: str, timeout: float = 30.0, *, level: str = "none", data_port: 
 
 async def gone(street: Street) -> None:
     """Wait until nobody stands here, nothing is lent, and the sockets are closed."""
-    await until(lambda: not len(street.entrance), 5, "their going")
+    await until(lambda: not len(street.acceptor), 5, "their going")
     await until(lambda: not len(street.relays), 5, "the engine's leave")
     await until(lambda: all(sock.fileno() < 0 for sock in street._given), 5, "closed sockets")
 
@@ -67,7 +67,7 @@ async def test_hands_over_who_has_said_what_it_is(
         assert caller.handshake.binding == binding_of(far)
         assert caller.records is not None
         assert caller.tls is caller.records.connection
-        assert (len(here.entrance), len(here.relays)) == (0, 0)
+        assert (len(here.acceptor), len(here.relays)) == (0, 0)
         caller.send(b"welcome\n")
         async with within(5):
             assert await far.read_line() == b"welcome\n"
@@ -135,7 +135,7 @@ async def test_c23_records_before_a_first_line_are_bounded(kind: str) -> None:
     async with street(kind) as here:
         far = await here.secured()
         count = 0
-        while len(here.entrance) and count < acceptor.MOST_HEARD:
+        while len(here.acceptor) and count < acceptor.MOST_HEARD:
             count += 1
             far.side.write(b"x")
             data = far.side.give()
@@ -188,7 +188,7 @@ async def test_half_a_handshake_delays_nobody(kind: str) -> None:
         async with within(5):
             await (await here.secured()).write(HELLO)
             await until(lambda: here.openings, 5, "the opening")
-        assert len(here.entrance) == 40
+        assert len(here.acceptor) == 40
 
 
 # --- who does not ------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ async def test_half_a_handshake_ends_at_the_deadline(
     with caplog.at_level(logging.DEBUG, "nodepass"):
         async with street(kind, timeout=limit(0.3), level="warn") as here:
             (far,) = await here.shaking()
-            assert len(here.entrance) == 1
+            assert len(here.acceptor) == 1
             await gone(here)
             assert here.is_out(far.sock)
             assert here.counters.strangers == 1
@@ -262,11 +262,11 @@ async def test_silence_after_the_handshake_ends_at_the_deadline(
     with caplog.at_level(logging.DEBUG, "nodepass"):
         async with street(kind, level="warn") as here:
             far = await here.secured()
-            (caller,) = here.entrance._callers.values()
+            (caller,) = here.acceptor._pending.values()
             if said:
                 await far.write(said)
             await until(lambda: caller.records and caller.said == said, 5, "what it says")
-            here.entrance._expire(caller)
+            here.acceptor._expire(caller)
             await gone(here)
             assert here.is_out(far.sock)
             assert not here.openings
@@ -348,7 +348,7 @@ async def test_garbage_inside_tls(kind: str, garbage: bytes) -> None:
 async def test_caller_that_leaves_after_the_handshake(kind: str, said: bytes, how: str) -> None:
     async with street(kind) as here:
         far = await here.secured()
-        (caller,) = here.entrance._callers.values()
+        (caller,) = here.acceptor._pending.values()
         if said:
             await far.write(said)
         # libuv tells of bytes and of a reset once if both are there; the deadline has the rest.
@@ -407,11 +407,11 @@ async def test_engine_that_keeps_a_handshake(monkeypatch: pytest.MonkeyPatch) ->
         await here.shaking(2)
         monkeypatch.setattr(Handshake, "finish", lambda *_: None)
         await here.relays.close()
-        for shake in [caller.shake for caller in here.entrance._callers.values()]:
+        for shake in [caller.shake for caller in here.acceptor._pending.values()]:
             assert shake is not None
             shake.result.cancel()
         await gone(here)
-        here.entrance.close()
+        here.acceptor.close()
         assert here.counters.strangers == 2
 
 
@@ -437,7 +437,7 @@ async def test_client_that_leaves_in_the_middle_is_no_stranger(
 @both
 @engines
 async def test_evicted_while_shaking(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nodepass.server.acceptor.MAX_CALLERS_PER_SOURCE", 4)
+    monkeypatch.setattr("nodepass.server.acceptor.MAX_PENDING_PER_SOURCE", 4)
     async with street(kind) as here:
         crowd = await here.shaking(4)
         far = await here.secured()
@@ -446,7 +446,7 @@ async def test_evicted_while_shaking(kind: str, monkeypatch: pytest.MonkeyPatch)
         assert not any(here.is_out(other.sock) for other in crowd[1:])
         await far.write(HELLO)
         await until(lambda: here.openings, 5, "the opening")
-        assert (len(here.entrance), here.counters.strangers) == (3, 1)
+        assert (len(here.acceptor), here.counters.strangers) == (3, 1)
         await until(lambda: len(here.relays) == 3, 5, "what is lent")
 
 
@@ -456,12 +456,12 @@ async def test_descriptor_of_an_evicted_one_is_not_given_away_too_early(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its number stays taken until the engine has let go, or a newcomer would get its events."""
-    monkeypatch.setattr("nodepass.server.acceptor.MAX_CALLERS_PER_SOURCE", 1)
+    monkeypatch.setattr("nodepass.server.acceptor.MAX_PENDING_PER_SOURCE", 1)
     async with street(kind) as here:
         await here.shaking()
         near = here.near()
-        here.entrance.make_room()
-        assert len(here.entrance) == 0
+        here.acceptor.make_room()
+        assert len(here.acceptor) == 0
         assert near.fileno() >= 0, "the engine still has it"
         newcomer = here.come()
         assert here.near().fileno() != near.fileno()
@@ -476,9 +476,9 @@ async def test_closed_while_shaking(kind: str) -> None:
     async with street(kind) as here:
         fars = await here.shaking(5)
         silent = here.come()
-        here.entrance.close()
-        here.entrance.close()
-        assert len(here.entrance) == 0
+        here.acceptor.close()
+        here.acceptor.close()
+        assert len(here.acceptor) == 0
         await gone(here)
         assert all(here.is_out(far.sock) for far in fars)
         assert here.is_out(silent)
@@ -491,7 +491,7 @@ async def test_closed_together_with_its_engine(kind: str) -> None:
     """As a tunnel ends: nothing may run afterwards, so all is closed when close() is done."""
     async with street(kind) as here:
         await here.shaking(5)
-        here.entrance.close()
+        here.acceptor.close()
         await here.relays.close()
         assert all(near.fileno() < 0 for near in here._given)
 
@@ -502,11 +502,11 @@ async def test_closed_together_with_its_engine(kind: str) -> None:
 async def test_gone_in_the_turn_in_which_its_handshake_ends(
     kind: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The engine has told, and the entrance has not heard yet."""
+    """The engine has told, and the acceptor has not heard yet."""
     async with street(kind) as here:
         far = here.greeted()
-        (caller,) = here.entrance._callers.values()
-        go = here.entrance.make_room if how == "evicted" else here.entrance.close
+        (caller,) = here.acceptor._pending.values()
+        go = here.acceptor.make_room if how == "evicted" else here.acceptor.close
         finish = Handshake.finish
 
         def finish_and_go(shake: Handshake) -> None:
@@ -530,13 +530,13 @@ async def test_limit_per_source_holds_with_tls(kind: str) -> None:
         assert here.tls is not None
         shaking = await here.shaking(30)
         silent = [here.come() for _ in range(34)]
-        assert len(here.entrance) == 64
+        assert len(here.acceptor) == 64
         last = await here.secured()
         await until(lambda: sum(map(here.is_out, silent)) == 1, 5, "the end of one of the silent")
         assert not any(here.is_out(other.sock) for other in shaking)
         await last.write(HELLO)
         await until(lambda: here.openings, 5, "the opening")
-        assert (len(here.entrance), here.counters.strangers) == (63, 1)
+        assert (len(here.acceptor), here.counters.strangers) == (63, 1)
 
 
 @both
@@ -550,7 +550,7 @@ async def test_burst_of_one_client_gets_in(kind: str) -> None:
         async with within(30):
             await asyncio.gather(*(call() for _ in range(60)))
         await until(lambda: len(here.openings) == 60, 10, "all of them")
-        assert (len(here.entrance), here.counters.strangers) == (0, 0)
+        assert (len(here.acceptor), here.counters.strangers) == (0, 0)
 
 
 @both
@@ -559,8 +559,8 @@ async def test_burst_of_a_client_that_is_known_may_be_larger(kind: str) -> None:
     """For it a handshake is done half a round trip before it is for us."""
     async with street(kind) as here:
         here.known.add("10.0.0.1")
-        fars = await here.shaking(KNOWN_SHARE * MAX_CALLERS_PER_SOURCE)
-        assert len(here.entrance) == len(fars)
+        fars = await here.shaking(KNOWN_SHARE * MAX_PENDING_PER_SOURCE)
+        assert len(here.acceptor) == len(fars)
         assert here.counters.strangers == 0
         here.come()
         await until(lambda: here.is_out(fars[0].sock), 5, "the oldest one's end")
@@ -574,7 +574,7 @@ async def test_handshakes_that_have_ended_unheard_make_no_crowd(
     is_together: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A turn of the loop takes long; meanwhile the engine is done and the claims are here."""
-    monkeypatch.setattr("nodepass.server.acceptor.MAX_CALLERS_PER_SOURCE", 3)
+    monkeypatch.setattr("nodepass.server.acceptor.MAX_PENDING_PER_SOURCE", 3)
     async with street("native") as here:
         fars = [here.greeted() for _ in range(3)]
         for far in fars:
@@ -607,12 +607,12 @@ async def test_promotes_nobody_who_has_begun_to_speak_tls(kind: str) -> None:
         silent = here.come(port=1)
         await here.shaking(2)
         secured = await here.secured()
-        callers = here.entrance._callers.values()
+        callers = here.acceptor._pending.values()
         await until(lambda: any(caller.records for caller in callers), 5, "its handshake here")
-        caller = here.entrance.promote("10.0.0.1", 0.0)
+        caller = here.acceptor.promote("10.0.0.1", 0.0)
         assert caller is not None
         assert (caller.port, caller.tls) == (1, None)
-        assert here.entrance.promote("10.0.0.1", 0.0) is None
+        assert here.acceptor.promote("10.0.0.1", 0.0) is None
         silent.send(b"x")
         await secured.write(HELLO)
         await until(lambda: here.openings, 5, "the opening")
@@ -625,13 +625,13 @@ async def test_promotes_nobody_whose_first_byte_is_here_but_unread() -> None:
         far.side.shake()
         far.sock.send(far.side.give())
         select.select([here.near()], [], [], 5)
-        assert here.entrance.promote("10.0.0.1", 0.0) is None
+        assert here.acceptor.promote("10.0.0.1", 0.0) is None
         assert len(here.relays) == 1, "its handshake has begun instead"
 
 
 @both
 async def test_sweep_leaves_handshakes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nodepass.server.acceptor.MAX_CALLERS_PER_SOURCE", 3)
+    monkeypatch.setattr("nodepass.server.acceptor.MAX_PENDING_PER_SOURCE", 3)
     async with street("python") as here:
         assert here.tls is not None
         await here.shaking(2)
@@ -641,7 +641,7 @@ async def test_sweep_leaves_handshakes_alone(monkeypatch: pytest.MonkeyPatch) ->
         select.select([here.near()], [], [], 5)
         here.come()
         assert here.tls.accepted == 3
-        assert len(here.entrance) == 3, "the oldest had to go, though it was shaking"
+        assert len(here.acceptor) == 3, "the oldest had to go, though it was shaking"
 
 
 # --- what TLS costs ----------------------------------------------------------------------------
@@ -653,6 +653,6 @@ async def test_crowd_of_handshakes_leaves_no_connection_behind(kind: str) -> Non
         fars = await here.shaking(20)
         for far in fars[::2]:
             tcp.reset(far.sock)
-        here.entrance.close()
+        here.acceptor.close()
         await gone(here)
         assert here.relays.statistics().tls_in_use == 0

@@ -427,7 +427,7 @@ async def test_c23_lost_sessions_that_are_remembered_are_few(
             await until(lambda n=number: desk.figures.sessions_open == 0, 5, "the loss")  # type: ignore[misc]
             await link.write(b"still here")
             assert await visitors[-1].read_exactly(10) == b"still here"
-        assert len(desk.server._clients._gone) == 2
+        assert len(desk.server._sessions._gone) == 2
 
 
 @both
@@ -444,7 +444,7 @@ async def test_c23_relays_that_have_ended_are_soon_forgotten(
             await launched(client)
             visitor.reset()
             await until(lambda: desk.figures.relays_open == 0, 5, "the end of a relay")
-        (known,) = desk.server._clients._clients.values()
+        (known,) = desk.server._sessions._clients.values()
         assert list(known.parted) == [4, 5]
         assert not known.launched
 
@@ -601,7 +601,7 @@ async def test_crowd_at_the_tunnel_port_does_not_push_a_client_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The handshakes of an address that has a client are spared when room has to be made."""
-    monkeypatch.setattr("nodepass.server.acceptor.MAX_CALLERS", 8)
+    monkeypatch.setattr("nodepass.server.acceptor.MAX_PENDING", 8)
     async with serving() as desk:
         await desk.client()
         ours = [await desk.call() for _ in range(7)]

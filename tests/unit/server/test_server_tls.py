@@ -363,14 +363,14 @@ async def test_no_repr_shows_a_session_key() -> None:
     """asyncio prints callbacks that fail or are slow, and their arguments with them."""
     async with serving() as desk:
         client = await desk.client()
-        (member,) = desk.server._clients
+        (member,) = desk.server._sessions
         assert member.key is not None
         for text in (repr(member), repr(member.key)):
             assert repr(client.key) not in text
             assert client.key.hex() not in text
 
 
-# --- penalties ---------------------------------------------------------------------------------
+# --- throttle ---------------------------------------------------------------------------------
 
 
 @both

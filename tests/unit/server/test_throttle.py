@@ -7,11 +7,11 @@ import itertools
 import pytest
 
 from nodepass.server import throttle
-from nodepass.server.throttle import FIRST_DELAY, FORGET_AFTER, LONGEST_DELAY, Penalties
+from nodepass.server.throttle import FIRST_DELAY, FORGET_AFTER, LONGEST_DELAY, Throttle
 
 
-def failed(times: int, source: str = "10.0.0.1", now: float = 100.0) -> Penalties:
-    penalties = Penalties()
+def failed(times: int, source: str = "10.0.0.1", now: float = 100.0) -> Throttle:
+    penalties = Throttle()
     for _ in range(times):
         penalties.fail(source, now)
     return penalties
@@ -20,7 +20,7 @@ def failed(times: int, source: str = "10.0.0.1", now: float = 100.0) -> Penaltie
 def test_nobody_waits_who_has_not_failed() -> None:
     penalties = failed(5)
     assert penalties.delay("10.0.0.2", 100.0) == 0.0
-    assert Penalties().delay("10.0.0.1", 0.0) == 0.0
+    assert Throttle().delay("10.0.0.1", 0.0) == 0.0
     assert len(penalties) == 1, "asking leaves nothing behind"
 
 
@@ -64,7 +64,7 @@ def test_failure_after_a_long_time_is_the_first_again() -> None:
 
 def test_table_is_bounded_and_the_longest_quiet_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throttle, "MAX_SOURCES", 4)
-    penalties = Penalties()
+    penalties = Throttle()
     for moment, number in enumerate((0, 1, 2, 0, 3, 4, 5)):  # 0 does not stay quiet
         penalties.fail(f"10.0.0.{number}", 100.0 + moment)
     assert len(penalties) == 4
@@ -73,7 +73,7 @@ def test_table_is_bounded_and_the_longest_quiet_go_first(monkeypatch: pytest.Mon
 
 
 def test_many_sources_cost_no_more_than_the_table() -> None:
-    penalties = Penalties()
+    penalties = Throttle()
     for number in range(throttle.MAX_SOURCES + 500):
         penalties.fail(f"source {number}", 100.0)
     assert len(penalties) == throttle.MAX_SOURCES

@@ -269,7 +269,7 @@ async def test_c23_launches_that_wait_for_their_link_are_bounded(
         assert len(asyncio.all_tasks()) <= before + 8 + 2
         pairing = desk.client.pairing
         assert pairing is not None
-        assert list(pairing.filler._claims) == [f"{n:08x}" for n in range(92, 100)]
+        assert list(pairing.refill._claims) == [f"{n:08x}" for n in range(92, 100)]
 
 
 @both
@@ -279,13 +279,13 @@ async def test_c23_who_comes_in_time_is_given_his_link(monkeypatch: pytest.Monke
         pairing = desk.client.pairing
         assert pairing is not None
         claims = [
-            asyncio.ensure_future(pairing.filler.claim(f"0000000{n}", 5.0)) for n in range(3)
+            asyncio.ensure_future(pairing.refill.claim(f"0000000{n}", 5.0)) for n in range(3)
         ]
         await asyncio.sleep(0)
         assert await asyncio.wait_for(asyncio.wait([claims[0]]), 5)
         assert "too many others wait" in str(claims[0].exception())
         near, far = tcp_pair()
-        pairing.filler._give(Link(near, "00000002"))
+        pairing.refill._give(Link(near, "00000002"))
         assert (await claims[2]).sock is near
         claims[1].cancel()
         await asyncio.wait([claims[1]])

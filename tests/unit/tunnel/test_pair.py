@@ -297,8 +297,8 @@ async def test_reload_on_both_sides_leaves_open_relays_alone(
         assert made.client.reload()
         pairing = made.client.pairing
         assert pairing is not None
-        pairing.shelf.clear()
-        pairing.filler.fill()
+        pairing.idle_links.clear()
+        pairing.refill.fill()
         for _ in range(3):
             await carries(*await made.visit(), 1000)
         await carries(visitor, target)

@@ -23,10 +23,10 @@ from nodepass.tunnel.pool import (
     DEMAND_WINDOW,
     MAX_ENDING,
     Demand,
+    IdleLinks,
     Link,
     Member,
     Pool,
-    Shelf,
     announce,
 )
 
@@ -44,7 +44,7 @@ class House:
         self.far: dict[int | str, socket.socket] = {}
         self.lost = 0
         self._socks: list[socket.socket] = []
-        self._shelves: list[Shelf] = []
+        self._shelves: list[IdleLinks] = []
 
     def link(self, name: int | str) -> Link:
         near, far = tcp_pair()
@@ -52,14 +52,14 @@ class House:
         self.far[name] = far
         return Link(near, name)
 
-    def shelf(self, grace: float = 0.0) -> Shelf:
-        shelf = Shelf(self.watch, self._count, grace)
-        self._shelves.append(shelf)
-        return shelf
+    def idle_links(self, grace: float = 0.0) -> IdleLinks:
+        idle_links = IdleLinks(self.watch, self._count, grace)
+        self._shelves.append(idle_links)
+        return idle_links
 
     def member(self, dialect: Dialect = Dialect.NATIVE, least: int = 2, most: int = 8) -> Member:
         session = Session(Role.SERVER, dialect, now=0.0, interval=5.0)
-        return Member(session, self.shelf(), Demand(least, most, 0.0))
+        return Member(session, self.idle_links(), Demand(least, most, 0.0))
 
     def is_reset(self, name: int | str) -> bool:
         """Wait for the end of a link as its peer sees it; tell whether it was a reset."""
@@ -81,8 +81,8 @@ class House:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for shelf in self._shelves:
-            shelf.clear()
+        for idle_links in self._shelves:
+            idle_links.clear()
         self.watch.close()
         for sock in self._socks:
             sock.close()
@@ -92,81 +92,81 @@ def sent(member: Member) -> bytes:
     return member.session.data_to_send()
 
 
-# --- Shelf -------------------------------------------------------------------------------------
+# --- idle links ----------------------------------------------------------------------------------
 
 
 @both
 async def test_shelf_hands_over_the_newest() -> None:
     with House() as house:
-        shelf = house.shelf()
+        idle_links = house.idle_links()
         links = [house.link(number) for number in range(3)]
         for link in links:
-            shelf.put(link)
-        assert len(shelf) == 3
-        assert 1 in shelf
-        assert [shelf.take() for _ in range(4)] == [links[2], links[1], links[0], None]
-        assert 1 not in shelf
-        assert house.lost == shelf.lost == 0
+            idle_links.put(link)
+        assert len(idle_links) == 3
+        assert 1 in idle_links
+        assert [idle_links.take() for _ in range(4)] == [links[2], links[1], links[0], None]
+        assert 1 not in idle_links
+        assert house.lost == idle_links.lost == 0
 
 
 @both
 async def test_shelf_claims_by_name_once() -> None:
     with House() as house:
-        shelf = house.shelf()
+        idle_links = house.idle_links()
         link = house.link(7)
-        shelf.put(link)
-        assert shelf.claim(8) is None
-        assert shelf.claim(7) is link
-        assert shelf.claim(7) is None
-        assert len(shelf) == 0
+        idle_links.put(link)
+        assert idle_links.claim(8) is None
+        assert idle_links.claim(7) is link
+        assert idle_links.claim(7) is None
+        assert len(idle_links) == 0
 
 
 @both
 @pytest.mark.parametrize("how", ["end", "reset"])
 async def test_shelf_notices_a_dead_link_at_once(how: str) -> None:
     with House() as house:
-        shelf = house.shelf()
-        shelf.put(house.link(1))
-        shelf.put(house.link(2))
+        idle_links = house.idle_links()
+        idle_links.put(house.link(1))
+        idle_links.put(house.link(2))
         if how == "reset":
             tcp.reset(house.far[1])
         else:
             house.far[1].close()
         await until(lambda: house.lost, 5, "the loss")
-        assert (len(shelf), shelf.lost, house.lost) == (1, 1, 1)
-        assert shelf.claim(1) is None
+        assert (len(idle_links), idle_links.lost, house.lost) == (1, 1, 1)
+        assert idle_links.claim(1) is None
         assert house.is_open(2)
 
 
 @pytest.mark.parametrize("how", ["end", "reset"])
 async def test_shelf_takes_no_link_that_died_in_this_very_turn(how: str) -> None:
     with House() as house:
-        shelf = house.shelf()
+        idle_links = house.idle_links()
         alive = house.link(1)
-        shelf.put(alive)
+        idle_links.put(alive)
         dead = house.link(2)
-        shelf.put(dead)
+        idle_links.put(dead)
         if how == "reset":
             tcp.reset(house.far[2])
         else:
             house.far[2].close()
         assert select.select([dead.sock], [], [], 5)[0]
-        assert shelf.take() is alive
-        assert (shelf.lost, house.lost) == (1, 1)
-        assert shelf.take() is None
+        assert idle_links.take() is alive
+        assert (idle_links.lost, house.lost) == (1, 1)
+        assert idle_links.take() is None
 
 
 @both
 async def test_shelf_keeps_a_link_with_early_bytes() -> None:
     with House() as house:
-        shelf = house.shelf()
+        idle_links = house.idle_links()
         link = house.link(1)
-        shelf.put(link)
+        idle_links.put(link)
         house.far[1].send(b"early")
         house.far[1].shutdown(socket.SHUT_WR)
         await asyncio.sleep(0.02)
-        assert len(shelf) == 1
-        assert shelf.take() is link
+        assert len(idle_links) == 1
+        assert idle_links.take() is link
         assert link.sock.recv(10) == b"early"
         assert house.lost == 0
 
@@ -175,17 +175,17 @@ async def test_shelf_keeps_a_link_with_early_bytes() -> None:
 async def test_shelf_keeps_an_ended_link_for_its_launch() -> None:
     """The client's side: the visitor's end may overtake the launch on the other connection."""
     with House() as house:
-        shelf = house.shelf(grace=5.0)
+        idle_links = house.idle_links(grace=5.0)
         link = house.link(1)
-        shelf.put(link)
+        idle_links.put(link)
         house.far[1].shutdown(socket.SHUT_WR)
         await until(lambda: house.lost, 5, "the end")
-        assert len(shelf) == 0, "it does not count as idle any more"
-        assert 1 in shelf
-        assert shelf.take() is None
-        assert shelf.claim(1) is link
-        assert 1 not in shelf
-        assert shelf.claim(1) is None
+        assert len(idle_links) == 0, "it does not count as idle any more"
+        assert 1 in idle_links
+        assert idle_links.take() is None
+        assert idle_links.claim(1) is link
+        assert 1 not in idle_links
+        assert idle_links.claim(1) is None
         link.sock.send(b"answer")
         assert select.select([house.far[1]], [], [], 5)[0]
         assert house.far[1].recv(10) == b"answer"
@@ -194,67 +194,67 @@ async def test_shelf_keeps_an_ended_link_for_its_launch() -> None:
 @both
 async def test_shelf_grace_has_an_end() -> None:
     with House() as house:
-        shelf = house.shelf(grace=0.03)
-        shelf.put(house.link(1))
+        idle_links = house.idle_links(grace=0.03)
+        idle_links.put(house.link(1))
         house.far[1].shutdown(socket.SHUT_WR)
         await until(lambda: house.lost, 5, "the end")
-        await until(lambda: 1 not in shelf, 5, "the end of the grace")
+        await until(lambda: 1 not in idle_links, 5, "the end of the grace")
         assert house.is_reset(1)
-        assert shelf.claim(1) is None
+        assert idle_links.claim(1) is None
         assert house.lost == 1
 
 
 @both
 async def test_shelf_has_no_grace_for_a_reset_link() -> None:
     with House() as house:
-        shelf = house.shelf(grace=5.0)
-        shelf.put(house.link(1))
+        idle_links = house.idle_links(grace=5.0)
+        idle_links.put(house.link(1))
         tcp.reset(house.far[1])
         await until(lambda: house.lost, 5, "the reset")
-        assert 1 not in shelf
-        assert shelf.lost == 1
+        assert 1 not in idle_links
+        assert idle_links.lost == 1
 
 
 async def test_shelf_retires_the_oldest() -> None:
     with House() as house:
-        shelf = house.shelf()
+        idle_links = house.idle_links()
         for number in range(4):
-            shelf.put(house.link(number))
+            idle_links.put(house.link(number))
         for count in (0, -3):
-            shelf.retire(count)
-        assert len(shelf) == 4
-        shelf.retire(2)
-        assert [number in shelf for number in range(4)] == [False, False, True, True]
+            idle_links.retire(count)
+        assert len(idle_links) == 4
+        idle_links.retire(2)
+        assert [number in idle_links for number in range(4)] == [False, False, True, True]
         assert house.is_reset(0)
         assert house.is_reset(1)
         assert house.is_open(2)
-        shelf.retire(100)
-        assert len(shelf) == 0
+        idle_links.retire(100)
+        assert len(idle_links) == 0
         assert house.lost == 0, "what is retired is not lost"
 
 
 async def test_shelf_retires_a_link_that_dies_meanwhile() -> None:
     with House() as house:
-        shelf = house.shelf()
-        shelf.put(house.link(1))
+        idle_links = house.idle_links()
+        idle_links.put(house.link(1))
         tcp.reset(house.far[1])
-        shelf.retire(1)
+        idle_links.retire(1)
         await asyncio.sleep(0.02)
-        assert (len(shelf), house.lost) == (0, 0)
+        assert (len(idle_links), house.lost) == (0, 0)
 
 
 @both
 async def test_shelf_clear_resets_all_and_forgets_the_graced() -> None:
     with House() as house:
-        shelf = house.shelf(grace=0.05)
-        shelf.put(house.link(1))
-        shelf.put(house.link(2))
+        idle_links = house.idle_links(grace=0.05)
+        idle_links.put(house.link(1))
+        idle_links.put(house.link(2))
         house.far[1].shutdown(socket.SHUT_WR)
         await until(lambda: house.lost, 5, "the end")
-        shelf.clear()
-        shelf.clear()
-        assert 1 not in shelf
-        assert 2 not in shelf
+        idle_links.clear()
+        idle_links.clear()
+        assert 1 not in idle_links
+        assert 2 not in idle_links
         assert house.is_reset(1)
         assert house.is_reset(2)
         await asyncio.sleep(0.08)  # the timer of the graced one does not come
@@ -264,15 +264,15 @@ async def test_shelf_clear_resets_all_and_forgets_the_graced() -> None:
 async def test_shelf_told_again_of_a_link_that_has_gone() -> None:
     """One batch of the watch may hold a link that an earlier callback took away."""
     with House() as house:
-        shelf = house.shelf()
+        idle_links = house.idle_links()
         taken: list[Link | None] = []
 
         def take_other(_link: Link) -> None:
-            taken.append(shelf.take())
+            taken.append(idle_links.take())
 
-        other = Shelf(house.watch, take_other)
+        other = IdleLinks(house.watch, take_other)
         other.put(house.link("first"))
-        shelf.put(house.link("second"))
+        idle_links.put(house.link("second"))
         house.far["first"].close()
         house.far["second"].shutdown(socket.SHUT_WR)
         await until(lambda: taken, 5, "the loss")
@@ -293,12 +293,12 @@ async def test_shelf_survives_a_needless_wake_up() -> None:
     with House() as house:
         house.watch.close()
         house.watch = Nervous()
-        shelf = house.shelf()
+        idle_links = house.idle_links()
         link = house.link(1)
-        shelf.put(link)
+        idle_links.put(link)
         callbacks[0]()  # type: ignore[operator]
-        assert len(shelf) == 1
-        assert shelf.take() is link
+        assert len(idle_links) == 1
+        assert idle_links.take() is link
         callbacks[0]()  # type: ignore[operator]
         assert house.lost == 0
 
@@ -482,7 +482,7 @@ async def test_pool_wait_has_an_end() -> None:
             await pool.take(0.02)
         assert pool.waiting == 0
         pool.give(member, link := house.link(1))
-        assert len(member.shelf) == 1
+        assert len(member.idle_links) == 1
         assert await pool.take(5.0) == (member, link)
 
 
@@ -509,7 +509,7 @@ async def test_pool_link_that_comes_in_the_turn_of_the_time_out_is_not_lost() ->
         try:
             assert await taking == (member, link)
         except PoolTimeout:
-            await until(lambda: len(member.shelf) == 1, 5, "the link on its shelf")
+            await until(lambda: len(member.idle_links) == 1, 5, "an idle link")
         await giving
         assert house.is_open(1)
         assert pool.waiting == 0
@@ -523,7 +523,7 @@ async def test_pool_link_that_comes_after_the_time_out_is_kept() -> None:
         with pytest.raises(PoolTimeout):
             await pool.take(0.01)
         pool.give(member, house.link(1))
-        assert len(member.shelf) == 1
+        assert len(member.idle_links) == 1
         assert house.is_open(1)
 
 
@@ -602,7 +602,7 @@ async def test_pool_cancelled_waiter_leaves_its_link_to_the_shelf() -> None:
         taking.cancel()
         pool.give(member, house.link(1))
         await asyncio.wait({taking})
-        assert len(member.shelf) == 1
+        assert len(member.idle_links) == 1
         assert pool.waiting == 0
 
 
@@ -732,11 +732,11 @@ async def test_pool_serves_a_crowd_from_two_sessions() -> None:
 @both
 async def test_ended_links_that_wait_for_a_launch_are_few() -> None:
     with House() as house:
-        shelf = house.shelf(grace=30.0)
+        idle_links = house.idle_links(grace=30.0)
         for number in range(MAX_ENDING + 5):
-            shelf.put(house.link(number))
+            idle_links.put(house.link(number))
             house.far[number].shutdown(socket.SHUT_WR)
             await until(lambda n=number: house.lost == n + 1, 5, "the loss")  # type: ignore[misc]
         assert all(house.is_reset(number) for number in range(5)), "the oldest give way"
-        assert all(number in shelf for number in range(5, MAX_ENDING + 5))
-        shelf.clear()
+        assert all(number in idle_links for number in range(5, MAX_ENDING + 5))
+        idle_links.clear()

@@ -26,7 +26,7 @@ from nodepass.net.readiness import Watch
 from nodepass.observe.log import Log
 from nodepass.tls.codec import Records
 from nodepass.tls.contexts import ClientTls, ServerTls
-from nodepass.tunnel.pool import LOOKS, READ_SIZE, Link, Shelf
+from nodepass.tunnel.pool import LOOKS, READ_SIZE, IdleLinks, Link
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -45,7 +45,7 @@ def files(tmp_path: Path) -> Issued:
 
 
 class House:
-    """A client's shelf, and the server's ends of its links."""
+    """A client's idle_links, and the server's ends of its links."""
 
     def __init__(self, files: Issued, grace: float = 5.0) -> None:
         self._files = files
@@ -54,7 +54,7 @@ class House:
         self._ends: list[TlsStream] = []
         self._links: list[Link] = []
         self.lost: list[Link] = []
-        self.shelf = Shelf(self._watch, self.lost.append, grace)
+        self.idle_links = IdleLinks(self._watch, self.lost.append, grace)
 
     async def put(self, name: int = 1) -> tuple[Link, TlsStream]:
         """Shelve a link whose handshake is done: two session tickets come behind it."""
@@ -69,14 +69,14 @@ class House:
         link = Link(near, name, tls=connection)
         self._ends.append(end)
         self._links.append(link)
-        self.shelf.put(link)
+        self.idle_links.put(link)
         return link, end
 
     async def __aenter__(self) -> House:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self.shelf.clear()
+        self.idle_links.clear()
         self._watch.close()
         await self._relays.close()
         for end in self._ends:
@@ -91,8 +91,8 @@ async def test_session_tickets_are_no_news(files: Issued, watch_kind: str) -> No
         link, far = await house.put()
         await asyncio.sleep(0.02)
         await far.write(b"")
-        assert (len(house.shelf), house.lost) == (1, [])
-        assert house.shelf.claim(1) is link
+        assert (len(house.idle_links), house.lost) == (1, [])
+        assert house.idle_links.claim(1) is link
         assert link.head == b""
 
 
@@ -105,7 +105,7 @@ async def test_dead_link_is_noticed_behind_its_tickets(files: Issued, watch_kind
         far.reset()
         await until(lambda: house.lost, 5, "the loss")
         assert house.lost == [link]
-        assert (len(house.shelf), house.shelf.lost) == (0, 1)
+        assert (len(house.idle_links), house.idle_links.lost) == (0, 1)
         assert link.sock.fileno() == -1
 
 
@@ -117,11 +117,11 @@ async def test_link_whose_visitor_has_ended_waits_for_its_launch(
         link, far = await house.put()
         far.finish()
         await until(lambda: house.lost, 5, "the end")
-        assert len(house.shelf) == 0
-        assert 1 in house.shelf
-        assert house.shelf.take() is None
-        assert house.shelf.claim(1) is link
-        assert house.shelf.lost == 0
+        assert len(house.idle_links) == 0
+        assert 1 in house.idle_links
+        assert house.idle_links.take() is None
+        assert house.idle_links.claim(1) is link
+        assert house.idle_links.lost == 0
         assert link.tls is not None
         link.sock.send(Records(link.tls).seal(b"answer"))
         async with within(5):
@@ -134,7 +134,7 @@ async def test_grace_has_an_end(files: Issued) -> None:
         _, far = await house.put()
         far.finish()
         await until(lambda: house.lost, 5, "the end")
-        await until(lambda: 1 not in house.shelf, 5, "the end of the grace")
+        await until(lambda: 1 not in house.idle_links, 5, "the end of the grace")
         async with within(5):
             assert await outside(far).is_reset()
 
@@ -149,8 +149,8 @@ async def test_words_before_the_end_are_kept_for_the_target(
         await far.write(b"words")
         far.finish()
         await asyncio.sleep(0.03)
-        assert (len(house.shelf), house.lost) == (1, [])
-        assert house.shelf.claim(1) is link
+        assert (len(house.idle_links), house.lost) == (1, [])
+        assert house.idle_links.claim(1) is link
         assert link.tls is not None
         said = link.head
         while said != b"early words":
@@ -172,9 +172,9 @@ async def test_broken_link_is_dead_and_has_no_grace(
                 await outside(far).write(b"\x17\x03\x03\x00\x20" + bytes(32))
             outside(far).finish()
         await until(lambda: house.lost, 5, "the loss")
-        assert 1 not in house.shelf
-        assert house.shelf.claim(1) is None
-        assert (house.shelf.lost, link.sock.fileno()) == (1, -1)
+        assert 1 not in house.idle_links
+        assert house.idle_links.claim(1) is None
+        assert (house.idle_links.lost, link.sock.fileno()) == (1, -1)
 
 
 async def test_server_takes_no_link_that_has_ended_in_this_very_turn(files: Issued) -> None:
@@ -186,8 +186,8 @@ async def test_server_takes_no_link_that_has_ended_in_this_very_turn(files: Issu
         far.finish()
         assert select.select([dead.sock], [], [], 5)[0]
         time.sleep(0.01)  # blocks the loop: nobody has been told of the FIN behind the bytes
-        assert house.shelf.take() is alive
-        assert house.shelf.lost == 1
+        assert house.idle_links.take() is alive
+        assert house.idle_links.lost == 1
 
 
 @pytest.mark.parametrize("is_asked", [True, False])
@@ -198,20 +198,20 @@ async def test_link_that_brings_nothing_but_new_keys_is_not_read_on(is_asked: bo
     relays = Relays(Settings(threads=1, engine="python"))
     watch = Watch()
     lost: list[Link] = []
-    shelf = Shelf(watch, lost.append)
+    idle_links = IdleLinks(watch, lost.append)
     accepted = ServerTls(1, None, None, Log("house", "none"), None).accept(is_native=True)
     async with within(10):
         end, _ = await asyncio.gather(
             secure(Stream(far), hand.side), relays.secure(near, accepted)
         )
     link = Link(near, 1, tls=accepted)
-    shelf.put(link)
+    idle_links.put(link)
     flood = b"".join(hand.update_keys(is_asked=is_asked) for _ in range(400))
     far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, len(flood))
     assert far.send(flood) == len(flood)
     time.sleep(0.02)
     unread = queued(near)
-    assert shelf.take() is link
+    assert idle_links.take() is link
     assert 0 < unread - queued(near) <= LOOKS * READ_SIZE
     assert lost == []
     near.close()
@@ -233,7 +233,7 @@ async def test_clear_resets_all(files: Issued) -> None:
         _, ended = await house.put(2)
         ended.finish()
         await until(lambda: house.lost, 5, "the end")
-        house.shelf.clear()
+        house.idle_links.clear()
         async with within(5):
             for far in (idle, ended):
                 assert await outside(far).is_reset()

@@ -66,7 +66,7 @@ class _Visitor:
     """When he came, seconds of the loop."""
 
 
-class Relief:
+class Eviction:
     """The TCP visitors of a server.
 
     Args:

@@ -23,7 +23,7 @@ from nodepass.observe.log import Log
 from nodepass.observe.stats import Counters
 from nodepass.protocol.messages import Kind
 
-from .sessions import Client
+from .sessions import ConnectedClient
 
 REPEAT_AFTER: Final = 3.0
 """Seconds: longer than most answers take, and short enough for somebody who waits."""
@@ -36,7 +36,9 @@ class _Launch:
 
     __slots__ = ("brought", "client", "kind", "name", "relay")
 
-    def __init__(self, relay: Relay | UdpRelay, client: Client, kind: Kind, name: str) -> None:
+    def __init__(
+        self, relay: Relay | UdpRelay, client: ConnectedClient, kind: Kind, name: str
+    ) -> None:
         self.relay = relay
         self.client = client
         self.kind = kind
@@ -49,7 +51,7 @@ class _Launch:
         return not self.relay.result.done() and not self.relay.live()[1]
 
 
-class Silences:
+class UnansweredLaunches:
     """Every launch of the seed client that may not have been understood."""
 
     def __init__(self, log: Log, counters: Counters) -> None:
@@ -62,7 +64,9 @@ class Silences:
     def __len__(self) -> int:
         return len(self._launches)
 
-    def begin(self, relay: Relay | UdpRelay, client: Client, kind: Kind, name: str) -> None:
+    def begin(
+        self, relay: Relay | UdpRelay, client: ConnectedClient, kind: Kind, name: str
+    ) -> None:
         """Take note that a link has been launched."""
         launch = self._launches[relay] = _Launch(relay, client, kind, name)
         self._fresh.add(launch)

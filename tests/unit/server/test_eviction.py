@@ -1,4 +1,4 @@
-"""relief: who has to go while every place is taken, and who never."""
+"""eviction: who has to go while every place is taken, and who never."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tests.kit.server_desk import is_reset, launched, serving
 from tests.kit.timing import until
 
 from nodepass.observe.log import Log
-from nodepass.server import relief
-from nodepass.server.relief import Relief
+from nodepass.server import eviction
+from nodepass.server.eviction import Eviction
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -19,7 +19,7 @@ both = pytest.mark.loops("asyncio", "uvloop")
 class Visitor:
     """Stands for a Relay."""
 
-    def __init__(self, here: Relief, up: int, down: int) -> None:
+    def __init__(self, here: Eviction, up: int, down: int) -> None:
         self.here = here
         self.bytes = (up, down)
         self.is_gone = False
@@ -34,13 +34,13 @@ class Visitor:
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relief, "SILENCE", 0.1)
-    monkeypatch.setattr(relief, "HEAVY_SILENCE", 0.05)
-    monkeypatch.setattr(relief, "MUMBLING", 0.1)
-    monkeypatch.setattr(relief, "PERIOD", 0.05)
+    monkeypatch.setattr(eviction, "SILENCE", 0.1)
+    monkeypatch.setattr(eviction, "HEAVY_SILENCE", 0.05)
+    monkeypatch.setattr(eviction, "MUMBLING", 0.1)
+    monkeypatch.setattr(eviction, "PERIOD", 0.05)
 
 
-def join(here: Relief, host: str, count: int, up: int = 0, down: int = 0) -> list[Visitor]:
+def join(here: Eviction, host: str, count: int, up: int = 0, down: int = 0) -> list[Visitor]:
     made = [Visitor(here, up, down) for _ in range(count)]
     for number, visitor in enumerate(made):
         here.join(visitor, f"{host}:{1000 + number}")  # type: ignore[arg-type]
@@ -51,9 +51,9 @@ def join(here: Relief, host: str, count: int, up: int = 0, down: int = 0) -> lis
 async def test_c24_the_silent_of_the_fattest_source_go_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(relief, "HEAVY_SILENCE", 60.0)
-    monkeypatch.setattr(relief, "MUMBLING", 60.0)
-    here = Relief(32, lambda: True, lambda _: False, Log("server", "none"))
+    monkeypatch.setattr(eviction, "HEAVY_SILENCE", 60.0)
+    monkeypatch.setattr(eviction, "MUMBLING", 60.0)
+    here = Eviction(32, lambda: True, lambda _: False, Log("server", "none"))
     light = join(here, "192.0.2.1", 4)
     fat = join(here, "[2001:db8::1]", 8)
     neighbours = join(here, "[2001:db8::2]", 8)  # of the same /64
@@ -73,8 +73,8 @@ async def test_c24_the_silent_of_the_fattest_source_go_first(
 
 @both
 async def test_c24_a_heavy_source_has_less_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relief, "SILENCE", 60.0)
-    here = Relief(32, lambda: True, lambda _: False, Log("server", "none"))
+    monkeypatch.setattr(eviction, "SILENCE", 60.0)
+    here = Eviction(32, lambda: True, lambda _: False, Log("server", "none"))
     half = join(here, "192.0.2.1", 16)
     here.press()
     await asyncio.sleep(0.3)
@@ -94,9 +94,9 @@ async def test_c24_a_source_is_heavy_beyond_its_share_with_one_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """So two who have half of the places each shut nobody out, nor have seven a seventh each."""
-    monkeypatch.setattr(relief, "SILENCE", 60.0)
+    monkeypatch.setattr(eviction, "SILENCE", 60.0)
     for count in (2, 3, 7):
-        here = Relief(64, lambda: True, lambda _: False, Log("server", "none"))
+        here = Eviction(64, lambda: True, lambda _: False, Log("server", "none"))
         crowds = [join(here, f"192.0.2.{n}", 64 // count) for n in range(count)]
         modest = join(here, "192.0.2.99", 64 // (count + 2))
         here.press()
@@ -109,11 +109,11 @@ async def test_c24_a_source_is_heavy_beyond_its_share_with_one_more(
 
 @both
 async def test_c24_a_byte_now_and_then_keeps_no_place_of_a_heavy_source() -> None:
-    here = Relief(32, lambda: True, lambda _: False, Log("server", "none"))
-    mumbling = join(here, "192.0.2.1", 20, up=relief.MUMBLED - 1)
+    here = Eviction(32, lambda: True, lambda _: False, Log("server", "none"))
+    mumbling = join(here, "192.0.2.1", 20, up=eviction.MUMBLED - 1)
     others = join(here, "192.0.2.2", 4, up=1)
-    talking = join(here, "192.0.2.1", 4, up=relief.MUMBLED)
-    answered = join(here, "192.0.2.1", 4, up=1, down=relief.GREETED + 1)
+    talking = join(here, "192.0.2.1", 4, up=eviction.MUMBLED)
+    answered = join(here, "192.0.2.1", 4, up=1, down=eviction.GREETED + 1)
     here.press()
     await until(lambda: sum(v.is_gone for v in mumbling) >= 16, 5, "half of the places")
     await asyncio.sleep(0.2)
@@ -126,7 +126,7 @@ async def test_c24_one_silent_visitor_of_a_heavy_source_costs_the_others_nothing
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """How many have to go follows from their own rank, not from who goes first."""
-    here = Relief(64, lambda: True, lambda _: False, Log("server", "none"))
+    here = Eviction(64, lambda: True, lambda _: False, Log("server", "none"))
     join(here, "192.0.2.1", 40, up=5000)
     lone = join(here, "192.0.2.1", 1)
     others = [v for n in range(20) for v in join(here, f"198.51.100.{n}", 1)]
@@ -135,16 +135,16 @@ async def test_c24_one_silent_visitor_of_a_heavy_source_costs_the_others_nothing
     await until(lambda: here.count, 5, "the one")
     assert (here.count, lone[0].is_gone) == (1, True)
     await until(lambda: here.count > 1, 5, "an eighth")
-    assert here.count == 1 + 64 // relief.SHARE
-    assert sum(v.is_gone for v in others) == 64 // relief.SHARE
+    assert here.count == 1 + 64 // eviction.SHARE
+    assert sum(v.is_gone for v in others) == 64 // eviction.SHARE
     here.close()
 
 
 @both
 async def test_c24_who_has_talked_keeps_his_place() -> None:
     """However long he is quiet, and however many there are of his source."""
-    here = Relief(32, lambda: True, lambda _: False, Log("server", "none"))
-    quiet = join(here, "192.0.2.1", 30, up=relief.MUMBLED)
+    here = Eviction(32, lambda: True, lambda _: False, Log("server", "none"))
+    quiet = join(here, "192.0.2.1", 30, up=eviction.MUMBLED)
     here.press()
     await asyncio.sleep(0.6)
     assert not any(v.is_gone for v in quiet)
@@ -156,10 +156,10 @@ async def test_c24_patience_with_a_source_that_comes_back_shrinks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And is whole again when there has been room."""
-    monkeypatch.setattr(relief, "MUMBLING", 0.8)
-    monkeypatch.setattr(relief, "LEAST", 0.0)
+    monkeypatch.setattr(eviction, "MUMBLING", 0.8)
+    monkeypatch.setattr(eviction, "LEAST", 0.0)
     is_full = True
-    here = Relief(32, lambda: is_full, lambda _: False, Log("server", "none"))
+    here = Eviction(32, lambda: is_full, lambda _: False, Log("server", "none"))
     loop = asyncio.get_running_loop()
     waits = []
     for _ in range(4):
@@ -185,7 +185,7 @@ async def test_c24_patience_with_a_source_that_comes_back_shrinks(
 
 @both
 async def test_c24_the_only_place_is_nobodys_too_much() -> None:
-    here = Relief(1, lambda: True, lambda _: False, Log("server", "none"))
+    here = Eviction(1, lambda: True, lambda _: False, Log("server", "none"))
     (lone,) = join(here, "192.0.2.1", 1, up=1)
     here.press()
     await asyncio.sleep(0.3)
@@ -197,7 +197,7 @@ async def test_c24_the_only_place_is_nobodys_too_much() -> None:
 async def test_c24_chance_decides_within_a_source() -> None:
     gone = set()
     for _ in range(20):
-        here = Relief(8, lambda: True, lambda _: False, Log("server", "none"))
+        here = Eviction(8, lambda: True, lambda _: False, Log("server", "none"))
         silent = join(here, "192.0.2.1", 8)
         here.press()
         while not here.count:
@@ -209,7 +209,7 @@ async def test_c24_chance_decides_within_a_source() -> None:
 
 @both
 async def test_c24_while_there_is_room_nobody_goes() -> None:
-    here = Relief(32, lambda: False, lambda _: False, Log("server", "none"))
+    here = Eviction(32, lambda: False, lambda _: False, Log("server", "none"))
     silent = join(here, "192.0.2.1", 20)
     here.press()
     await asyncio.sleep(0.3)
@@ -246,7 +246,7 @@ async def test_c24_silent_connections_do_not_shut_everybody_out(
 async def test_c10_most_places_of_a_client_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
     """A circle of the seed dialect, or through several clients, is seen from here only."""
     with caplog.at_level(logging.WARNING, "nodepass"):
-        here = Relief(8, lambda: True, "192.0.2.1".__eq__, Log("server", "warn"))
+        here = Eviction(8, lambda: True, "192.0.2.1".__eq__, Log("server", "warn"))
         join(here, "192.0.2.1", 4, up=200)
         here.press()
         await asyncio.sleep(0.2)

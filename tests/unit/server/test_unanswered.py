@@ -14,7 +14,7 @@ from tests.kit.server_desk import Desk, is_reset, serving
 from tests.kit.stream import Stream, connect
 from tests.kit.timing import until, within
 
-from nodepass.server import silence
+from nodepass.server import unanswered
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -126,8 +126,8 @@ async def test_c11_a_client_may_leave_before_its_link_is_ripe() -> None:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(silence, "REPEAT_AFTER", 0.1)
-    monkeypatch.setattr(silence, "GIVE_UP_AFTER", 0.2)
+    monkeypatch.setattr(unanswered, "REPEAT_AFTER", 0.1)
+    monkeypatch.setattr(unanswered, "GIVE_UP_AFTER", 0.2)
 
 
 @both
