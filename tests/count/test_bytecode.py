@@ -25,7 +25,7 @@ from nodepass.protocol import lines
 from nodepass.protocol.messages import Dialect, Greeting, Kind, Launch, LinkClaim
 from nodepass.protocol.proof import LinkKey
 from nodepass.protocol.session import Role, Session
-from nodepass.tunnel.pool import Demand
+from nodepass.tunnel.demand import Demand
 from nodepass.tunnel.slots import Slots
 
 HOME: Final = (3, 11)
@@ -80,8 +80,8 @@ def receive_launch() -> Callable[[], object]:
 
 def take_demand() -> Callable[[], object]:
     demand = Demand(16, 1024, 0.0)
-    demand.wait(1000)  # from here on nothing more is wanted, as under a steady load
-    return lambda: demand.take(0.1)
+    demand.count_waiting(1000)  # from here on nothing more is wanted, as under a steady load
+    return lambda: demand.count_launch(0.1)
 
 
 def take_slot() -> Callable[[], object]:

@@ -6,6 +6,7 @@ import socket
 import ssl
 
 from OpenSSL import SSL
+from tests.kit.context import make_context
 from tests.kit.engine_rig import tcp_pair
 from tests.kit.secure import (
     ALPN,
@@ -22,7 +23,6 @@ from nodepass.config.environment import Settings
 from nodepass.engine.relays import Relays
 from nodepass.net.readiness import Watch
 from nodepass.observe.log import Log
-from nodepass.observe.stats import Counters
 from nodepass.protocol.messages import Hello, LinkClaim
 from nodepass.server.acceptor import Acceptor
 from nodepass.server.pending import PendingConnection
@@ -62,29 +62,21 @@ class Street:
         is_secure: bool = False,
         key: bytes | None = None,
     ) -> None:
-        self.counters = Counters()
         self.openings: list[tuple[PendingConnection, Hello | LinkClaim]] = []
         self.known: set[str] = set()
         self.clients = 1
         """Of each known source."""
         self.throttle = Throttle()
         self.relays = Relays(Settings(threads=1, engine=kind))  # type: ignore[arg-type]
+        log = Log("street", level)
         self.tls: CountedTls | None = None
         if is_secure:
-            self.tls = CountedTls(1, None, None, Log("street", level), self.relays.alpn_selector)
+            self.tls = CountedTls(1, None, None, log, self.relays.alpn_selector)
+        settings = Settings(threads=1, handshake_timeout=timeout)
+        context = make_context(self.relays, log=log, settings=settings)
+        self.counters = context.counters
         self.watch = Watch()
-        self.acceptor = Acceptor(
-            Log("street", level),
-            timeout,
-            self._on_opening,
-            lambda source: self.clients if source in self.known else 0,
-            self.counters,
-            self.relays,
-            self.watch,
-            key,
-            self.tls,
-            self.throttle,
-        )
+        self.acceptor = Acceptor(context, self, self.watch, self.throttle, key, self.tls)
         self.acceptor.data_port = data_port
         self._socks: list[socket.socket] = []
         self._given: list[socket.socket] = []
@@ -146,8 +138,11 @@ class Street:
             return True
         return True
 
-    def _on_opening(self, caller: PendingConnection, opening: Hello | LinkClaim) -> None:
-        self.openings.append((caller, opening))
+    def take_opening(self, pending: PendingConnection, opening: Hello | LinkClaim) -> None:
+        self.openings.append((pending, opening))
+
+    def count_from(self, source: str) -> int:
+        return self.clients if source in self.known else 0
 
     async def __aenter__(self) -> Street:
         return self

@@ -31,6 +31,12 @@ class Desk:
         return stream
 
     @property
+    def relays(self) -> Relays:
+        context = self.client._common
+        assert context is not None
+        return context.relays
+
+    @property
     def figures(self) -> TunnelStatistics:
         return self.client.statistics()
 

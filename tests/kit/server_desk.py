@@ -77,6 +77,12 @@ class Desk:
         return self.knock(port, source)
 
     @property
+    def relays(self) -> Relays:
+        context = self.server._common
+        assert context is not None
+        return context.relays
+
+    @property
     def figures(self) -> TunnelStatistics:
         return self.server.statistics()
 

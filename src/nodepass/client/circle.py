@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+from nodepass.config.address import Address
 from nodepass.protocol.messages import Kind
 
 LONGEST: Final = 16
@@ -23,14 +24,6 @@ _ANY: Final = frozenset({"", "0.0.0.0", "::"})  # noqa: S104
 
 Source = tuple[Kind, str]
 """Local address of a target connection, as "ip:port"; TCP and UDP have ports of their own."""
-
-
-class Place(NamedTuple):
-    """A host and a port."""
-
-    host: str
-    """Address or name; empty = any."""
-    port: int
 
 
 class _Step(NamedTuple):
@@ -67,13 +60,13 @@ class Circle:
     """
 
     def __init__(self, host: str, port: int) -> None:
-        self._target = Place(host or "localhost", port)
-        self._arrival: Place | None = None
+        self._target = Address(host or "localhost", port)
+        self._arrival: Address | None = None
         self._is_one_machine = False
         self._is_near = False
         _circles.add(self)
 
-    def learn(self, arrival: Place | None, *, is_one_machine: bool) -> None:
+    def learn(self, arrival: Address | None, *, is_one_machine: bool) -> None:
         """Take note of where the server's visitors arrive.
 
         Args:

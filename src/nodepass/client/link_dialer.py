@@ -15,26 +15,23 @@ import functools
 import os
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from nodepass.errors import DialError, NodePassError, PeerWireError, TunnelError
 from nodepass.net import tcp
 from nodepass.net.deadlines import Patience
+from nodepass.net.readiness import Watch
 from nodepass.protocol import lines
 from nodepass.protocol.handshake import ClientHandshake
 from nodepass.protocol.proof import LinkKey
-from nodepass.tunnel.pool import Link
+from nodepass.tunnel.context import Context
+from nodepass.tunnel.idle_links import Link
 
-if TYPE_CHECKING:
-    from .client import Client
-
-READ_SIZE: Final = lines.MAX_GREETING
-"""Bytes per read of a greeting: what follows it belongs to others."""
+from .refill import OnEnd
+from .server_dialer import READ_SIZE, Agreement, ServerDialer
 
 _BROKEN_LATER: Final = frozenset({errno.ECONNRESET, errno.EPIPE})
 """Errors that only a connection can have that has come about."""
-
-OnEnd = Callable[[Link | Exception], None]
 
 
 class _Dial:
@@ -55,24 +52,26 @@ class LinkDialer:
     """Every link that one session is making.
 
     Args:
-        host: address of the server, no name.
-        port: its tunnel port.
-        session: id, 16 hex characters.
-        key: what links of the session prove themselves with.
-        tls: mode that every greeting has to show.
+        dialer: knows how a connection to the server begins.
+        agreement: what every link has to fit.
+        watch: tells when greetings come.
     """
 
     def __init__(
-        self, client: Client, host: str, port: int, session: str, key: bytes, tls: int
+        self, context: Context, dialer: ServerDialer, agreement: Agreement, watch: Watch
     ) -> None:
-        address = tcp.literal(host, port)
-        assert address is not None, f"{host} is no address"
-        self._client = client
+        address = tcp.literal(agreement.host, agreement.port)
+        assert address is not None, f"{agreement.host} is no address"
+        self._settings = context.settings
+        self._counters = context.counters
+        self._spawn = context.spawn
+        self._dialer = dialer
+        self._watch = watch
         self._address = address
-        self._key = LinkKey(key, session)
-        self._tls = tls
+        self._key = LinkKey(agreement.key, agreement.session)
+        self._tls = agreement.tls
         self._number = 0
-        settings = client.settings
+        settings = context.settings
         self._dialling = Patience[_Dial](settings.dial_timeout, self._on_unanswered)
         self._waiting = Patience[_Dial](settings.handshake_timeout, self._on_silence)
         """Those that got no greeting in the time that a connect may take, and are connected."""
@@ -93,13 +92,13 @@ class LinkDialer:
         except OSError as exc:
             on_end(self._error(exc))
             return
-        dial = _Dial(sock, self._client.new_handshake(), on_end)
+        dial = _Dial(sock, self._dialer.new_handshake(), on_end)
         dial.on_ready = functools.partial(self._read, dial)
         self._open.add(dial)
         self._dialling.add(dial)
         try:
             # There is no need to hear that it is connected: the server speaks first.
-            self._client.watch.readable(sock, dial.on_ready)
+            self._watch.readable(sock, dial.on_ready)
         except OSError as exc:
             self._fail(dial, self._error(exc))
 
@@ -138,7 +137,7 @@ class LinkDialer:
             return
         if self._tls:
             self._release(dial)
-            self._client.spawn(self._secure(dial), "making a link")
+            self._spawn(self._secure(dial), "making a link")
             return
         self._forget(dial)
         on_ready, dial.on_ready = dial.on_ready, None
@@ -148,7 +147,7 @@ class LinkDialer:
         finally:
             # Not before: an idle link is watched, too.
             if on_ready is not None:
-                self._client.watch.release(fd, on_ready)
+                self._watch.release(fd, on_ready)
 
     def _claim(self, dial: _Dial) -> None:
         self._number += 1
@@ -160,13 +159,13 @@ class LinkDialer:
             tcp.reset(dial.sock)
             dial.on_end(exc)
             return
-        self._client.counters.links += 1
+        self._counters.links += 1
         dial.on_end(Link(dial.sock, number, dial.handshake.rest()))
 
     async def _secure(self, dial: _Dial) -> None:
         sock = dial.sock
         try:
-            records = await self._client.secure(sock, self._tls, is_native=True)
+            records = await self._dialer.secure(sock, self._tls, is_native=True)
             if self._is_closed:
                 raise TunnelError("it is not wanted any more")
             self._number += 1
@@ -181,7 +180,7 @@ class LinkDialer:
             tcp.reset(sock)
             dial.on_end(TunnelError("its making was cut short"))
             raise
-        self._client.counters.links += 1
+        self._counters.links += 1
         dial.on_end(Link(sock, number, tls=records.connection))
 
     def _on_unanswered(self, dial: _Dial) -> None:
@@ -191,7 +190,7 @@ class LinkDialer:
             self._fail(dial, self._error(TimeoutError(errno.ETIMEDOUT, "")))
 
     def _on_silence(self, dial: _Dial) -> None:
-        settings = self._client.settings
+        settings = self._settings
         seconds = settings.dial_timeout + settings.handshake_timeout
         looks = lines.identify(dial.said)
         self._fail(
@@ -208,7 +207,7 @@ class LinkDialer:
         dial.on_end(exc)
 
     def _release(self, dial: _Dial) -> None:
-        self._client.watch.remove(dial.sock)
+        self._watch.remove(dial.sock)
         dial.on_ready = None  # which holds the dial, as that holds it
         self._forget(dial)
 

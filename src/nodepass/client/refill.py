@@ -14,8 +14,9 @@ from typing import Final
 from nodepass.errors import PoolError, PoolTimeout
 from nodepass.net import tcp
 from nodepass.observe.log import Log
-from nodepass.protocol.session import Backoff
-from nodepass.tunnel.pool import IdleLinks, Link, has_result
+from nodepass.protocol.backoff import Backoff
+from nodepass.tunnel.idle_links import IdleLinks, Link
+from nodepass.tunnel.pool import has_result
 
 MAX_DIALS: Final = 60
 """Dials under way at once, handshakes included: a server bears 64 from one address. Fills 200
@@ -31,7 +32,9 @@ TOO_LATE: Final = 256
 YOUNG: Final = 1.0
 """Seconds that a link must live idle to count as made: several round trips of any path."""
 
-Begin = Callable[[Callable[[Link | Exception], None]], None]
+OnEnd = Callable[[Link | Exception], None]
+"""Called once with a link that has been made, or with what was in its way."""
+Begin = Callable[[OnEnd], None]
 
 
 class Refill:
@@ -144,7 +147,7 @@ class Refill:
         else:
             self._fail(made)
 
-    def settle(self) -> None:
+    def note_success(self) -> None:
         """Take it that links work: one was launched, or lived long enough."""
         self._failures = 0
         self._backoff.reset()
@@ -158,7 +161,7 @@ class Refill:
         if self._loop.time() - link.since < YOUNG:
             self._fail(PoolError("links die as soon as they are made"))
         else:
-            self.settle()
+            self.note_success()
             self.fill()
 
     def _give(self, link: Link) -> None:

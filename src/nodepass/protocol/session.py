@@ -57,8 +57,6 @@ ALL: Final = 1 << 62
 """Lines: more than ever come."""
 PINGS_HEARD: Final = 4
 """What is added to that for each of our own periods, which may be a few milliseconds long."""
-BACKOFF_FIRST: Final = 0.1
-"""Seconds, ceiling of the first reconnect pause: below what a person notices."""
 
 
 class Role(Enum):
@@ -383,30 +381,3 @@ class Session:
         if new not in MOVES[self.state]:
             raise AssertionError(f"session: {self.state} -> {new}")
         self.state = new
-
-
-class Backoff:
-    """Pauses between tries: doubling ceilings, each drawn in full from zero (full jitter).
-
-    Args:
-        ceiling: seconds, the longest pause.
-    """
-
-    def __init__(self, ceiling: float) -> None:
-        self._ceiling = ceiling
-        self._tries = 0
-
-    def next_pause(self, fraction: float) -> float:
-        """Return seconds to wait; `fraction` is random, 0 <= fraction < 1."""
-        bound = min(self._ceiling, BACKOFF_FIRST * 2.0 ** min(self._tries, 32))
-        self._tries += 1
-        return fraction * bound
-
-    def settle(self, lasted: float) -> None:
-        """Start over if what ended had lasted for a stable period, seconds."""
-        if lasted >= self._ceiling:
-            self.reset()
-
-    def reset(self) -> None:
-        """Start over."""
-        self._tries = 0

@@ -22,20 +22,18 @@ import functools
 import os
 import secrets
 import socket
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
-from nodepass.engine.relays import HandshakeResult, Relays
+from nodepass.engine.relays import HandshakeResult
 from nodepass.errors import EngineError, PeerWireError, TlsError
 from nodepass.net import tcp
 from nodepass.net.deadlines import Patience
 from nodepass.net.readiness import Watch
-from nodepass.observe.log import Log
-from nodepass.observe.stats import Counters
 from nodepass.protocol import lines
 from nodepass.protocol.handshake import ServerHandshake
 from nodepass.protocol.messages import NONCE_SIZE, VERSION, Greeting, Hello, LinkClaim
 from nodepass.tls.codec import Records
+from nodepass.tunnel.context import Context
 
 from .pending import PendingConnection
 from .throttle import Throttle
@@ -64,46 +62,48 @@ TLS_FIRST_BYTE: Final = 0x16
 """Content type of a handshake record: RFC 8446, section 5.1."""
 
 
+class Host(Protocol):
+    """Who takes over what the acceptor has understood: `Sessions`."""
+
+    def take_opening(self, pending: PendingConnection, opening: Hello | LinkClaim) -> None:
+        """Take a connection and its first line; the socket is the host's from here on."""
+
+    def count_from(self, source: str) -> int:
+        """Count the clients that are connected from a source, as `tcp.source_of` names it."""
+
+
 class Acceptor:
     """Greet connections and find out what they are.
 
     Args:
-        timeout: seconds from accept to a whole first line.
-        on_opening: called with the pending, whose socket is then the hearer's, and its line.
-        count_clients: tells how many clients are connected from a source (`tcp.source_of`).
-        counters: `strangers` grows by each connection that is turned away.
-        relays: do the TLS handshakes.
+        host: takes them over.
         watch: tells when they say something; the one that links are watched with later.
+        throttle: how long a source has to wait for its hello to be looked at.
         key: the stretched password, None where there is none.
         tls: the server's certificate, None = plain.
-        throttle: how long a source has to wait for its hello to be looked at.
     """
 
     def __init__(
         self,
-        log: Log,
-        timeout: float,
-        on_opening: Callable[[PendingConnection, Hello | LinkClaim], None],
-        count_clients: Callable[[str], int],
-        counters: Counters,
-        relays: Relays,
+        context: Context,
+        host: Host,
         watch: Watch,
+        throttle: Throttle,
         key: bytes | None = None,
         tls: ServerTls | None = None,
-        throttle: Throttle | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._relays = relays
+        self._log = context.log
+        self._counters = context.counters
+        self._relays = context.relays
+        self._host = host
+        self._watch = watch
+        self._throttle = throttle
         self._key = key
         self._tls = tls
-        self._throttle = Throttle() if throttle is None else throttle
-        self._watch = watch
-        self._log = log
-        self._timeout = timeout
-        self._patience = Patience[PendingConnection](timeout, self._expire)
-        self._on_opening = on_opening
-        self._count_clients = count_clients
-        self._counters = counters
+        self._timeout = context.settings.handshake_timeout
+        """Seconds from accept to a whole first line."""
+        self._patience = Patience[PendingConnection](self._timeout, self._expire)
         self._pending: dict[int, PendingConnection] = {}
         self._per_source: dict[str, int] = {}
         self._has_swept = False
@@ -172,14 +172,14 @@ class Acceptor:
         count = self._per_source.get(source, 0)
         if count < MAX_PENDING_PER_SOURCE:
             return False
-        clients = self._count_clients(source)
+        clients = self._host.count_from(source)
         own = KNOWN_SHARE * MAX_PENDING_PER_SOURCE
         return count >= (max(own, min(clients * own, CROWD_SHARE * self._most)) if clients else 0)
 
     def make_room(self) -> None:
         """Drop a pending of the address that holds most, sparing those of clients."""
         if self._per_source:
-            strange = [source for source in self._per_source if not self._count_clients(source)]
+            strange = [source for source in self._per_source if not self._host.count_from(source)]
             self._evict(max(strange or self._per_source, key=self._per_source.__getitem__))
 
     def _evict(self, source: str) -> None:
@@ -268,7 +268,7 @@ class Acceptor:
         outcome = result.result()
         if not outcome.is_done:
             broke = outcome.describe_break()
-            if broke and self._count_clients(pending.source):
+            if broke and self._host.count_from(pending.source):
                 self._leave(pending, broke)  # a client that stops in the middle of its refill
             else:
                 self._drop(
@@ -328,7 +328,7 @@ class Acceptor:
         on_ready, pending.on_ready = pending.on_ready, None
         fd = pending.sock.fileno()
         try:
-            self._on_opening(pending, opening)
+            self._host.take_opening(pending, opening)
         finally:
             # Not before: an idle link is watched, too.
             if on_ready is not None:

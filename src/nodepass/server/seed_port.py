@@ -20,18 +20,19 @@ import secrets
 import socket
 from typing import TYPE_CHECKING, Final
 
-from nodepass.engine.relays import Handshake, HandshakeResult, Relays
+from nodepass.engine.relays import Handshake, HandshakeResult
 from nodepass.errors import EngineError, TlsError
 from nodepass.net import tcp
 from nodepass.net.deadlines import Patience
-from nodepass.observe.log import Log
-from nodepass.observe.stats import Counters
 from nodepass.protocol.messages import SEED_ID_SIZE
 from nodepass.tls.codec import Records
-from nodepass.tunnel.pool import Link, Pool
+from nodepass.tunnel.context import Context
+from nodepass.tunnel.idle_links import Link
+from nodepass.tunnel.pool import Pool
 
+from .connected_client import ConnectedClient
 from .pending import PendingConnection
-from .sessions import ConnectedClient, Sessions
+from .sessions import Sessions
 
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection
@@ -66,30 +67,22 @@ class SeedPort:
     """Make links of what comes in at the data port.
 
     Args:
-        timeout: seconds that a TLS handshake may take.
         sessions: knows the seed client, and seats one.
         pool: where the links go.
-        relays: do the TLS handshakes.
         tls: the server's certificate, None = plain.
     """
 
     def __init__(
-        self,
-        log: Log,
-        counters: Counters,
-        timeout: float,
-        sessions: Sessions,
-        pool: Pool,
-        relays: Relays,
-        tls: ServerTls | None,
+        self, context: Context, sessions: Sessions, pool: Pool, tls: ServerTls | None
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._log = log
-        self._counters = counters
-        self._timeout = timeout
+        self._log = context.log
+        self._counters = context.counters
+        self._relays = context.relays
+        self._timeout = context.settings.handshake_timeout
+        """Seconds that a TLS handshake may take."""
         self._sessions = sessions
         self._pool = pool
-        self._relays = relays
         self._tls = tls
         self._shakes: set[Handshake] = set()
         self._green: dict[str, _Green] = {}
@@ -99,7 +92,7 @@ class SeedPort:
         """Take a connection: only from where the seed client is.
 
         Args:
-            pending: the newest silent pending of that address, if there is one; ours now.
+            pending: the newest silent connection of that address, if there is one; ours now.
         """
         current = self._sessions.seed_client()
         if pending is not None and current is not None:
@@ -116,7 +109,7 @@ class SeedPort:
             tcp.reset(sock)
             self._counters.strangers += 1
             self._log.repeated("warn", f"data {host}", "turned away at the data port", host=host)
-        elif len(self._shakes) >= MAX_SHAKES or self._is_stocked(current):
+        elif len(self._shakes) >= MAX_SHAKES or not self._make_room(current):
             self._sessions.refuse_link(sock, current)
         elif self._tls is None:
             self._give(current, sock, None)
@@ -164,7 +157,7 @@ class SeedPort:
         elif not result.result().is_done:
             tcp.finish(sock)  # not reset: an alert that says why may be on its way
             self._tell_failed(client, shake.connection, result.result())
-        elif self._is_stocked(client):
+        elif not self._make_room(client):
             self._sessions.refuse_link(sock, client)
         else:
             self._give(client, sock, Records(shake.connection))
@@ -216,8 +209,8 @@ class SeedPort:
             green.is_acknowledged = tcp.is_acknowledged(link.sock)
             self._ripening.add(green)
 
-    def _is_stocked(self, client: ConnectedClient) -> bool:
-        return self._sessions.is_stocked(client, len(self._green))
+    def _make_room(self, client: ConnectedClient) -> bool:
+        return self._sessions.make_room(client, len(self._green))
 
     def _fresh_id(self, client: ConnectedClient) -> str:
         while True:

@@ -5,7 +5,7 @@ connections (`acceptor` does) and knows nothing of visitors; fills the `pool` wi
 them away again. Called by `server`.
 
     hello ──proof holds──> seated ──bye, silence, EOF, replaced by name──> unseated
-    silent pending + data connection of its address ──`seed_port`──> seated as the seed client
+    silent connection + data connection of its address ──`seed_port`──> seated as the seed client
 """
 
 from __future__ import annotations
@@ -15,17 +15,12 @@ import functools
 import secrets
 import socket
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Final
 
-from nodepass.config.environment import Settings
-from nodepass.engine.relays import Relay, UdpRelay
-from nodepass.errors import AuthError, TlsError, TunnelError
+from nodepass.errors import AuthError, PoolClosed, PoolTimeout, TlsError, TunnelError
 from nodepass.net import tcp
 from nodepass.net.readiness import Watch
-from nodepass.observe.log import Log
-from nodepass.observe.stats import Counters
 from nodepass.protocol import lines
 from nodepass.protocol.messages import (
     KEY_SIZE,
@@ -41,87 +36,23 @@ from nodepass.protocol.messages import (
 )
 from nodepass.protocol.proof import LinkKey
 from nodepass.protocol.session import Event, Lost, Role, Session
+from nodepass.tunnel.context import Context
 from nodepass.tunnel.control import Control
-from nodepass.tunnel.pool import Demand, IdleLinks, Link, Member, Pool, announce
+from nodepass.tunnel.demand import Demand
+from nodepass.tunnel.idle_links import IdleLinks, Link
+from nodepass.tunnel.pool import Pool, announce
 
+from .connected_client import ConnectedClient
 from .pending import PendingConnection
 from .throttle import Throttle
-
-Spawn = Callable[[Coroutine[object, object, None], str], None]
 
 MAX_CLIENTS: Final = 1024
 """Sessions at once: bounds what somebody can make us keep where no password is asked."""
 CLIENT_SHARE: Final = 1
 """A source (address, or /64) may have so many times the sessions that are left, where no password
 is asked: alone it gets half of all, beside another a third, so that there is room for others."""
-
-
-LINK: Final = 2
-"""Side of a relay that is the link; the other one is the visitor."""
 MAX_GONE: Final = 1024
 """Lost sessions with open relays that are remembered for the return of their clients."""
-PARTED: Final = 256
-"""Links remembered after their relay: more than can fail within the time a signal takes."""
-
-
-@dataclass(slots=True, eq=False)
-class ConnectedClient(Member):
-    """One session of ours: a pool member and how to talk to it."""
-
-    id: str = ""
-    name: str = ""
-    host: str = ""
-    key: LinkKey | None = field(default=None, repr=False)
-    """None = its links prove nothing: it speaks the seed dialect."""
-    control: Control | None = None
-    has_drained: bool = False
-    """Whether it has said that it is stopping."""
-    brought: int = 0
-    """Links of a seed client that have been given an id."""
-    launched: dict[int | str, tuple[Relay | UdpRelay, float]] = field(default_factory=dict)
-    """Open relays by link, each with the time of its launch in seconds of the loop."""
-    parted: deque[int | str] = field(default_factory=lambda: deque(maxlen=PARTED))
-    """Links whose relays have ended last: why they failed may come behind their reset."""
-    _blamed: set[int | str] = field(default_factory=set)
-    """Links in `launched` of which that is known already."""
-
-    def has_link(self, name: int | str) -> bool:
-        """Tell whether a link of this name is here in any way: idle, handed over, launched."""
-        return name in self.idle_links or name in self.handed or name in self.launched
-
-    def blame(self, name: int | str) -> bool:
-        """Take note that the client has said why a launch failed; return whether it is news."""
-        if name in self.launched and name not in self._blamed:
-            self._blamed.add(name)
-            return True
-        if name in self.parted:
-            self.parted.remove(name)
-            return True
-        return False
-
-    def join(self, name: int | str, relay: Relay | UdpRelay, now: float) -> None:
-        """Take note that a link has been launched, at seconds of the loop."""
-        self.launched[name] = (relay, now)
-        self.relays += 1
-
-    def doubt_links(self, *, is_back: bool = False) -> None:
-        """Have the engine find out which relays have lost their client.
-
-        Args:
-            is_back: the client is here again, so a link that does not even answer when it is
-                asked is gone; otherwise its path may come back while nobody says anything.
-        """
-        for relay, _ in self.launched.values():
-            relay.doubt(LINK, is_quiet=is_back)
-
-    def part(self, name: int | str) -> None:
-        """Take note that a relay has ended."""
-        del self.launched[name]
-        self.relays -= 1
-        if name in self._blamed:
-            self._blamed.remove(name)
-        else:
-            self.parted.append(name)
 
 
 class Sessions:
@@ -130,30 +61,26 @@ class Sessions:
     Args:
         pool: where their links go.
         watch: tells of idle links that die.
-        spawn: runs a task.
         shares: how many idle links may be asked for and kept.
         throttle: told of failed proofs.
     """
 
     def __init__(
         self,
-        settings: Settings,
-        log: Log,
-        counters: Counters,
+        context: Context,
         pool: Pool,
         watch: Watch,
-        spawn: Spawn,
         shares: tcp.Shares,
-        throttle: Throttle | None = None,
+        throttle: Throttle,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._throttle = Throttle() if throttle is None else throttle
-        self._settings = settings
-        self._log = log
-        self._counters = counters
+        self._settings = context.settings
+        self._log = context.log
+        self._counters = context.counters
+        self._spawn = context.spawn
+        self._throttle = throttle
         self._pool = pool
         self._watch = watch
-        self._spawn = spawn
         self._most_idle = shares.idle
         self._stock = shares.stock
         self.on_client_full: Callable[[], None] = lambda: None
@@ -180,6 +107,10 @@ class Sessions:
         return any(
             c.host == host and c.session.dialect is Dialect.NATIVE for c in self._clients.values()
         )
+
+    def why_no_link(self, exc: PoolTimeout | PoolClosed) -> str:
+        """Say in a clause why a visitor got no link."""
+        return str(exc) if self._clients else "no client is connected"
 
     def _refuse_crowd(self, source: str, name: str, *, is_open: bool) -> None:
         """Raise TunnelError where there are as many sessions as there may be.
@@ -209,21 +140,21 @@ class Sessions:
         return next((c for c in self._clients.values() if c.session.dialect is Dialect.SEED), None)
 
     def seat_seed(self, pending: PendingConnection) -> ConnectedClient:
-        """Make a silent pending the seed client; its socket is ours from here on."""
+        """Make a silent connection the seed client; its socket is ours from here on."""
         session_id, name = secrets.token_hex(SESSION_SIZE), f"seed-{pending.host}"
         return self._seat(pending, Dialect.SEED, session_id, name, None, self._demand())
 
     def take_opening(self, pending: PendingConnection, opening: Hello | LinkClaim) -> None:
-        """Take a pending that has said what it is; its socket is ours from here on."""
+        """Take a connection that has said what it is; its socket is ours from here on."""
         if isinstance(opening, LinkClaim):
             self._take_link(pending, opening)
         else:
             self._take_hello(pending, opening)
 
-    def rest(self) -> None:
-        """Close a report period: ask for fewer links of clients that have been quiet."""
+    def end_period(self) -> None:
+        """Look back on a report period: ask for fewer links of clients that have been quiet."""
         for member in self._pool:
-            surplus = member.demand.rest()
+            surplus = member.demand.end_period()
             if surplus and member.session.dialect is Dialect.NATIVE:
                 announce(member)
                 member.idle_links.retire(
@@ -255,30 +186,34 @@ class Sessions:
                     "warn", f"link {pending.host}", "a link's proof was wrong", host=pending.host
                 )
             return
-        if client.has_link(claim.number) or self.is_stocked(client):
+        if client.has_link(claim.number) or not self.make_room(client):
             self.refuse_link(pending.sock, client)
             return
         self._counters.links += 1
         link = Link(pending.sock, claim.number, pending.handshake.rest(), pending.tls)
         self._pool.give(client, link)
 
-    def is_stocked(self, client: ConnectedClient, coming: int = 0) -> bool:
-        """Tell whether a client has brought as many links as we keep; may drop another's.
+    def make_room(self, client: ConnectedClient, coming: int = 0) -> bool:
+        """Make room for one more link of a client, if need be by dropping one of another's.
 
         Args:
             coming: links of it that are not idle yet.
+
+        Returns:
+            Whether there is room; otherwise it has brought as many as we keep.
         """
         if len(client.idle_links) + coming >= tcp.IDLE_ROOM * self._most_idle:
-            return True
-        # Callers are watched along with the links; only where that is too many we count.
-        if len(self._watch) < self._stock or self._count_idle() < self._stock:
             return False
+        # Pending connections are watched along with the links; only where that is too many we
+        # count.
+        if len(self._watch) < self._stock or self._count_idle() < self._stock:
+            return True
         # Full: who has most gives way, so that one client cannot starve the others.
         fattest = max(self._pool, key=lambda member: len(member.idle_links))
         if len(fattest.idle_links) <= len(client.idle_links) + 1:
-            return True
+            return False
         fattest.idle_links.retire(1)
-        return False
+        return True
 
     def _count_idle(self) -> int:
         return sum(len(member.idle_links) for member in self._pool)

@@ -9,9 +9,9 @@ come up here: the engine has the sockets and parks what arrives meanwhile. Made 
 from __future__ import annotations
 
 import asyncio
-import functools
 import socket
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from nodepass.engine.relays import Gate
@@ -20,14 +20,17 @@ from nodepass.net import tcp, udp
 from nodepass.observe.stats import Datagrams
 from nodepass.protocol.messages import Dialect
 from nodepass.protocol.session import SILENT_PERIODS
-from nodepass.tunnel.pool import Link, Member
+from nodepass.tunnel.context import Context
+from nodepass.tunnel.idle_links import Link
+from nodepass.tunnel.pool import Member, Pool
+from nodepass.tunnel.slots import Slot, Slots
 
-from .sessions import ConnectedClient
+from .connected_client import ConnectedClient
+from .launches import Launches
+from .sessions import Sessions
 
 if TYPE_CHECKING:
     from nodepass._fastcopy import Newcomer
-
-    from .server import Server
 
 RELIEF_PAUSE: Final = 0.1
 """Seconds between two tries to make room while sources wait for a slot."""
@@ -43,18 +46,33 @@ class _Waiting(NamedTuple):
 
 
 class UdpVisitors:
-    """Every UDP visitor of one server."""
+    """Every UDP visitor of one server.
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self._settings = server.settings
+    Args:
+        sessions: know whether there is a client at all.
+        launches: take over who has got a link.
+    """
+
+    def __init__(
+        self, context: Context, pool: Pool, slots: Slots, sessions: Sessions, launches: Launches
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._settings = context.settings
+        self._log = context.log
+        self._counters = context.counters
+        self._relays = context.relays
+        self._spawn = context.spawn
+        self._pool = pool
+        self._slots = slots
+        self._sessions = sessions
+        self._launches = launches
         self._socks: list[socket.socket] = []
         """Bound, and not yet the engine's."""
         self._gates: list[Gate] = []
         self.address: tuple[str, int] | None = None
         """Host and port of the first socket; None = UDP is off."""
         self._waiting: deque[_Waiting] = deque()
-        self._eviction: asyncio.TimerHandle | None = None
+        self._room_timer: asyncio.TimerHandle | None = None
         self._is_shut = False
 
     @property
@@ -66,13 +84,16 @@ class UdpVisitors:
         """Return what was dropped before it reached a relay."""
         return Datagrams.total(gate.datagrams() for gate in self._gates)
 
-    async def open(self, host: str, port: int) -> None:
+    async def open(self, host: str, port: int, on_absent: Callable[[str], None]) -> None:
         """Bind the sockets; what arrives waits in the kernel.
+
+        Args:
+            on_absent: called with each address that this machine has not got.
 
         Raises:
             ListenError: an address cannot be bound.
         """
-        self._socks = await udp.listen(host, port, self._server.tell_absent)
+        self._socks = await udp.listen(host, port, on_absent)
         name = self._socks[0].getsockname()
         self.address = (str(name[0]), int(name[1]))
 
@@ -83,7 +104,7 @@ class UdpVisitors:
             EngineError: it has no room.
         """
         while self._socks:
-            gate = self._server.relays.serve(self._socks[0], self._meet, has_tls=has_tls)
+            gate = self._relays.serve(self._socks[0], self._meet, has_tls=has_tls)
             self._gates.append(gate)
             del self._socks[0]
 
@@ -94,9 +115,9 @@ class UdpVisitors:
             gate.shut()
         while self._waiting:
             self._turn_away(self._waiting.popleft())
-        if self._eviction is not None:
-            self._eviction.cancel()
-            self._eviction = None
+        if self._room_timer is not None:
+            self._room_timer.cancel()
+            self._room_timer = None
 
     def close(self) -> None:
         """Close the sockets and end what is open; idempotent."""
@@ -117,21 +138,19 @@ class UdpVisitors:
         if not self._waiting:
             return False
         waiting = self._waiting.popleft()
-        self._server.slots.take(is_udp=True)
         self._admit(waiting.gate, waiting.newcomer)
         return True
 
     # ----------------------------------------------------------------------- newcomers
 
     def _meet(self, gate: Gate, newcomer: Newcomer) -> None:
-        self._server.counters.visitors += 1
+        self._counters.visitors += 1
         if self._is_shut:
             self._turn_away(_Waiting(gate, newcomer, 0.0))
-        elif self._server.slots.has_udp_room and not self._waiting:
-            self._server.slots.take(is_udp=True)
+        elif self._slots.has_udp_room and not self._waiting:
             self._admit(gate, newcomer)
         else:
-            until = asyncio.get_running_loop().time() + self._settings.dial_timeout
+            until = self._loop.time() + self._settings.dial_timeout
             self._waiting.append(_Waiting(gate, newcomer, until))
             self.make_room()
 
@@ -140,59 +159,61 @@ class UdpVisitors:
 
         Whether TCP visitors wait cannot be seen: they are in the kernel's queue.
         """
-        if self._eviction is None and self._gates and not self._is_shut:
-            for gate in self._gates if self._server.slots.udp else ():
+        if self._room_timer is None and self._gates and not self._is_shut:
+            for gate in self._gates if self._slots.udp else ():
                 gate.relieve()
-            loop = asyncio.get_running_loop()
-            self._eviction = loop.call_later(RELIEF_PAUSE, self._relieve_again)
+            self._room_timer = self._loop.call_later(RELIEF_PAUSE, self._relieve_again)
 
     def _relieve_again(self) -> None:
-        self._eviction = None
-        now = asyncio.get_running_loop().time()
+        self._room_timer = None
+        now = self._loop.time()
         while self._waiting and self._waiting[0].until <= now:
             self._turn_away(
                 self._waiting.popleft(), "no slot of SEMAPHORE_LIMIT came free in time"
             )
-        slots = self._server.slots
+        slots = self._slots
         while slots.has_udp_room and self.admit_one():
             pass  # a slot that was a TCP visitor's turn, and none came
         if self._waiting or (slots.udp and not slots.has_udp_room):
             self.make_room()
 
     def _admit(self, gate: Gate, newcomer: Newcomer) -> None:
-        found = self._server.pool.take_nowait()
+        slot = Slot(self._slots, is_udp=True)
+        found = self._pool.take_nowait()
         if found is not None:
-            self._bind(gate, newcomer, *found)
+            self._bind(gate, newcomer, slot, *found)
         else:
-            self._server.spawn(self._admit_later(gate, newcomer), "waiting for a link")
+            self._spawn(self._wait_for_link(gate, newcomer, slot), "waiting for a link")
 
-    async def _admit_later(self, gate: Gate, newcomer: Newcomer) -> None:
+    async def _wait_for_link(self, gate: Gate, newcomer: Newcomer, slot: Slot) -> None:
         try:
-            member, link = await self._server.pool.take(self._settings.dial_timeout)
+            member, link = await self._pool.take(self._settings.dial_timeout)
         except (PoolTimeout, PoolClosed) as exc:
-            self._server.slots.give(is_udp=True)
-            self._turn_away(_Waiting(gate, newcomer, 0.0), self._server.why_no_link(exc))
+            slot.release()
+            self._turn_away(_Waiting(gate, newcomer, 0.0), self._sessions.why_no_link(exc))
             return
         except BaseException:
-            self._server.slots.give(is_udp=True)
+            slot.release()
             raise
-        self._bind(gate, newcomer, member, link)
+        self._bind(gate, newcomer, slot, member, link)
 
     def _turn_away(self, waiting: _Waiting, why: str = "") -> None:
         waiting.gate.turn_away(waiting.newcomer)
-        self._server.counters.visitors_refused += 1
+        self._counters.visitors_refused += 1
         if why:
-            self._server.log.repeated("warn", "no link", "a visitor was turned away", why=why)
+            self._log.repeated("warn", "no link", "a visitor was turned away", why=why)
 
     # -------------------------------------------------------------------------- relays
 
-    def _bind(self, gate: Gate, newcomer: Newcomer, member: Member, link: Link) -> None:
+    def _bind(
+        self, gate: Gate, newcomer: Newcomer, slot: Slot, member: Member, link: Link
+    ) -> None:
         assert isinstance(member, ConnectedClient)
-        server, settings = self._server, self._settings
+        settings = self._settings
         is_raw = member.session.dialect is Dialect.SEED
         try:
             udp.tune_link(link.sock, SILENT_PERIODS * settings.report_interval)
-            relay = server.relays.bind(
+            relay = self._relays.bind(
                 gate,
                 newcomer,
                 link.sock,
@@ -204,13 +225,12 @@ class UdpVisitors:
         except (EngineError, OSError) as exc:
             tcp.reset(link.sock)
             # Not at once: the next in the queue would fail within this very call, and so on.
-            give = functools.partial(server.slots.give, is_udp=True)
-            asyncio.get_running_loop().call_soon(give)
+            self._loop.call_soon(slot.release)
             self._turn_away(_Waiting(gate, newcomer, 0.0), str(exc))
             return
         except BaseException:
             tcp.reset(link.sock)
-            server.slots.give(is_udp=True)
+            slot.release()
             raise
         visitor = tcp.join_address(newcomer.host, newcomer.port)
-        server.launch(relay, member, link.name, visitor)
+        self._launches.begin(relay, member, link.name, visitor, slot)

@@ -2,7 +2,7 @@
 
 Owns: the doubt whether a launch was understood, until the link says something. The seed dialect
 has no word for a launch that failed: a Go client that does not know the link forgets it, and the
-visitor would wait on a link that nobody holds. Called by `server`.
+visitor would wait on a link that nobody holds. Called by `launches`.
 
     launched ──a byte, an end──> no doubt
         └── none in REPEAT_AFTER ──> launched again ──none in GIVE_UP_AFTER──> reset, counted, told
@@ -23,7 +23,7 @@ from nodepass.observe.log import Log
 from nodepass.observe.stats import Counters
 from nodepass.protocol.messages import Kind
 
-from .sessions import ConnectedClient
+from .connected_client import ConnectedClient
 
 REPEAT_AFTER: Final = 3.0
 """Seconds: longer than most answers take, and short enough for somebody who waits."""

@@ -1,3 +1,11 @@
 """What a server and a client have in common."""
 
-__all__ = ["base", "control", "pool", "slots"]
+__all__ = [
+    "base",
+    "context",
+    "control",
+    "demand",
+    "idle_links",
+    "pool",
+    "slots",
+]

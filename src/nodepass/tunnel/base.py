@@ -11,13 +11,13 @@ import asyncio
 import contextlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from types import TracebackType
 from typing import Final, Self
 
-from nodepass.config.environment import Settings, show_duration
+from nodepass.config.environment import Settings
 from nodepass.config.url import Config, Mode
-from nodepass.engine.relays import Reason, Relay, RelayResult, Relays, UdpRelay, UdpResult
+from nodepass.engine.relays import Relays
 from nodepass.errors import ConfigError, TunnelError
 from nodepass.net import tcp
 from nodepass.observe.log import Log
@@ -26,8 +26,9 @@ from nodepass.observe.stats import Counters, Datagrams, TunnelStatistics
 from nodepass.protocol.proof import stretch_password
 from nodepass.runtime import fork, threads
 
-LAST_WORDS: Final = 1.0
-"""Seconds of silence after which a UDP session counts as done once the tunnel stops."""
+from .context import Context
+from .open_relays import OpenRelays
+
 DROP_PAUSE: Final = 5.0
 """Seconds between two looks at what was lost: for who reads the log "at once"."""
 ABORT_GRACE: Final = 1.0
@@ -67,17 +68,21 @@ class Tunnel(ABC):
         self.config = url if isinstance(url, Config) else Config.parse(url, os.environ)
         if self.config.mode is not self.mode:
             raise ConfigError("scheme", f"must be {self.mode}:// here")
-        self.settings = self.config.settings
+        self._settings = self.config.settings
         label = self.config.label
-        self.log = Log(str(self.mode), self.config.log, **({"tunnel": label} if label else {}))
-        self.log.tunnel = label or f"{self.mode}://{self.config.tunnel}"
+        self._log = Log(str(self.mode), self.config.log, **({"tunnel": label} if label else {}))
+        self._log.tunnel = label or f"{self.mode}://{self.config.tunnel}"
         if isinstance(url, str):
-            tell_remarks(self.log, self.settings)
-        self.counters = Counters()
+            tell_remarks(self._log, self._settings)
+        self._counters = Counters()
         self._shared_relays = relays
-        self._relays: Relays | None = relays
-        self._open_relays: set[Relay | UdpRelay] = set()
-        self._drops = DropReport(self.log, self._drop_fields)
+        self._common: Context | None = None
+        self._open_relays = OpenRelays(self._settings, self._log, self._counters)
+        self._counts: list[Callable[[], Datagrams]] = [self._open_relays.datagrams]
+        """Everything that counts datagrams."""
+        self._waits: list[Callable[[float], Awaitable[None]]] = [self._open_relays.wait]
+        """How to wait for what the engine has of ours, at most so many seconds each."""
+        self._drops = DropReport(self._log, self._drop_fields)
         self._drop_timer: asyncio.TimerHandle | None = None
         self._group: asyncio.TaskGroup | None = None
         self._main: asyncio.Task[None] | None = None
@@ -85,12 +90,12 @@ class Tunnel(ABC):
         self._life = asyncio.Lock()
         self._has_begun = False
         self._is_running = False
-        self.resources = contextlib.ExitStack()
+        self._resources = contextlib.ExitStack()
         """How to give back what `_open` has taken; the last taken goes first."""
         self._report_timer: asyncio.TimerHandle | None = None
         self._reload_timer: asyncio.TimerHandle | None = None
         self._last_report: dict[str, object] = {}
-        self.is_stopping = False
+        self._is_stopping = False
         self._forks = fork.count()
 
     def __repr__(self) -> str:
@@ -98,12 +103,6 @@ class Tunnel(ABC):
         if "_open_relays" not in self.__dict__:  # what it was to be made of was refused
             return f"<{name} never made>"
         return f"<{name} {self.config.url} relays={len(self._open_relays)}>"
-
-    @property
-    def relays(self) -> Relays:
-        if self._relays is None:
-            raise TunnelError("the tunnel has not been started")
-        return self._relays
 
     async def start(self) -> None:
         """Begin; returns when connections are accepted or being dialled.
@@ -119,15 +118,24 @@ class Tunnel(ABC):
         self._has_begun = True
         async with self._life:
             try:
-                if self._relays is None:
-                    self._relays = Relays(self.settings)
-                await self._open()
+                relays = self._shared_relays
+                if relays is None:
+                    relays = Relays(self._settings)
+                self._common = Context(
+                    self.config,
+                    self._log,
+                    self._counters,
+                    relays,
+                    self._open_relays,
+                    self._spawn,
+                )
+                await self._open(self._common)
                 started = asyncio.get_running_loop().create_future()
                 self._main = asyncio.create_task(self._hold_group(started))
                 await started
-                self._begin()
+                self._begin(self._common)
             except BaseException:
-                self.is_stopping = True
+                self._is_stopping = True
                 await self._end()
                 raise
             self._is_running = True
@@ -144,7 +152,7 @@ class Tunnel(ABC):
         async with self._life:
             if self._closed.is_set() or not self._has_begun:
                 return
-            self.is_stopping = True
+            self._is_stopping = True
             if self._forks != fork.count():
                 self._leave()
                 return
@@ -154,11 +162,11 @@ class Tunnel(ABC):
             finally:
                 cut = len(self._open_relays)
                 await self._end()
-                self.log.info("stopped", **({"relays_cut": cut} if cut else {}))
+                self._log.info("stopped", **({"relays_cut": cut} if cut else {}))
 
     def reload(self) -> bool:
         """Read certificate files again; return whether there are any. Open relays go on."""
-        return self._is_running and not self.is_stopping and self._reload(force=True)
+        return self._is_running and not self._is_stopping and self._reload(force=True)
 
     async def wait_closed(self) -> None:
         """Wait until the tunnel has ended, or has failed to start."""
@@ -182,17 +190,17 @@ class Tunnel(ABC):
         Raises:
             TunnelError: it has never run.
         """
-        self.require_running()
-        return self._look()
+        self._require_running()
+        return self._gather()
 
     # ------------------------------------------------- for server and client to fill in
 
     @abstractmethod
-    async def _open(self) -> None:
-        """Take what the start needs, each with its undo in `resources`; raise if it cannot."""
+    async def _open(self, context: Context) -> None:
+        """Take what the start needs, each with its undo in `_resources`; raise if it cannot."""
 
     @abstractmethod
-    def _begin(self) -> None:
+    def _begin(self, context: Context) -> None:
         """Go to work; the task group stands."""
 
     @abstractmethod
@@ -200,12 +208,8 @@ class Tunnel(ABC):
         """Take no new visitors and wait, in bounded time, for what is open."""
 
     @abstractmethod
-    def _look(self) -> TunnelStatistics:
-        """Gather the statistics."""
-
-    async def _let_go(self) -> None:
-        """Wait, in bounded time, for what the engine still has of ours."""
-        return
+    def _gather(self) -> TunnelStatistics:
+        """Make the statistics."""
 
     def _reload(self, *, force: bool) -> bool:  # noqa: ARG002 - for those that have files
         """Read certificate files that have changed, or all; return whether there are any."""
@@ -213,7 +217,7 @@ class Tunnel(ABC):
 
     # ------------------------------------------------------- for server and client to use
 
-    async def stretch_password(self) -> bytes | None:
+    async def _stretch_password(self) -> bytes | None:
         """Return the key of the proofs, None without a password."""
         password = self.config.password
         if password is None:
@@ -221,12 +225,12 @@ class Tunnel(ABC):
         # It takes 0.1 s on purpose, and other tunnels of this loop may be at work.
         return await threads.run(lambda: stretch_password(password.reveal()))
 
-    def share_descriptors(self) -> tcp.Shares:
+    def _share_descriptors(self) -> tcp.Shares:
         """Return how many visitors and idle links fit the limit of open files; warn if few."""
-        wanted = self.settings.semaphore_limit
-        shares = tcp.share_descriptors(wanted, self.settings.max_pool_capacity)
+        wanted = self._settings.semaphore_limit
+        shares = tcp.share_descriptors(wanted, self._settings.max_pool_capacity)
         if shares.visitors < wanted:
-            self.log.warn(
+            self._log.warn(
                 "the limit of open files (ulimit -n) is too low for SEMAPHORE_LIMIT visitors",
                 files=tcp.descriptor_limit(),
                 visitors=shares.visitors,
@@ -234,85 +238,25 @@ class Tunnel(ABC):
             )
         return shares
 
-    def require_running(self) -> None:
-        """Raise TunnelError if the tunnel has never run."""
-        if not self._is_running:
-            raise TunnelError("the tunnel has not been started")
-
-    def spawn(self, work: Coroutine[object, object, None], what: str) -> None:
+    def _spawn(self, work: Coroutine[object, object, None], what: str) -> None:
         """Run a task in the tunnel's group; a fault in it is logged, never silent."""
         if self._group is None:
             work.close()  # the group has ended, and its tasks with it
             return
         self._group.create_task(self._guard(work, what))
 
-    def hold(self, relay: Relay | UdpRelay) -> None:
-        """Count a relay as open until its result is there."""
-        self._open_relays.add(relay)
+    def _require_running(self) -> None:
+        """Raise TunnelError if the tunnel has never run."""
+        if not self._is_running:
+            raise TunnelError("the tunnel has not been started")
 
-    def doubt_links(self, side: int, *, is_back: bool = False) -> None:
-        """Have the engine find out which open relays have lost the far end of their link.
-
-        Args:
-            side: which of a relay's two is the link.
-            is_back: there is a path again, so a link that does not even answer when it is asked
-                is gone; otherwise its path may come back while nobody says anything.
-        """
-        for relay in self._open_relays:
-            relay.doubt(side, is_quiet=is_back)
-
-    def forget(self, relay: Relay | UdpRelay) -> None:
-        """Stop counting a relay whose result will never come."""
-        self._open_relays.discard(relay)
-
-    def release(self, relay: Relay | UdpRelay, result: RelayResult | UdpResult) -> None:
-        """Add a finished relay to the counters."""
-        self._open_relays.discard(relay)
-        self.counters.bytes_up += result.up
-        self.counters.bytes_down += result.down
-        if isinstance(result, UdpResult):
-            parts = (self.counters.datagrams, result.datagrams)
-            self.counters.datagrams = Datagrams.total(parts)
-        elif result.reason is Reason.IDLE:
-            self.log.repeated(
-                "info",
-                "idle",
-                "a silent connection has been ended, as TCP_IDLE_TIMEOUT asks",
-                limit=show_duration(self.settings.tcp_idle_timeout),
-            )
-        if not result.is_clean:
-            self.counters.relays_reset += 1
-
-    async def wait_relays(self, timeout: float) -> None:  # noqa: ASYNC109
-        """Wait until no relay is open, at most so many seconds."""
-        results: set[asyncio.Future[RelayResult] | asyncio.Future[UdpResult]]
-        results = {relay.result for relay in self._open_relays}
-        if results:
-            await asyncio.wait(results, timeout=timeout)
-
-    def live_bytes(self) -> tuple[int, int]:
-        """Return bytes up and down since the start, open relays included."""
-        up, down = self.counters.bytes_up, self.counters.bytes_down
-        for relay in self._open_relays:
-            live_up, live_down = relay.live()
-            up += live_up
-            down += live_down
-        return up, down
-
-    def datagrams(self) -> Datagrams:
-        """Return what has become of datagrams since the start, open relays included."""
-        open_ones = [r.datagrams() for r in self._open_relays if isinstance(r, UdpRelay)]
-        return Datagrams.total([self.counters.datagrams, *open_ones])
-
-    def hurry(self) -> None:
-        """Let UDP sessions end soon after their last datagram, not only after their idle time."""
-        for relay in self._open_relays:
-            if isinstance(relay, UdpRelay):
-                relay.limit(min(LAST_WORDS, self.settings.udp_idle_timeout))
+    def _datagrams(self) -> Datagrams:
+        """Return what has become of datagrams since the start."""
+        return Datagrams.total(count() for count in self._counts)
 
     def _drop_fields(self, cause: str) -> dict[str, object]:
         if cause == "too_large":
-            return {"limit": self.settings.udp_data_buf_size}
+            return {"limit": self._settings.udp_data_buf_size}
         return {"target": self.config.target} if cause == "refused" else {}
 
     # ------------------------------------------------------------------------- private
@@ -330,21 +274,20 @@ class Tunnel(ABC):
         try:
             await work
         except Exception as exc:  # noqa: BLE001 - a task's outer edge
-            self.log.error(f"a fault of ours in {what}; please report it", error=exc)
+            self._log.error(f"a fault of ours in {what}; please report it", error=exc)
 
     async def _end(self) -> None:
         """Give everything back, whatever has been taken so far."""
         try:
             self._cancel_timers()
-            self.resources.close()
+            self._resources.close()
             if self._main is not None:
                 self._main.cancel()
                 await asyncio.wait({self._main})
-            for relay in list(self._open_relays):
-                relay.abort()
-            await self.wait_relays(ABORT_GRACE)
-            await self._let_go()
-            self._drops.look(self.datagrams(), asyncio.get_running_loop().time(), is_last=True)
+            self._open_relays.abort()
+            for wait in self._waits:
+                await wait(ABORT_GRACE)
+            self._drops.look(self._datagrams(), asyncio.get_running_loop().time(), is_last=True)
         finally:
             # Whoever cancels us here still gets the engine's threads back.
             try:
@@ -355,7 +298,7 @@ class Tunnel(ABC):
     def _leave(self) -> None:
         """Let go in a forked child, where nothing of all this is ours."""
         self._cancel_timers()
-        self.resources.close()
+        self._resources.close()
         if self._main is not None:
             self._main.cancel()
         self._open_relays.clear()
@@ -368,30 +311,30 @@ class Tunnel(ABC):
         self._report_timer = self._reload_timer = self._drop_timer = None
 
     async def _close_relays(self) -> None:
-        if self._relays is not None and self._shared_relays is None:
-            await self._relays.close()
+        if self._common is not None and self._shared_relays is None:
+            await self._common.relays.close()
 
     def _arm_report(self) -> None:
-        if self.log.is_debug:
+        if self._log.is_debug:
             loop = asyncio.get_running_loop()
-            self._report_timer = loop.call_later(self.settings.report_interval, self._report)
+            self._report_timer = loop.call_later(self._settings.report_interval, self._report)
 
     def _report(self) -> None:
         fields = self.statistics().report()
         if fields != self._last_report:
             self._last_report = fields
-            self.log.debug("report", **fields)
+            self._log.debug("report", **fields)
         self._arm_report()
 
     def _look_at_drops(self) -> None:
         loop = asyncio.get_running_loop()
-        self._drops.look(self.datagrams(), loop.time())
-        pause = min(self.settings.report_interval, DROP_PAUSE)
+        self._drops.look(self._datagrams(), loop.time())
+        pause = min(self._settings.report_interval, DROP_PAUSE)
         self._drop_timer = loop.call_later(pause, self._look_at_drops)
 
     def _arm_reload(self) -> None:
         loop = asyncio.get_running_loop()
-        self._reload_timer = loop.call_later(self.settings.reload_interval, self._look_at_files)
+        self._reload_timer = loop.call_later(self._settings.reload_interval, self._look_at_files)
 
     def _look_at_files(self) -> None:
         self._reload(force=False)

@@ -1,9 +1,10 @@
 """Slots: how many visitors are served at once, and who gets the place of one who leaves.
 
-    Slots  SEMAPHORE_LIMIT on the server, shared by TCP and UDP
-    Queue  the same on the client, where launches wait their turn
+    Slots      SEMAPHORE_LIMIT on the server, shared by TCP and UDP
+    Slot       one visitor's part of it
+    SlotQueue  the same limit on the client, where launches wait their turn
 
-Called by `server`, `gate` and `client`; knows neither sockets nor datagrams.
+Called by `server` and `client`; knows neither sockets nor datagrams.
 """
 
 from __future__ import annotations
@@ -85,7 +86,30 @@ class Slots:
             self._was_full = False
 
 
-class Queue:
+class Slot:
+    """One visitor's slot: taken as it is made, given back once.
+
+    Args:
+        slots: where it is taken.
+        is_udp: whether the visitor is a UDP session.
+    """
+
+    __slots__ = ("_is_held", "_is_udp", "_slots")
+
+    def __init__(self, slots: Slots, *, is_udp: bool = False) -> None:
+        self._slots = slots
+        self._is_udp = is_udp
+        self._is_held = True
+        slots.take(is_udp=is_udp)
+
+    def release(self) -> None:
+        """Give the slot back; idempotent."""
+        if self._is_held:
+            self._is_held = False
+            self._slots.give(is_udp=self._is_udp)
+
+
+class SlotQueue:
     """Places for launches: taken at once, or waited for, first come first served."""
 
     def __init__(self, limit: int) -> None:

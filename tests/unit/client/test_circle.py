@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from nodepass.client import circle
-from nodepass.client.circle import LONGEST, Circle, Place
+from nodepass.client.circle import LONGEST, Circle
+from nodepass.config.address import Address
 from nodepass.protocol.messages import Kind
 
 
@@ -21,7 +22,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def near(target: str = "10.0.0.5", *, arrival: str = "", port: int = 80) -> Circle:
     made = Circle(target, port)
-    made.learn(Place(arrival, port), is_one_machine=True)
+    made.learn(Address(arrival, port), is_one_machine=True)
     return made
 
 
@@ -58,7 +59,7 @@ def test_c10_which_targets_may_lead_back(
 ) -> None:
     ours = Circle(*target)
     assert not ours.is_near
-    ours.learn(Place(*arrival), is_one_machine=is_one_machine)
+    ours.learn(Address(*arrival), is_one_machine=is_one_machine)
     assert ours.is_near is expected
     ours.learn(None, is_one_machine=is_one_machine)
     assert not ours.is_near, "a seed server does not say"
@@ -66,9 +67,9 @@ def test_c10_which_targets_may_lead_back(
 
 def test_c10_way_back_through_other_tunnels() -> None:
     one, two = Circle("10.0.0.5", 81), Circle("10.0.0.6", 80)
-    one.learn(Place("", 80), is_one_machine=False)
+    one.learn(Address("", 80), is_one_machine=False)
     assert not one.is_near
-    two.learn(Place("", 81), is_one_machine=False)
+    two.learn(Address("", 81), is_one_machine=False)
     assert one.is_near
     assert two.is_near
     first = one.begin(Kind.TCP, "[2001:db8::1]:1", "192.0.2.7:1")
@@ -81,7 +82,7 @@ def test_c10_way_back_through_other_tunnels() -> None:
     one.end(first, "192.0.2.7:1")
     two.end(second, "[2001:db8::1]:1")
     two.close()
-    one.learn(Place("", 80), is_one_machine=False)
+    one.learn(Address("", 80), is_one_machine=False)
     assert not one.is_near
 
 

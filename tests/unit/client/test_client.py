@@ -245,7 +245,7 @@ async def test_replaced_client_goes_on_under_another_name(
                 names.append(await welcome_again(server))
             assert all(re.fullmatch("me-[0-9a-f]{4}", name) for name in names)
             assert names[0] != names[1]
-            assert desk.client.name == names[1]
+            assert desk.client._reconnect.name == names[1]
     assert "another client of our name" in caplog.text
 
 
@@ -401,7 +401,7 @@ async def test_failure_of_the_target_has_a_name(
         figures = desk.figures
         assert (figures.launches_failed, figures.visitors_refused) == (1, 1)
         assert (figures.visitors_open, figures.relays_open, figures.relays_reset) == (0, 0, 0)
-        assert desk.client._slots._free == desk.client._limit
+        assert desk.client._places._slots._free == desk.client._places._limit
 
 
 @both
@@ -412,7 +412,7 @@ async def test_target_that_does_not_answer_in_time() -> None:
         await server.say("tcp://1?from=10.0.0.1:1")
         assert await signal(server) == "fail://1?why=timeout"
         assert await is_reset(links[1])
-        assert desk.client._slots._free == desk.client._limit
+        assert desk.client._places._slots._free == desk.client._places._limit
     full.close()
 
 
@@ -439,7 +439,7 @@ async def test_visitor_that_has_gone_while_its_target_is_dialled() -> None:
         assert await signal(server) == "fail://77?why=unknown", "the first word that is said"
         figures = desk.figures
         assert (figures.relays_open, figures.relays_reset, figures.launches_failed) == (0, 0, 1)
-        assert desk.client._slots._free == desk.client._limit
+        assert desk.client._places._slots._free == desk.client._places._limit
     full.close()
 
 
@@ -454,7 +454,7 @@ async def test_no_socket_to_dial_the_target_with(monkeypatch: pytest.MonkeyPatch
         assert await signal(server) == "fail://1?why=limit"
         assert await is_reset(links[1])
         assert desk.figures.visitors_open == 0
-        assert desk.client._slots._free == desk.client._limit
+        assert desk.client._places._slots._free == desk.client._places._limit
 
 
 @both
@@ -467,7 +467,7 @@ async def test_fault_in_one_launch_ends_that_one_only(
         def fail(*_: object, **__: object) -> bool:
             raise RuntimeError("on purpose")
 
-        monkeypatch.setattr(desk.client.relays if where == "connect" else tcp, where, fail)
+        monkeypatch.setattr(desk.relays if where == "connect" else tcp, where, fail)
         await server.say("tcp://1?from=10.0.0.1:1")
         assert await is_reset(links[1])
         monkeypatch.undo()
@@ -476,7 +476,7 @@ async def test_fault_in_one_launch_ends_that_one_only(
         target = await desk.at_target()
         await links[2].write(b"others")
         assert await target.read_exactly(6) == b"others"
-        assert desk.client._slots._free == desk.client._limit - 1
+        assert desk.client._places._slots._free == desk.client._places._limit - 1
     assert "a fault of ours in serving a visitor" in caplog.text
 
 
@@ -489,7 +489,7 @@ async def test_engine_that_refuses_is_answered() -> None:
         assert await signal(server) == "fail://1?why=limit"
         assert await is_reset(links[1])
         assert desk.figures.visitors_open == 0
-        assert desk.client._slots._free == desk.client._limit
+        assert desk.client._places._slots._free == desk.client._places._limit
 
 
 @both
@@ -504,7 +504,7 @@ async def test_engine_that_refuses_a_target_with_a_name_is_answered() -> None:
         assert await is_reset(links[1])
         async with await accept(target) as stream:
             assert await is_reset(stream)
-        assert desk.client._slots._free == desk.client._limit
+        assert desk.client._places._slots._free == desk.client._places._limit
     target.close()
 
 
@@ -849,7 +849,7 @@ async def test_fault_in_joining_a_target_that_has_a_name_ends_that_one_only(
         def fail(*_: object, **__: object) -> bool:
             raise RuntimeError("on purpose")
 
-        monkeypatch.setattr(desk.client.relays, "join", fail)
+        monkeypatch.setattr(desk.relays, "join", fail)
         await server.say("tcp://1?from=10.0.0.1:1")
         assert await is_reset(links[1])
         async with await accept(target) as stream:
@@ -860,6 +860,6 @@ async def test_fault_in_joining_a_target_that_has_a_name_ends_that_one_only(
         async with await accept(target) as stream:
             await links[2].write(b"others")
             assert await stream.read_exactly(6) == b"others"
-            assert desk.client._slots._free == desk.client._limit - 1
+            assert desk.client._places._slots._free == desk.client._places._limit - 1
     target.close()
     assert "a fault of ours in serving a visitor" in caplog.text

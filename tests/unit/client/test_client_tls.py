@@ -36,11 +36,12 @@ from tests.kit.secure import (
 from tests.kit.stream import Stream
 from tests.kit.timing import limit, until, within
 
-from nodepass.client import client as client_module
+from nodepass.client import server_dialer as dialer_module
 from nodepass.client.client import Client
 from nodepass.config.environment import Settings
 from nodepass.config.url import Config
 from nodepass.errors import ConfigError
+from nodepass.tls.contexts import ClientTls
 
 PASSWORD = "correct-horse"
 
@@ -677,13 +678,13 @@ async def test_tls_is_loaded_once_for_many_links(
 ) -> None:
     """A seed server's mode is known only when its links are dialled, several at once."""
     made: list[None] = []
-    load = client_module.Client._load_tls
+    load = dialer_module.ServerDialer._make_tls
 
-    def count(client: Client) -> None:
+    def count(dialer: dialer_module.ServerDialer) -> ClientTls:
         made.append(None)
-        load(client)
+        return load(dialer)
 
-    monkeypatch.setattr(client_module.Client, "_load_tls", count)
+    monkeypatch.setattr(dialer_module.ServerDialer, "_make_tls", count)
     async with seeded(files, min_pool_capacity=2):
         assert len(made) == 1
 

@@ -30,8 +30,8 @@ from tests.kit.stream import Stream
 from tests.kit.timing import free_port, limit, until, within
 from tests.kit.udp_words import frame, frames
 
-from nodepass.client import session
 from nodepass.client import udp_target as targets
+from nodepass.client import visitors
 from nodepass.config.environment import Settings
 from nodepass.engine.relays import Reason, Relays, UdpRelay, UdpResult
 from nodepass.net import udp
@@ -381,7 +381,9 @@ async def test_link_that_cannot_be_tuned_is_the_engines_to_find(
 
 
 @both
-@pytest.mark.parametrize(("given", "expected"), [(120.0, 120.0 + session.IDLE_MARGIN), (0.5, 1.0)])
+@pytest.mark.parametrize(
+    ("given", "expected"), [(120.0, 120.0 + visitors.IDLE_MARGIN), (0.5, 1.0)]
+)
 async def test_silence_is_suffered_longer_than_on_the_server(
     given: float, expected: float
 ) -> None:
@@ -530,7 +532,7 @@ async def test_launch_that_finds_no_slot_in_time_is_told_so() -> None:
 
 @both
 async def test_launches_without_a_slot_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nodepass.client.client.LEAST_QUEUE", 2)
+    monkeypatch.setattr("nodepass.client.places.LEAST_QUEUE", 2)
     async with paired(idle=6, semaphore_limit=1, dial_timeout=20.0) as (server, desk, _):
         await server.say("tcp://1?from=10.0.0.1:1")
         await desk.at_target()

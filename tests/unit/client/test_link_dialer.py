@@ -9,22 +9,24 @@ import gc
 import socket
 import weakref
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import cast
 
 import pytest
+from tests.kit.context import make_context
 from tests.kit.timing import free_port, until
 
-from nodepass.client.client import Client
 from nodepass.client.link_dialer import LinkDialer
+from nodepass.client.server_dialer import Agreement, ServerDialer
+from nodepass.config.environment import Settings
+from nodepass.engine.relays import Relays
 from nodepass.errors import DialError, NodePassError, PeerWireError, TunnelError
 from nodepass.net import tcp
 from nodepass.net.readiness import Watch
 from nodepass.protocol import lines
-from nodepass.protocol.handshake import ClientHandshake, ServerHandshake
-from nodepass.protocol.messages import KEY_SIZE, NONCE_SIZE, VERSION, Greeting, LinkClaim
+from nodepass.protocol.handshake import ServerHandshake
+from nodepass.protocol.messages import KEY_SIZE, NONCE_SIZE, VERSION, Dialect, Greeting, LinkClaim
 from nodepass.protocol.proof import LinkKey
-from nodepass.tunnel.pool import IdleLinks, Link
+from nodepass.tunnel.idle_links import IdleLinks, Link
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -37,14 +39,12 @@ class Post:
 
     def __init__(self, name: tuple[str, int], dial: float = 30.0, shake: float = 30.0) -> None:
         self.watch = Watch()
-        self.counters = SimpleNamespace(links=0)
-        client = SimpleNamespace(
-            settings=SimpleNamespace(dial_timeout=dial, handshake_timeout=shake),
-            watch=self.watch,
-            counters=self.counters,
-            new_handshake=ClientHandshake,
-        )
-        self.dials = LinkDialer(cast(Client, client), *name, SESSION, KEY, 0)
+        settings = Settings(dial_timeout=dial, handshake_timeout=shake)
+        url = "client://127.0.0.1:1/127.0.0.1:2"
+        context = make_context(cast(Relays, None), url, settings=settings)  # nobody wants TLS here
+        self.counters = context.counters
+        agreement = Agreement(Dialect.NATIVE, *name, 0, SESSION, KEY)
+        self.dials = LinkDialer(context, ServerDialer(context, None), agreement, self.watch)
         self.ends: list[Link | Exception] = []
 
     def begin(self) -> None:

@@ -19,7 +19,7 @@ from nodepass.errors import PeerWireError, PoolTimeout
 from nodepass.net import tcp
 from nodepass.net.readiness import Watch
 from nodepass.observe.log import Log
-from nodepass.tunnel.pool import IdleLinks, Link
+from nodepass.tunnel.idle_links import IdleLinks, Link
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -201,7 +201,7 @@ async def test_failures_are_told_once_they_are_no_accident(
             await until(lambda: yard.dials > QUIET_FAILURES + 3, 5, "failures")
             yard.fault = None
             await until(lambda: len(yard.idle_links) == 1, 5, "a link")
-            yard.refill.settle()  # it was launched
+            yard.refill.note_success()  # it was launched
             yard.fault = OSError("refused")
             yard.idle_links.retire(1)
             yard.refill.fill()

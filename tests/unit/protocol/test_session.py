@@ -8,6 +8,7 @@ import pytest
 
 from nodepass.errors import LocalWireError
 from nodepass.protocol import session as rules
+from nodepass.protocol.backoff import Backoff
 from nodepass.protocol.messages import (
     Dialect,
     Drain,
@@ -19,7 +20,7 @@ from nodepass.protocol.messages import (
     Pong,
     SeedLaunch,
 )
-from nodepass.protocol.session import Backoff, Drained, Event, Lost, Role, Session, State
+from nodepass.protocol.session import Drained, Event, Lost, Role, Session, State
 
 START = 1000.0
 """A clock begins anywhere."""
@@ -593,5 +594,5 @@ def test_only_a_stable_period_starts_over(lasted: float, pause: float) -> None:
     backoff = Backoff(5.0)
     for _ in range(2):
         backoff.next_pause(0.5)
-    backoff.settle(lasted)
+    backoff.reset_after(lasted)
     assert backoff.next_pause(0.5) == pytest.approx(pause)

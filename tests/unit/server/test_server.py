@@ -23,8 +23,8 @@ from nodepass.engine.relays import Relay, Relays
 from nodepass.errors import ListenError, TunnelError
 from nodepass.net import tcp
 from nodepass.net.listener import Listener
+from nodepass.server import connected_client, sessions
 from nodepass.server import server as server_module
-from nodepass.server import sessions
 from nodepass.server.server import Server
 
 both = pytest.mark.loops("asyncio", "uvloop")
@@ -435,7 +435,7 @@ async def test_c23_relays_that_have_ended_are_soon_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Their client may still say why one failed; what it never says must not pile up."""
-    monkeypatch.setattr(sessions, "PARTED", 2)
+    monkeypatch.setattr(connected_client, "PARTED", 2)
     async with serving() as desk:
         client = await desk.client()
         for number in range(1, 6):

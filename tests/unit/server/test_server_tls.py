@@ -188,7 +188,7 @@ async def test_stop_in_the_middle_of_handshakes(kind: str) -> None:
             side = LibrarySide(library_client())
             side.shake()
             await stream.write(side.give()[:80])
-        await until(lambda: len(desk.server.relays) == 6, 5, "handshakes under way")
+        await until(lambda: len(desk.relays) == 6, 5, "handshakes under way")
         async with within(5):
             await desk.server.stop()
         assert [await is_reset(stream) for stream in [*callers, data]] == [True] * 6
@@ -583,9 +583,9 @@ async def test_data_connections_of_strangers_cost_no_handshake() -> None:
     async with serving("log=none&tls=1") as desk:
         client = await desk.seed()
         await client.dial()
-        before = desk.server.relays.statistics().handshakes
+        before = desk.relays.statistics().handshakes
         assert await is_reset(desk.knock(client.data_port, "127.0.0.2"))
-        assert desk.server.relays.statistics().handshakes == before
+        assert desk.relays.statistics().handshakes == before
 
 
 @both
@@ -595,11 +595,11 @@ async def test_handshakes_at_the_data_port_are_bounded(monkeypatch: pytest.Monke
         client = await desk.seed()
         await client.dial()
         held = [desk.knock(client.data_port) for _ in range(2)]
-        await until(lambda: len(desk.server.relays) == 2, 5, "two handshakes")
+        await until(lambda: len(desk.relays) == 2, 5, "two handshakes")
         assert await is_reset(desk.knock(client.data_port))
         for stream in held:
             stream.close()
-        await until(lambda: len(desk.server.relays) == 0, 5, "their end")
+        await until(lambda: len(desk.relays) == 0, 5, "their end")
         await client.dial()
 
 
@@ -609,7 +609,7 @@ async def test_seed_client_that_leaves_during_a_handshake(kind: str) -> None:
         client = await desk.seed()
         await client.dial()
         data = desk.knock(client.data_port)
-        await until(lambda: len(desk.server.relays) == 1, 5, "the handshake")
+        await until(lambda: len(desk.relays) == 1, 5, "the handshake")
         client.control.close()
         await until(lambda: not desk.figures.sessions_open, 5, "the loss")
         side = LibrarySide(library_client(), alpn=())
@@ -618,7 +618,7 @@ async def test_seed_client_that_leaves_during_a_handshake(kind: str) -> None:
             with contextlib.suppress(EOFError, OSError):
                 await far.shake()
                 await far.read()
-        await until(lambda: len(desk.server.relays) == 0, 5, "the end")
+        await until(lambda: len(desk.relays) == 0, 5, "the end")
         assert await is_reset(outside(far))
         assert desk.figures.links_idle == 0
 
@@ -630,9 +630,9 @@ async def test_data_port_gives_no_link_beyond_all_bounds() -> None:
         for _ in range(tcp.IDLE_ROOM):
             await client.dial()
         await desk.idle(tcp.IDLE_ROOM)
-        before = desk.server.relays.statistics().handshakes
+        before = desk.relays.statistics().handshakes
         assert await is_reset(desk.knock(client.data_port))
-        assert desk.server.relays.statistics().handshakes == before
+        assert desk.relays.statistics().handshakes == before
 
 
 @both
@@ -642,7 +642,7 @@ async def test_handshakes_under_way_give_no_links_beyond_the_bounds() -> None:
         client = await desk.seed()
         await client.dial()
         streams = [desk.knock(client.data_port) for _ in range(3)]
-        await until(lambda: len(desk.server.relays) == 3, 5, "handshakes under way")
+        await until(lambda: len(desk.relays) == 3, 5, "handshakes under way")
         given = 0
         for stream in streams:
             with contextlib.suppress(EOFError, OSError):

@@ -29,7 +29,7 @@ from nodepass.engine.twin import engine as twin
 from nodepass.errors import EngineClosed, ListenError, TunnelError
 from nodepass.observe.stats import Datagrams
 from nodepass.server.server import Server
-from nodepass.tunnel import base
+from nodepass.tunnel import open_relays
 
 
 def come(desk: Desk, *said: bytes) -> Visitor:
@@ -372,7 +372,7 @@ async def test_stop_waits_for_silence_and_not_for_the_idle_time() -> None:
 async def test_stop_with_a_short_idle_time_does_not_lengthen_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(base, "LAST_WORDS", 60.0)
+    monkeypatch.setattr(open_relays, "LAST_WORDS", 60.0)
     async with serving(shutdown_timeout=20.0, udp_idle_timeout=0.1) as desk:
         client = await desk.client()
         _, link = await served(desk, client, 1)
@@ -418,12 +418,12 @@ async def test_gates_are_opened_where_tls_runs(monkeypatch: pytest.MonkeyPatch) 
     )
     monkeypatch.setitem(sys.modules, "nodepass._fastcopy", module)
     async with serving("log=none&tls=1") as desk:
-        assert desk.server.relays.kind == "native"
+        assert desk.relays.kind == "native"
         client = await desk.client()
         visitor, link = await served(desk, client, 1)
         await link.write(frame(b"answer"))
         assert await visitor.read() == b"answer"
-        assert desk.server.relays.statistics().gates_open == 0
+        assert desk.relays.statistics().gates_open == 0
     assert_free(desk.target)
 
 
@@ -445,4 +445,4 @@ async def test_link_number_that_is_on_its_way_to_a_visitor_is_taken() -> None:
         for end in (*visitors, *(stream for stream, _ in links)):
             end.close()
         await until(lambda: not desk.figures.visitors_open, 5, "both to have gone")
-        assert (desk.server.slots.taken, desk.figures.relays_open) == (0, 0)
+        assert (desk.server._slots.taken, desk.figures.relays_open) == (0, 0)

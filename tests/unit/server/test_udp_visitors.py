@@ -227,7 +227,7 @@ async def test_engine_that_refuses_costs_a_visitor_and_a_link(
                 if fault == "link":
                     patch.setattr(udp, "tune_link", fail)
                 else:
-                    patch.setattr(desk.server.relays, "bind", fail)
+                    patch.setattr(desk.relays, "bind", fail)
                 come(desk, b"x")
                 assert await is_reset(link)
             figures = desk.figures
@@ -247,7 +247,7 @@ async def test_fault_of_ours_while_a_newcomer_waits_costs_no_slot(
         async with serving("log=error", semaphore_limit=1) as desk:
             client = await desk.client()
             with monkeypatch.context() as patch:
-                patch.setattr(desk.server.pool, "take", fail)
+                patch.setattr(desk.server._pool, "take", fail)
                 come(desk, b"x")
                 await until(lambda: desk.figures.visitors == 1, 5, "the newcomer")
                 await gone(desk)
@@ -317,7 +317,7 @@ async def test_tcp_and_udp_take_turns_when_slots_get_free() -> None:
         for _ in range(4):
             links[order[-1][1]].reset()
             order.append(await next_served())
-            assert desk.server.slots.taken == 1
+            assert desk.server._slots.taken == 1
         assert [kind for kind, _ in order] == ["udp", "udp", "tcp", "udp", "tcp"]
         assert desk.figures.visitors == 5
         assert desk.figures.visitors_refused == 0
@@ -529,8 +529,8 @@ async def test_shut_drops_newcomers_and_serves_whom_it_knows() -> None:
         link.close()
         async with within(5):
             await stopping
-        desk.server._gates.close()
-        desk.server._gates.shut()
+        desk.server._udp_visitors.close()
+        desk.server._udp_visitors.shut()
 
 
 @native
@@ -542,7 +542,7 @@ async def test_newcomer_on_its_way_to_us_when_we_stop_is_turned_away() -> None:
         await desk.links(client, 1)
         come(desk, b"x")
         end = time.monotonic() + 5
-        while not desk.server.relays.statistics().peers_waiting:
+        while not desk.relays.statistics().peers_waiting:
             assert time.monotonic() < end
             time.sleep(0.001)
         async with within(5):

@@ -22,6 +22,7 @@ from nodepass.observe.stats import TunnelStatistics
 from nodepass.server.server import Server
 from nodepass.tunnel import base as tunnel_module
 from nodepass.tunnel.base import Tunnel
+from nodepass.tunnel.context import Context
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -51,46 +52,51 @@ class Toy(Tunnel):
         self._on_begin = on_begin
         self._ends: list[socket.socket] = []
 
-    async def _open(self) -> None:
+    async def _open(self, context: Context) -> None:
         self.done.append("open")
         for name in ("first", "second"):
-            self.resources.callback(self.done.append, f"undo {name}")
+            self._resources.callback(self.done.append, f"undo {name}")
             await asyncio.sleep(0)
         if self._on_open is not None:
             await self._on_open()
 
-    def _begin(self) -> None:
+    def _begin(self, context: Context) -> None:
         self.done.append("begin")
         if self._on_begin is not None:
             self._on_begin()
 
     async def _drain(self) -> None:
         self.done.append("drain")
-        await self.wait_relays(self.settings.shutdown_timeout)
+        await self._open_relays.wait(self._settings.shutdown_timeout)
 
-    def _look(self) -> TunnelStatistics:
+    def _gather(self) -> TunnelStatistics:
         self.looks += 1
-        up, down = self.live_bytes()
-        data = self.datagrams()
+        up, down = self._open_relays.live_bytes()
+        data = self._datagrams()
         return TunnelStatistics(
             "server", 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, up, down, data, None
         )
+
+    @property
+    def relays(self) -> Relays:
+        assert self._common is not None
+        return self._common.relays
 
     def carry(self) -> tuple[socket.socket, Relay, socket.socket]:
         """Open a relay; return its outer ends."""
         visitor, a = tcp_pair()
         b, target = tcp_pair()
         relay = self.relays.join(a, b)
-        self.hold(relay)
+        self._open_relays.hold(relay)
         relay.result.add_done_callback(lambda result: self._part(relay))
         self._ends += [visitor, target]
         return visitor, relay, target
 
     def _part(self, relay: Relay) -> None:
         if relay.result.cancelled():
-            self.forget(relay)
+            self._open_relays.forget(relay)
         else:
-            self.release(relay, relay.result.result())
+            self._open_relays.release(relay, relay.result.result())
 
     def close_ends(self) -> None:
         for end in self._ends:
@@ -119,7 +125,7 @@ def test_c18_records_say_which_tunnel(caplog: pytest.LogCaptureFixture) -> None:
     one = config(log="info")
     with caplog.at_level("INFO", "nodepass"):
         for tunnel in (Toy(one), Toy(replace(one, label="mine"))):
-            tunnel.log.child().info("x")
+            tunnel._log.child().info("x")
     address = f"server://{one.tunnel}"
     said = [(record.getMessage(), record.__dict__["tunnel"]) for record in caplog.records]
     assert said == [("x", address), ("x  tunnel=mine", "mine")]
@@ -128,7 +134,7 @@ def test_c18_records_say_which_tunnel(caplog: pytest.LogCaptureFixture) -> None:
 def test_url_is_read_with_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEMAPHORE_LIMIT", "7")
     toy = Toy("server://127.0.0.1:1/127.0.0.1:2")
-    assert toy.settings.semaphore_limit == 7
+    assert toy._settings.semaphore_limit == 7
     assert "server://127.0.0.1:1/127.0.0.1:2" in repr(toy)
 
 
@@ -136,8 +142,6 @@ async def test_nothing_can_be_asked_of_a_tunnel_that_never_ran() -> None:
     toy = Toy()
     with pytest.raises(TunnelError, match="not been started"):
         toy.statistics()
-    with pytest.raises(TunnelError, match="not been started"):
-        _ = toy.relays
     await toy.stop()
     assert toy.done == []
 
@@ -154,9 +158,9 @@ async def test_life_from_start_to_stop() -> None:
         await asyncio.sleep(0.01)
         assert not waiting.done()
         assert toy.statistics().mode == "server"
-        assert not toy.is_stopping
+        assert not toy._is_stopping
     assert toy.done == WHOLE
-    assert toy.is_stopping
+    assert toy._is_stopping
     async with within(1):
         await waiting
     assert toy.statistics().relays_open == 0, "also after the end"
@@ -263,7 +267,7 @@ async def test_stop_while_a_start_fails() -> None:
 @both
 async def test_start_that_fails_at_the_last_step() -> None:
     def fail() -> None:
-        toy.spawn(asyncio.sleep(60), "sleeping")
+        toy._spawn(asyncio.sleep(60), "sleeping")
         raise OSError("no room")
 
     toy = Toy(on_begin=fail)
@@ -304,7 +308,7 @@ async def test_stop_lets_an_open_relay_finish() -> None:
         target.close()
         async with within(5):
             await stopping
-        assert toy.counters.bytes_up == 8
+        assert toy._counters.bytes_up == 8
         toy.close_ends()
 
 
@@ -316,7 +320,7 @@ async def test_stop_cuts_what_does_not_finish(caplog: pytest.LogCaptureFixture) 
             async with within(5):
                 await toy.stop()
             assert relay.result.done()
-            assert toy.counters.relays_reset == 1
+            assert toy._counters.relays_reset == 1
             for end in (visitor, target):
                 with pytest.raises(ConnectionResetError):
                     await read(end)
@@ -389,13 +393,13 @@ async def test_counts_what_relays_have_carried() -> None:
         visitor, _, target = toy.carry()
         visitor.send(b"12345")
         assert await read(target) == b"12345"
-        await until(lambda: toy.live_bytes() == (5, 0), 5, "the live count")
-        assert toy.counters.bytes_up == 0, "counted at the end"
+        await until(lambda: toy._open_relays.live_bytes() == (5, 0), 5, "the live count")
+        assert toy._counters.bytes_up == 0, "counted at the end"
         visitor.close()
         target.close()
-        await until(lambda: toy.counters.bytes_up == 5, 5, "the end")
-        assert toy.live_bytes() == (5, 0)
-        assert toy.counters.relays_reset == 0
+        await until(lambda: toy._counters.bytes_up == 5, 5, "the end")
+        assert toy._open_relays.live_bytes() == (5, 0)
+        assert toy._counters.relays_reset == 0
 
 
 @both
@@ -443,14 +447,14 @@ async def test_a_fault_in_a_task_is_told_and_survived(caplog: pytest.LogCaptureF
 
     with caplog.at_level(logging.INFO, "nodepass"):
         async with Toy(config(log="error")) as toy:
-            toy.spawn(fail(), "counting")
+            toy._spawn(fail(), "counting")
             await asyncio.sleep(0.01)
             ran = asyncio.Event()
 
             async def run() -> None:
                 ran.set()
 
-            toy.spawn(run(), "running")
+            toy._spawn(run(), "running")
             async with within(1):
                 await ran.wait()
     assert "a fault of ours in counting" in caplog.text
@@ -468,10 +472,10 @@ async def test_tasks_end_with_the_tunnel() -> None:
             ended.append("sleep")
 
     async with Toy() as toy:
-        toy.spawn(sleep(), "sleeping")
+        toy._spawn(sleep(), "sleeping")
         await asyncio.sleep(0.01)
     assert ended == ["sleep"]
-    toy.spawn(sleep(), "too late")  # closed unstarted: no warning of a coroutine never awaited
+    toy._spawn(sleep(), "too late")  # closed unstarted: no warning of a coroutine never awaited
 
 
 # --- the report --------------------------------------------------------------------------------
@@ -484,7 +488,7 @@ async def test_c02_a_program_that_embeds_us_hears_of_its_variables(
     monkeypatch.setenv("SHUTDOWN_TIMEOUT", "30")
     with caplog.at_level(logging.INFO, "nodepass"):
         toy = Toy("server://127.0.0.1:1/127.0.0.1:2")
-    assert toy.settings.shutdown_timeout == 5.0
+    assert toy._settings.shutdown_timeout == 5.0
     assert "a variable is left aside" in caplog.text
 
 
@@ -524,11 +528,11 @@ async def test_password_is_stretched_beside_the_loop(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(tunnel_module, "stretch_password", stretch)
     toy = Toy(Config.parse("server://secret@127.0.0.1:1/127.0.0.1:2?log=none", {}, Settings()))
-    assert await toy.stretch_password() == b"secret"
+    assert await toy._stretch_password() == b"secret"
     assert threads
     assert threads[0] is not threading.current_thread()
     assert "secret" not in repr(toy)
-    assert await Toy().stretch_password() is None
+    assert await Toy()._stretch_password() is None
 
 
 class Filed(Toy):

@@ -20,7 +20,7 @@ from nodepass.engine import relays
 from nodepass.protocol.messages import Dialect, Drain, Fail, Idle, Kind, Launch, Pong
 from nodepass.protocol.session import TALK_BURST, TALK_RATE, Event, Lost, Role, Session, State
 from nodepass.tunnel.control import LINES_A_TURN, Control
-from nodepass.tunnel.pool import Link
+from nodepass.tunnel.idle_links import Link
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -254,7 +254,7 @@ async def test_c22_launches_of_nothing_are_answered_and_bounded() -> None:
         await desk.at_target()
         for start in range(20_000, 20_000 + TALK_BURST, 512):
             await server.say("\n".join(f"tcp://{n}" for n in range(start, start + 512)))
-        await until(lambda: desk.client.pairing is None, 5, "the end of the flood")
+        await until(lambda: desk.client._reconnect.session is None, 5, "the end of the flood")
 
 
 @both
@@ -267,7 +267,7 @@ async def test_c23_launches_that_wait_for_their_link_are_bounded(
         await server.say("\n".join(f"//{n:08x}#1" for n in range(100)))
         await until(lambda: desk.figures.launches_failed == 92, 5, "the oldest given up")
         assert len(asyncio.all_tasks()) <= before + 8 + 2
-        pairing = desk.client.pairing
+        pairing = desk.client._reconnect.session
         assert pairing is not None
         assert list(pairing.refill._claims) == [f"{n:08x}" for n in range(92, 100)]
 
@@ -276,7 +276,7 @@ async def test_c23_launches_that_wait_for_their_link_are_bounded(
 async def test_c23_who_comes_in_time_is_given_his_link(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filling, "MAX_CLAIMS", 2)
     async with seeded() as (_, desk):
-        pairing = desk.client.pairing
+        pairing = desk.client._reconnect.session
         assert pairing is not None
         claims = [
             asyncio.ensure_future(pairing.refill.claim(f"0000000{n}", 5.0)) for n in range(3)

@@ -180,8 +180,8 @@ async def test_server_comes_back_in_another_mode(authority: Authority) -> None:
         async with Server(Config.parse(url, {}, config.settings)) as again:
             made.server = again
             await until(lambda: again.statistics().links_idle >= 2, 10, "links")
-            assert made.client.pairing is not None
-            assert made.client.pairing.tls == 1
+            assert made.client._reconnect.session is not None
+            assert made.client._reconnect.session.tls == 1
             await carries(*await made.visit())
 
 
@@ -295,7 +295,7 @@ async def test_reload_on_both_sides_leaves_open_relays_alone(
         Path(authority.ca).write_bytes(Path(other.ca).read_bytes())
         assert made.server.reload()
         assert made.client.reload()
-        pairing = made.client.pairing
+        pairing = made.client._reconnect.session
         assert pairing is not None
         pairing.idle_links.clear()
         pairing.refill.fill()

@@ -18,17 +18,9 @@ from nodepass.net import tcp
 from nodepass.net.readiness import Watch
 from nodepass.protocol.messages import Dialect, Idle
 from nodepass.protocol.session import Role, Session, State
-from nodepass.tunnel.pool import (
-    DEMAND_MARGIN,
-    DEMAND_WINDOW,
-    MAX_ENDING,
-    Demand,
-    IdleLinks,
-    Link,
-    Member,
-    Pool,
-    announce,
-)
+from nodepass.tunnel.demand import DEMAND_MARGIN, DEMAND_WINDOW, Demand
+from nodepass.tunnel.idle_links import MAX_ENDING, IdleLinks, Link
+from nodepass.tunnel.pool import Member, Pool, announce
 
 both = pytest.mark.loops("asyncio", "uvloop")
 
@@ -312,43 +304,43 @@ def test_demand_starts_with_the_least() -> None:
 
 def test_demand_follows_a_burst_up_to_the_most() -> None:
     demand = Demand(4, 20, 0.0)
-    raises = [demand.wanted for _ in range(100) if demand.take(0.0)]
+    raises = [demand.wanted for _ in range(100) if demand.count_launch(0.0)]
     assert raises == sorted(raises)
     assert demand.wanted == 20
-    assert not demand.take(0.0)
+    assert not demand.count_launch(0.0)
     assert len(raises) < 10, "a steadily rising rate does not cost a signal per launch"
 
 
 def test_demand_counts_a_window_at_a_time() -> None:
     demand = Demand(4, 1000, 0.0)
     for turn in range(100):
-        demand.take(turn * DEMAND_WINDOW)
+        demand.count_launch(turn * DEMAND_WINDOW)
     assert demand.wanted <= 4 + 2 * DEMAND_MARGIN
 
 
 def test_demand_shrinks_in_quiet_and_not_below_the_least() -> None:
     demand = Demand(4, 1000, 0.0)
     for _ in range(200):
-        demand.take(0.0)
-    demand.rest()
+        demand.count_launch(0.0)
+    demand.end_period()
     assert demand.wanted >= 4 + DEMAND_MARGIN * 200, "that period was no quiet one"
     before = demand.wanted
-    surplus = demand.rest()
+    surplus = demand.end_period()
     assert 0 < surplus == before - demand.wanted
     for _ in range(100):
-        demand.rest()
+        demand.end_period()
     assert demand.wanted == 4
-    assert demand.rest() == 0
+    assert demand.end_period() == 0
 
 
 def test_demand_counts_who_waits() -> None:
     demand = Demand(4, 100, 0.0)
-    assert demand.wait(50)
+    assert demand.count_waiting(50)
     assert demand.wanted >= 54
-    assert not demand.wait(10)
-    assert demand.wait(1000)
+    assert not demand.count_waiting(10)
+    assert demand.count_waiting(1000)
     assert demand.wanted == 100
-    assert not demand.wait(2000)
+    assert not demand.count_waiting(2000)
 
 
 steps = st.lists(
@@ -372,13 +364,13 @@ def test_demand_keeps_its_bounds_and_tells_the_truth(
         before = demand.wanted
         if what == "take":
             now += value
-            assert demand.take(now) is (demand.wanted > before)
+            assert demand.count_launch(now) is (demand.wanted > before)
             assert demand.wanted >= before
         elif what == "wait":
-            assert demand.wait(int(value)) is (demand.wanted > before)
+            assert demand.count_waiting(int(value)) is (demand.wanted > before)
             assert demand.wanted >= min(most, least + int(value))
         else:
-            assert demand.rest() == before - demand.wanted
+            assert demand.end_period() == before - demand.wanted
         assert least <= demand.wanted <= most
 
 
@@ -386,10 +378,10 @@ def test_demand_keeps_its_bounds_and_tells_the_truth(
 def test_demand_covers_the_busiest_window_of_the_period(least: int, launches: int) -> None:
     demand = Demand(least, 100_000, 0.0)
     for _ in range(launches):
-        demand.take(0.0)
+        demand.count_launch(0.0)
     assert demand.wanted >= least + DEMAND_MARGIN * launches
-    demand.take(10.0)
-    demand.rest()
+    demand.count_launch(10.0)
+    demand.end_period()
     assert demand.wanted >= least + DEMAND_MARGIN * launches, "a burst is remembered one period"
 
 

@@ -26,7 +26,7 @@ from nodepass.net.readiness import Watch
 from nodepass.observe.log import Log
 from nodepass.tls.codec import Records
 from nodepass.tls.contexts import ClientTls, ServerTls
-from nodepass.tunnel.pool import LOOKS, READ_SIZE, IdleLinks, Link
+from nodepass.tunnel.idle_links import LOOKS, READ_SIZE, IdleLinks, Link
 
 both = pytest.mark.loops("asyncio", "uvloop")
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from nodepass.tunnel.slots import TCP_SHARE, Queue, Slots
+from nodepass.tunnel.slots import TCP_SHARE, SlotQueue, Slots
 
 
 class Queues:
@@ -114,7 +114,7 @@ def test_nobody_gets_in_while_more_are_served_than_may_be() -> None:
 
 
 async def test_queue_is_first_come_first_served() -> None:
-    queue = Queue(1)
+    queue = SlotQueue(1)
     served: list[str] = []
 
     async def take(name: str) -> None:
@@ -137,7 +137,7 @@ async def test_queue_is_first_come_first_served() -> None:
 
 
 async def test_queue_forgets_who_gives_up() -> None:
-    queue = Queue(1)
+    queue = SlotQueue(1)
     assert queue.take_nowait()
     waiting = [asyncio.ensure_future(queue.take()) for _ in range(100)]
     await asyncio.sleep(0)
@@ -151,7 +151,7 @@ async def test_queue_forgets_who_gives_up() -> None:
 
 
 async def test_queue_passes_on_a_place_that_came_too_late() -> None:
-    queue = Queue(1)
+    queue = SlotQueue(1)
     assert queue.take_nowait()
     one, other = (asyncio.ensure_future(queue.take()) for _ in range(2))
     await asyncio.sleep(0)
