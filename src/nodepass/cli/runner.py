@@ -112,7 +112,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     return uvloop.new_event_loop
 
 
-class Tunnel(Protocol):
+class Runnable(Protocol):
     """What `Server` and `Client` have in common."""
 
     async def start(self) -> None: ...
@@ -121,26 +121,26 @@ class Tunnel(Protocol):
     def reload(self) -> bool: ...
 
 
-class Closer(Protocol):
+class Engines(Protocol):
     """What is asked of `Relays` here."""
 
     async def close(self) -> object: ...
 
 
-class House(Protocol):
+class Factory(Protocol):
     """Makes the parts of a process; tests hand in their own."""
 
-    def relays(self, settings: Settings) -> Closer: ...
-    def tunnel(self, config: Config, relays: Closer) -> Tunnel: ...
+    def relays(self, settings: Settings) -> Engines: ...
+    def tunnel(self, config: Config, relays: Engines) -> Runnable: ...
 
 
-class _RealHouse:
-    def relays(self, settings: Settings) -> Closer:
+class _RealFactory:
+    def relays(self, settings: Settings) -> Engines:
         from nodepass.engine.relays import Relays
 
         return Relays(settings)
 
-    def tunnel(self, config: Config, relays: Closer) -> Tunnel:
+    def tunnel(self, config: Config, relays: Engines) -> Runnable:
         from nodepass.client.client import Client
         from nodepass.engine.relays import Relays
         from nodepass.server.server import Server
@@ -153,7 +153,7 @@ class _RealHouse:
 async def serve(
     configs: Sequence[Config],
     settings: Settings,
-    house: House | None = None,
+    factory: Factory | None = None,
     leave: Callable[[int], object] | None = None,
 ) -> int:
     """Run tunnels until a signal ends them.
@@ -161,14 +161,14 @@ async def serve(
     Args:
         configs: one for each tunnel; already checked against each other.
         settings: those of the process.
-        house: makes the parts; None = the real ones.
+        factory: makes the parts; None = the real ones.
         leave: ends the process on the spot, with an exit code; None = `os._exit`.
 
     Returns:
         The exit code: 0 after a signal, 1 when a tunnel could not start, when a
         second signal cut the drain short, or when every tunnel ended by itself.
     """
-    house = _RealHouse() if house is None else house
+    factory = _RealFactory() if factory is None else factory
     log = Log("cli", _most_talkative(configs))
     asked, hurried = asyncio.Event(), asyncio.Event()
 
@@ -180,7 +180,7 @@ async def serve(
             hurried.set()
         asked.set()
 
-    tunnels: list[Tunnel] = []
+    tunnels: list[Runnable] = []
     starting: Config | None = None
 
     def note(config: Config) -> Config:
@@ -194,11 +194,11 @@ async def serve(
     handlers = {"SIGINT": on_stop, "SIGTERM": on_stop, "SIGHUP": on_reload}
     with _signals(asyncio.get_running_loop(), handlers):
         try:
-            relays = house.relays(settings)
+            relays = factory.relays(settings)
         except (NodePassError, OSError) as exc:
             return _complain(exc, settings)
         try:
-            made = (house.tunnel(config, relays) for config in map(note, configs))
+            made = (factory.tunnel(config, relays) for config in map(note, configs))
             code = await _live(made, tunnels, asked, log)
         except (NodePassError, OSError) as exc:
             code = _complain(exc, settings, starting)
@@ -241,7 +241,7 @@ def _plain_handler(
     signal.signal(number, lambda *_: loop.call_soon_threadsafe(handler))
 
 
-def _reload(tunnels: Sequence[Tunnel], log: Log) -> None:
+def _reload(tunnels: Sequence[Runnable], log: Log) -> None:
     """Have every tunnel re-read its certificates; what came of it, each tunnel says."""
     has_anything = False
     for tunnel in tunnels:
@@ -255,7 +255,7 @@ def _reload(tunnels: Sequence[Tunnel], log: Log) -> None:
 
 
 async def _live(
-    made: Iterable[Tunnel], tunnels: list[Tunnel], asked: asyncio.Event, log: Log
+    made: Iterable[Runnable], tunnels: list[Runnable], asked: asyncio.Event, log: Log
 ) -> int:
     """Start every tunnel and wait; `tunnels` holds whatever has to be stopped."""
 
@@ -264,7 +264,7 @@ async def _live(
             tunnels.append(tunnel)
             await tunnel.start()
 
-    async def watch(tunnel: Tunnel) -> None:
+    async def watch(tunnel: Runnable) -> None:
         await tunnel.wait_closed()
         log.error("tunnel ended by itself, please report it", tunnel=repr(tunnel))
 
@@ -276,7 +276,7 @@ async def _live(
     return FAILED if await _unless(asked, watch_all()) else FINE
 
 
-async def _stop(tunnels: Sequence[Tunnel], log: Log) -> None:
+async def _stop(tunnels: Sequence[Runnable], log: Log) -> None:
     results = await asyncio.gather(*(t.stop() for t in tunnels), return_exceptions=True)
     for result in results:
         if isinstance(result, Exception):

@@ -11,7 +11,7 @@ import asyncio
 from nodepass.config.url import Config, Mode
 from nodepass.engine.relays import Relays
 from nodepass.net.readiness import Watch
-from nodepass.observe.stats import TunnelStatistics
+from nodepass.observe.stats import Gauges
 from nodepass.tunnel.base import Tunnel
 from nodepass.tunnel.context import Context
 
@@ -77,28 +77,14 @@ class Client(Tunnel):
     def _reload(self, *, force: bool) -> bool:
         return self._dialer is not None and self._dialer.reload(force=force)
 
-    def _gather(self) -> TunnelStatistics:
-        up, down = self._open_relays.live_bytes()
-        session, counters = self._reconnect.session, self._counters
-        return TunnelStatistics(
-            mode=str(self.mode),
+    def _gauges(self) -> Gauges:
+        session = self._reconnect.session
+        return Gauges(
             sessions_open=int(session is not None),
-            sessions=counters.sessions,
             visitors_open=self._places.count,
             visitors_waiting=self._places.waiting,
-            visitors=counters.visitors,
-            visitors_refused=counters.visitors_refused,
-            relays_open=len(self._open_relays),
-            relays_reset=counters.relays_reset,
-            launches_failed=counters.launches_failed,
             links_idle=0 if session is None else len(session.idle_links),
             links_wanted=0 if session is None else session.refill.wanted,
-            links=counters.links,
-            links_lost=counters.links_lost,
-            strangers=counters.strangers,
-            bytes_up=up,
-            bytes_down=down,
-            datagrams=self._datagrams(),
             rtt=None if session is None else session.session.rtt,
         )
 

@@ -9,14 +9,13 @@ Owns: who is served, and by what. The links are the session's; relays outlive it
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import functools
 import socket
 from typing import Final, Protocol
 
-from nodepass.engine.relays import Relay, RelayResult, UdpRelay, UdpResult
+from nodepass.engine.relays import Relay, RelayResult, UdpRelay
 from nodepass.errors import DialError, EngineError, PoolTimeout
 from nodepass.net import tcp, udp
 from nodepass.net.local_ports import LOCAL_PORTS
@@ -25,6 +24,7 @@ from nodepass.protocol.messages import Failure, Kind
 from nodepass.protocol.session import SILENT_PERIODS
 from nodepass.tunnel.context import Context
 from nodepass.tunnel.idle_links import Link
+from nodepass.tunnel.open_relays import Result
 
 from .circle import Circle
 from .places import Place, Places
@@ -298,34 +298,14 @@ class Visitors:
             relay.result.add_done_callback(lambda _: circle.end(source, address))
         relay.result.add_done_callback(functools.partial(self._end, visitor, relay))
 
-    def _end(
-        self,
-        visitor: Visitor,
-        relay: Relay | UdpRelay,
-        result: asyncio.Future[RelayResult] | asyncio.Future[UdpResult],
-    ) -> None:
+    def _end(self, visitor: Visitor, relay: Relay | UdpRelay, result: Result) -> None:
         visitor.leave()
-        if result.cancelled():
-            self._open_relays.forget(relay)
-            return
-        outcome = result.result()
+        outcome = self._open_relays.end(relay, result, visitor=visitor.address, link=visitor.link)
         if isinstance(outcome, RelayResult) and not outcome.is_met:
-            self._open_relays.forget(relay)
             if outcome.code == errno.EADDRNOTAVAIL and self._target is not None:
                 LOCAL_PORTS.miss(*self._target[1][:2])
             if outcome.side == TARGET:  # or the visitor has gone, which the server knows
                 self._miss(visitor, self._dial_error(outcome.code))
-            return
-        self._open_relays.release(relay, outcome)
-        if self._log.is_debug:
-            self._log.debug(
-                "relay ended",
-                visitor=visitor.address,
-                link=visitor.link,
-                up=outcome.up,
-                down=outcome.down,
-                reason=outcome.describe(),
-            )
 
     def _miss(self, visitor: Visitor, exc: DialError) -> None:
         """Take it that the target cannot be reached: there is no relay."""

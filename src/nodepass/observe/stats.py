@@ -64,6 +64,17 @@ class Counters:
     """Of the UDP relays that have ended."""
 
 
+class Gauges(NamedTuple):
+    """What a tunnel has at this moment, as only its kind can tell; see `TunnelStatistics`."""
+
+    sessions_open: int
+    visitors_open: int
+    visitors_waiting: int
+    links_idle: int
+    links_wanted: int
+    rtt: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class TunnelStatistics:
     """One look at a tunnel; counts since its start unless a field says "now"."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import functools
 
-from nodepass.engine.relays import Relay, RelayResult, UdpRelay, UdpResult
+from nodepass.engine.relays import Relay, UdpRelay
 from nodepass.protocol.messages import Kind
 from nodepass.tunnel.context import Context
+from nodepass.tunnel.open_relays import Result
 from nodepass.tunnel.pool import announce
 from nodepass.tunnel.slots import Slot
 
@@ -29,7 +30,6 @@ class Launches:
 
     def __init__(self, context: Context, eviction: Eviction) -> None:
         self._loop = asyncio.get_running_loop()
-        self._log = context.log
         self._open_relays = context.open_relays
         self._eviction = eviction
         self._unanswered = UnansweredLaunches(context.log, context.counters)
@@ -75,25 +75,11 @@ class Launches:
         link: int | str,
         visitor: str,
         slot: Slot,
-        result: asyncio.Future[RelayResult] | asyncio.Future[UdpResult],
+        result: Result,
     ) -> None:
         if isinstance(relay, Relay):
             self._eviction.part(relay)
         slot.release()
         client.part(link)
         self._unanswered.end(relay)
-        if result.cancelled():
-            self._open_relays.forget(relay)
-            return
-        outcome = result.result()
-        self._open_relays.release(relay, outcome)
-        if self._log.is_debug:
-            self._log.debug(
-                "relay ended",
-                visitor=visitor,
-                client=client.name,
-                link=link,
-                up=outcome.up,
-                down=outcome.down,
-                reason=outcome.describe(),
-            )
+        self._open_relays.end(relay, result, visitor=visitor, client=client.name, link=link)

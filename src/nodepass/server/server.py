@@ -17,7 +17,7 @@ from nodepass.engine.relays import Relays
 from nodepass.net import tcp
 from nodepass.net.listener import Listener, OnAccept, listen
 from nodepass.net.readiness import Watch
-from nodepass.observe.stats import TunnelStatistics, least_rtt
+from nodepass.observe.stats import Gauges, least_rtt
 from nodepass.runtime import threads
 from nodepass.tunnel.base import Tunnel
 from nodepass.tunnel.context import Context
@@ -266,29 +266,14 @@ class Server(Tunnel):
 
     # ------------------------------------------------------------------- statistics
 
-    def _gather(self) -> TunnelStatistics:
-        up, down = self._open_relays.live_bytes()
+    def _gauges(self) -> Gauges:
         members = list(self._pool)
-        counters = self._counters
-        return TunnelStatistics(
-            mode=str(self.mode),
+        return Gauges(
             sessions_open=len(self._sessions),
-            sessions=counters.sessions,
             visitors_open=self._slots.taken + self._udp_visitors.waiting,
             visitors_waiting=self._pool.waiting + self._udp_visitors.waiting,
-            visitors=counters.visitors,
-            visitors_refused=counters.visitors_refused,
-            relays_open=len(self._open_relays),
-            relays_reset=counters.relays_reset,
-            launches_failed=counters.launches_failed,
             links_idle=sum(len(member.idle_links) for member in members),
             links_wanted=sum(member.demand.wanted for member in members),
-            links=counters.links,
-            links_lost=counters.links_lost,
-            strangers=counters.strangers,
-            bytes_up=up,
-            bytes_down=down,
-            datagrams=self._datagrams(),
             rtt=least_rtt(client.session.rtt for client in self._sessions),
         )
 

@@ -6,6 +6,7 @@ __all__ = [
     "control",
     "demand",
     "idle_links",
+    "open_relays",
     "pool",
     "slots",
 ]

@@ -22,7 +22,7 @@ from nodepass.errors import ConfigError, TunnelError
 from nodepass.net import tcp
 from nodepass.observe.log import Log
 from nodepass.observe.loss import DropReport
-from nodepass.observe.stats import Counters, Datagrams, TunnelStatistics
+from nodepass.observe.stats import Counters, Datagrams, Gauges, TunnelStatistics
 from nodepass.protocol.proof import stretch_password
 from nodepass.runtime import fork, threads
 
@@ -191,7 +191,29 @@ class Tunnel(ABC):
             TunnelError: it has never run.
         """
         self._require_running()
-        return self._gather()
+        gauges, counters = self._gauges(), self._counters
+        up, down = self._open_relays.live_bytes()
+        return TunnelStatistics(
+            mode=str(self.mode),
+            sessions_open=gauges.sessions_open,
+            sessions=counters.sessions,
+            visitors_open=gauges.visitors_open,
+            visitors_waiting=gauges.visitors_waiting,
+            visitors=counters.visitors,
+            visitors_refused=counters.visitors_refused,
+            relays_open=len(self._open_relays),
+            relays_reset=counters.relays_reset,
+            launches_failed=counters.launches_failed,
+            links_idle=gauges.links_idle,
+            links_wanted=gauges.links_wanted,
+            links=counters.links,
+            links_lost=counters.links_lost,
+            strangers=counters.strangers,
+            bytes_up=up,
+            bytes_down=down,
+            datagrams=self._datagrams(),
+            rtt=gauges.rtt,
+        )
 
     # ------------------------------------------------- for server and client to fill in
 
@@ -208,8 +230,8 @@ class Tunnel(ABC):
         """Take no new visitors and wait, in bounded time, for what is open."""
 
     @abstractmethod
-    def _gather(self) -> TunnelStatistics:
-        """Make the statistics."""
+    def _gauges(self) -> Gauges:
+        """Read what there is at this moment."""
 
     def _reload(self, *, force: bool) -> bool:  # noqa: ARG002 - for those that have files
         """Read certificate files that have changed, or all; return whether there are any."""

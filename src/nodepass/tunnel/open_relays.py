@@ -14,6 +14,8 @@ from nodepass.engine.relays import Reason, Relay, RelayResult, UdpRelay, UdpResu
 from nodepass.observe.log import Log
 from nodepass.observe.stats import Counters, Datagrams
 
+Result = asyncio.Future[RelayResult] | asyncio.Future[UdpResult]
+
 LAST_WORDS: Final = 1.0
 """Seconds of silence after which a UDP session counts as done once the tunnel stops."""
 
@@ -36,37 +38,43 @@ class OpenRelays:
         return len(self._relays)
 
     def hold(self, relay: Relay | UdpRelay) -> None:
-        """Count a relay as open until it is released or forgotten."""
+        """Count a relay as open until `end`."""
         self._relays.add(relay)
         if self._is_hurried and isinstance(relay, UdpRelay):
             self._limit(relay)  # its launch was on its way when the others were hurried
 
-    def forget(self, relay: Relay | UdpRelay) -> None:
-        """Stop counting a relay that has never been one, or whose result will never come."""
-        self._relays.discard(relay)
+    def end(
+        self, relay: Relay | UdpRelay, result: Result, **names: object
+    ) -> RelayResult | UdpResult | None:
+        """Take a relay as ended, and add it to the counters.
 
-    def release(self, relay: Relay | UdpRelay, result: RelayResult | UdpResult) -> None:
-        """Add a finished relay to the counters."""
+        Args:
+            result: done.
+            names: what a log line is to say of it.
+
+        Returns:
+            How it ended; None = it never will, or not for us to know.
+        """
         self._relays.discard(relay)
-        counters = self._counters
-        counters.bytes_up += result.up
-        counters.bytes_down += result.down
-        if isinstance(result, UdpResult):
-            counters.datagrams = Datagrams.total((counters.datagrams, result.datagrams))
-        elif result.reason is Reason.IDLE:
-            self._log.repeated(
-                "info",
-                "idle",
-                "a silent connection has been ended, as TCP_IDLE_TIMEOUT asks",
-                limit=show_duration(self._settings.tcp_idle_timeout),
+        if result.cancelled():
+            return None
+        outcome = result.result()
+        if isinstance(outcome, RelayResult) and not outcome.is_met:
+            return outcome  # there has been no relay
+        self._count(outcome)
+        if self._log.is_debug:
+            self._log.debug(
+                "relay ended",
+                **names,
+                up=outcome.up,
+                down=outcome.down,
+                reason=outcome.describe(),
             )
-        if not result.is_clean:
-            counters.relays_reset += 1
+        return outcome
 
     async def wait(self, timeout: float) -> None:  # noqa: ASYNC109
         """Wait until no relay is open, at most so many seconds."""
-        results: set[asyncio.Future[RelayResult] | asyncio.Future[UdpResult]]
-        results = {relay.result for relay in self._relays}
+        results: set[Result] = {relay.result for relay in self._relays}
         if results:
             await asyncio.wait(results, timeout=timeout)
 
@@ -113,3 +121,19 @@ class OpenRelays:
 
     def _limit(self, relay: UdpRelay) -> None:
         relay.limit(min(LAST_WORDS, self._settings.udp_idle_timeout))
+
+    def _count(self, outcome: RelayResult | UdpResult) -> None:
+        counters = self._counters
+        counters.bytes_up += outcome.up
+        counters.bytes_down += outcome.down
+        if isinstance(outcome, UdpResult):
+            counters.datagrams = Datagrams.total((counters.datagrams, outcome.datagrams))
+        elif outcome.reason is Reason.IDLE:
+            self._log.repeated(
+                "info",
+                "idle",
+                "a silent connection has been ended, as TCP_IDLE_TIMEOUT asks",
+                limit=show_duration(self._settings.tcp_idle_timeout),
+            )
+        if not outcome.is_clean:
+            counters.relays_reset += 1

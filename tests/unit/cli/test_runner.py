@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from nodepass.cli import runner
-from nodepass.cli.runner import Closer, Tunnel, serve
+from nodepass.cli.runner import Engines, Runnable, serve
 from nodepass.client.client import Client
 from nodepass.config.environment import Settings
 from nodepass.config.url import Config, label_together
@@ -34,8 +34,8 @@ pytestmark = unix_only
 class FakeTunnel:
     """Writes down what happens to it; each step can be made to fail or to hang."""
 
-    def __init__(self, house: FakeHouse, number: int) -> None:
-        self.house = house
+    def __init__(self, factory: FakeFactory, number: int) -> None:
+        self.factory = factory
         self.number = number
         self.closed = asyncio.Event()
 
@@ -43,8 +43,8 @@ class FakeTunnel:
         return f"<tunnel {self.number}>"
 
     async def _step(self, name: str) -> None:
-        self.house.events.append(f"{name} {self.number}")
-        action = self.house.actions.get(f"{name} {self.number}")
+        self.factory.events.append(f"{name} {self.number}")
+        action = self.factory.actions.get(f"{name} {self.number}")
         if isinstance(action, Exception):
             raise action
         if callable(action):
@@ -57,7 +57,7 @@ class FakeTunnel:
         try:
             await self._step("stop")
         except asyncio.CancelledError:
-            self.house.events.append(f"abort {self.number}")
+            self.factory.events.append(f"abort {self.number}")
             raise
         finally:
             self.closed.set()
@@ -66,14 +66,14 @@ class FakeTunnel:
         await self.closed.wait()
 
     def reload(self) -> bool:
-        self.house.events.append(f"reload {self.number}")
-        answer = self.house.actions.get(f"reload {self.number}")
+        self.factory.events.append(f"reload {self.number}")
+        answer = self.factory.actions.get(f"reload {self.number}")
         if isinstance(answer, Exception):
             raise answer
         return bool(answer)
 
 
-class FakeHouse:
+class FakeFactory:
     def __init__(
         self,
         actions: Mapping[str, Exception | bool | Callable[[], object]] | None = None,
@@ -82,13 +82,13 @@ class FakeHouse:
         self.events: list[str] = []
         self.tunnels: list[FakeTunnel] = []
 
-    def relays(self, settings: Settings) -> Closer:
+    def relays(self, settings: Settings) -> Engines:
         action = self.actions.get("relays")
         if isinstance(action, Exception):
             raise action
         return self
 
-    def tunnel(self, config: Config, relays: Closer) -> Tunnel:
+    def tunnel(self, config: Config, relays: Engines) -> Runnable:
         assert relays is self
         self.tunnels.append(FakeTunnel(self, len(self.tunnels) + 1))
         return self.tunnels[-1]
@@ -112,8 +112,8 @@ def kill_and_hang(number: int) -> Callable[[], object]:
     return send
 
 
-async def run(house: FakeHouse) -> int:
-    return await serve(CONFIGS, Settings(), house)
+async def run(factory: FakeFactory) -> int:
+    return await serve(CONFIGS, Settings(), factory)
 
 
 ALL_STARTED = ["start 1", "start 2"]
@@ -123,28 +123,30 @@ ALL_STOPPED = ["stop 1", "stop 2", "close"]
 @pytest.mark.loops("asyncio", "uvloop")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_a_signal_ends_it(number: int) -> None:
-    house = FakeHouse({"start 2": kill(number)})
-    assert await run(house) == 0
-    assert house.events == ALL_STARTED + ALL_STOPPED
+    factory = FakeFactory({"start 2": kill(number)})
+    assert await run(factory) == 0
+    assert factory.events == ALL_STARTED + ALL_STOPPED
 
 
 async def test_a_signal_before_all_have_started() -> None:
-    house = FakeHouse({"start 1": kill_and_hang(signal.SIGTERM)})
-    assert await run(house) == 0
-    assert house.events == ["start 1", "stop 1", "close"]
+    factory = FakeFactory({"start 1": kill_and_hang(signal.SIGTERM)})
+    assert await run(factory) == 0
+    assert factory.events == ["start 1", "stop 1", "close"]
 
 
 @pytest.mark.loops("asyncio", "uvloop")
 async def test_a_second_signal_cuts_the_drain_short() -> None:
-    house = FakeHouse({"start 2": kill(signal.SIGTERM), "stop 1": kill_and_hang(signal.SIGTERM)})
-    assert await run(house) == 1
-    assert house.events == [*ALL_STARTED, "stop 1", "stop 2", "abort 1", "close"]
+    factory = FakeFactory(
+        {"start 2": kill(signal.SIGTERM), "stop 1": kill_and_hang(signal.SIGTERM)}
+    )
+    assert await run(factory) == 1
+    assert factory.events == [*ALL_STARTED, "stop 1", "stop 2", "abort 1", "close"]
 
 
 async def test_a_third_signal_ends_the_process_there(monkeypatch: pytest.MonkeyPatch) -> None:
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    house = FakeHouse({"start 2": kill(signal.SIGTERM)})
+    factory = FakeFactory({"start 2": kill(signal.SIGTERM)})
 
     async def twice_more() -> None:
         # asyncio calls the handler once for each: two turns of the loop apart.
@@ -152,9 +154,9 @@ async def test_a_third_signal_ends_the_process_there(monkeypatch: pytest.MonkeyP
             os.kill(os.getpid(), signal.SIGTERM)
             await asyncio.shield(asyncio.sleep(0.05))
 
-    house.actions["stop 1"] = twice_more
+    factory.actions["stop 1"] = twice_more
     monkeypatch.setattr(runner, "_unless", _patient(runner._unless))
-    assert await run(house) in (0, 1)
+    assert await run(factory) in (0, 1)
     assert codes == [1]
 
 
@@ -192,20 +194,20 @@ async def test_a_hangup_reloads_every_tunnel_and_ends_none(
     answers: tuple[bool | Exception, ...], lines: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     reloads = {f"reload {n}": answer for n, answer in enumerate(answers, 1)}
-    house = FakeHouse({"start 2": reload_then_stop, **reloads})
+    factory = FakeFactory({"start 2": reload_then_stop, **reloads})
     configs = [Config.parse(SERVER.replace("error", "info"), {}), CONFIGS[1]]
     with caplog.at_level("DEBUG", "nodepass"):
-        assert await serve(configs, Settings(), house) == 0
-    assert house.events == [*ALL_STARTED, "reload 1", "reload 2", *ALL_STOPPED]
+        assert await serve(configs, Settings(), factory) == 0
+    assert factory.events == [*ALL_STARTED, "reload 1", "reload 2", *ALL_STOPPED]
     said = [record.getMessage().partition("  ")[0] for record in caplog.records]
     assert said == lines
 
 
 async def test_a_hangup_before_there_is_a_tunnel(caplog: pytest.LogCaptureFixture) -> None:
-    house = FakeHouse({"start 1": reload_then_stop})
+    factory = FakeFactory({"start 1": reload_then_stop})
     with caplog.at_level("DEBUG", "nodepass"):
-        assert await run(house) == 0
-    assert "reload 2" not in house.events
+        assert await run(factory) == 0
+    assert "reload 2" not in factory.events
 
 
 @pytest.mark.parametrize(
@@ -219,9 +221,9 @@ async def test_a_hangup_before_there_is_a_tunnel(caplog: pytest.LogCaptureFixtur
 async def test_a_failed_start_stops_what_started(
     failure: Exception, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    house = FakeHouse({"start 2": failure})
-    assert await run(house) == 1
-    assert house.events == ALL_STARTED + ALL_STOPPED
+    factory = FakeFactory({"start 2": failure})
+    assert await run(factory) == 1
+    assert factory.events == ALL_STARTED + ALL_STOPPED
     assert capsys.readouterr() == ("", f"nodepass: error: {line}\n")
 
 
@@ -229,9 +231,9 @@ async def test_a_failed_start_stops_what_started(
 async def test_c18_json_says_which_tunnel_failed(
     place: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    house = FakeHouse({f"start {place}": ListenError("a:1", errno.EADDRINUSE)})
+    factory = FakeFactory({f"start {place}": ListenError("a:1", errno.EADDRINUSE)})
     with caplog.at_level("DEBUG", "nodepass"):
-        code = await serve(label_together(CONFIGS), Settings(log_format="json"), house)
+        code = await serve(label_together(CONFIGS), Settings(log_format="json"), factory)
     assert code == 1
     (record,) = (r for r in caplog.records if r.levelname == "CRITICAL")
     label = ("server://127.0.0.1:10101", "client://127.0.0.1:10101")[place - 1]
@@ -239,59 +241,59 @@ async def test_c18_json_says_which_tunnel_failed(
 
 
 async def test_no_engine(capsys: pytest.CaptureFixture[str]) -> None:
-    house = FakeHouse({"relays": EngineError("start", errno.EAGAIN)})
-    assert await run(house) == 1
-    assert house.events == []
+    factory = FakeFactory({"relays": EngineError("start", errno.EAGAIN)})
+    assert await run(factory) == 1
+    assert factory.events == []
     assert "nodepass: error: engine start: " in capsys.readouterr().err
 
 
 async def test_a_bug_in_start_still_cleans_up() -> None:
-    house = FakeHouse({"start 2": ZeroDivisionError()})
+    factory = FakeFactory({"start 2": ZeroDivisionError()})
     with pytest.raises(ZeroDivisionError):
-        await run(house)
-    assert house.events == ALL_STARTED + ALL_STOPPED
+        await run(factory)
+    assert factory.events == ALL_STARTED + ALL_STOPPED
 
 
 async def test_a_bug_in_stop_is_logged_and_the_rest_stopped(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    house = FakeHouse({"start 2": kill(signal.SIGTERM), "stop 1": ZeroDivisionError()})
+    factory = FakeFactory({"start 2": kill(signal.SIGTERM), "stop 1": ZeroDivisionError()})
     with caplog.at_level("DEBUG", "nodepass"):
-        assert await run(house) == 0
-    assert house.events == ALL_STARTED + ALL_STOPPED
+        assert await run(factory) == 0
+    assert factory.events == ALL_STARTED + ALL_STOPPED
     assert any("ZeroDivisionError" in record.getMessage() for record in caplog.records)
 
 
 async def test_one_that_ended_by_itself_leaves_the_other_running(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    house = FakeHouse()
+    factory = FakeFactory()
 
     async def close_first() -> None:
-        house.tunnels[0].closed.set()
+        factory.tunnels[0].closed.set()
         asyncio.get_running_loop().call_later(0.1, os.kill, os.getpid(), signal.SIGTERM)
 
-    house.actions["start 2"] = close_first
+    factory.actions["start 2"] = close_first
     with caplog.at_level("DEBUG", "nodepass"):
-        assert await run(house) == 0
+        assert await run(factory) == 0
     assert any("tunnel ended by itself" in record.getMessage() for record in caplog.records)
 
 
 async def test_all_ended_by_themselves() -> None:
-    house = FakeHouse()
+    factory = FakeFactory()
 
     async def close_both() -> None:
-        for tunnel in house.tunnels:
+        for tunnel in factory.tunnels:
             tunnel.closed.set()
 
-    house.actions["start 2"] = close_both
-    assert await run(house) == 1
-    assert house.events == ALL_STARTED + ALL_STOPPED
+    factory.actions["start 2"] = close_both
+    assert await run(factory) == 1
+    assert factory.events == ALL_STARTED + ALL_STOPPED
 
 
 async def test_signal_handlers_are_taken_away_again() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    await run(FakeHouse({"start 2": kill(signal.SIGTERM)}))
+    await run(FakeFactory({"start 2": kill(signal.SIGTERM)}))
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -322,10 +324,10 @@ def test_the_most_talkative_tunnel_sets_the_level() -> None:
 
 
 async def test_the_real_parts() -> None:
-    house = runner._RealHouse()
-    relays = house.relays(Settings(threads=1, engine="python"))
+    factory = runner._RealFactory()
+    relays = factory.relays(Settings(threads=1, engine="python"))
     try:
-        made = [house.tunnel(config, relays) for config in CONFIGS]
+        made = [factory.tunnel(config, relays) for config in CONFIGS]
         assert [type(tunnel) for tunnel in made] == [Server, Client]
     finally:
         await relays.close()

@@ -18,7 +18,7 @@ from nodepass.config.environment import Settings
 from nodepass.config.url import Config, Mode
 from nodepass.engine.relays import Relay, Relays
 from nodepass.errors import ConfigError, EngineError, TunnelError
-from nodepass.observe.stats import TunnelStatistics
+from nodepass.observe.stats import Gauges
 from nodepass.server.server import Server
 from nodepass.tunnel import base as tunnel_module
 from nodepass.tunnel.base import Tunnel
@@ -69,13 +69,9 @@ class Toy(Tunnel):
         self.done.append("drain")
         await self._open_relays.wait(self._settings.shutdown_timeout)
 
-    def _gather(self) -> TunnelStatistics:
+    def _gauges(self) -> Gauges:
         self.looks += 1
-        up, down = self._open_relays.live_bytes()
-        data = self._datagrams()
-        return TunnelStatistics(
-            "server", 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, up, down, data, None
-        )
+        return Gauges(0, 0, 0, 0, 0, None)
 
     @property
     def relays(self) -> Relays:
@@ -93,10 +89,7 @@ class Toy(Tunnel):
         return visitor, relay, target
 
     def _part(self, relay: Relay) -> None:
-        if relay.result.cancelled():
-            self._open_relays.forget(relay)
-        else:
-            self._open_relays.release(relay, relay.result.result())
+        self._open_relays.end(relay, relay.result)
 
     def close_ends(self) -> None:
         for end in self._ends:
