@@ -145,7 +145,7 @@ cdef struct Flow:
     uint8_t is_breaking         # a leg is dead; its last words are being delivered
     uint8_t kind                # KIND_*
     uint8_t is_shaken           # its handshake is done
-    uint8_t is_dialling         # leg 1 has no answer yet, see dial.pxi
+    uint8_t is_dialling         # leg 1 has no answer yet, see tcp_dial.pxi
     uint8_t is_calm             # a look found nothing unanswered, and it had no turn since
     uint8_t reason
     uint8_t side

@@ -57,24 +57,33 @@ from nodepass._libssl cimport *
 
 include "fastcopy/sys.pxi"
 include "fastcopy/atomic.pxi"
-include "fastcopy/slab.pxi"
+include "fastcopy/core.pxi"
+include "fastcopy/slot.pxi"
+include "fastcopy/fd.pxi"
+include "fastcopy/buffer.pxi"
+include "fastcopy/head.pxi"
+include "fastcopy/list.pxi"
 include "fastcopy/ring.pxi"
 include "fastcopy/cell.pxi"
-include "fastcopy/mail.pxi"
+include "fastcopy/queue.pxi"
+include "fastcopy/mmsg.pxi"
 include "fastcopy/pipe.pxi"
-include "fastcopy/loop.pxi"
+include "fastcopy/worker.pxi"
+include "fastcopy/wheel.pxi"
 include "fastcopy/flow.pxi"
-include "fastcopy/dial.pxi"
+include "fastcopy/leg.pxi"
+include "fastcopy/tcp_dial.pxi"
 include "fastcopy/pulse.pxi"
-include "fastcopy/tcp.pxi"
+include "fastcopy/way.pxi"
 include "fastcopy/tls.pxi"
 include "fastcopy/handshake.pxi"
+include "fastcopy/tally.pxi"
 include "fastcopy/udp.pxi"
 include "fastcopy/gate.pxi"
-include "fastcopy/link.pxi"
-include "fastcopy/out.pxi"
-include "fastcopy/raw.pxi"
-include "fastcopy/order.pxi"
+include "fastcopy/udp_link.pxi"
+include "fastcopy/udp_send.pxi"
+include "fastcopy/udp_raw.pxi"
+include "fastcopy/submit.pxi"
 
 ABI = 9
 REASON_FINISHED = R_FINISHED
@@ -208,7 +217,7 @@ def alpn_selector():
         What SSL_CTX_set_alpn_select_cb(3) wants. It chooses b"nodepass/2"; a client that does
         not offer it gets an alert.
     """
-    return <size_t>&alpn_select
+    return <size_t>&handshake_select_alpn
 
 
 cdef int _take_handles(str operation, object connection, Handles* handles) except -1:
@@ -315,7 +324,7 @@ cdef object _newcomer(Core* core, uint32_t slot):
         host = _socket.inet_ntop(_socket.AF_INET6, source)
         if udp.key.scope:
             host = f"{host}%{udp.key.scope}"
-    return Newcomer(token_of(&core.flows[slot], slot), token_of(gate, udp.gate), host, port)
+    return Newcomer(flow_token(&core.flows[slot], slot), flow_token(gate, udp.gate), host, port)
 
 
 cdef class Engine:
@@ -565,20 +574,20 @@ cdef class Engine:
         slot = self.take_slot(operation, rc)
         flow = &self.core.flows[slot]
         w = worker_choose(self.core)
-        flow_prepare(flow, a, b, w.index, limit_ms)
+        submit_prepare(flow, a, b, w.index, limit_ms)
         if goal != NULL:
             flow.is_dialling = 1
             flow.goal = goal[0]
             flow.later_idle_ms = later_idle_ms
         if tls_a is not None:
-            flow_secure(flow, 0, &handles[0])
+            submit_secure(flow, 0, &handles[0])
         if tls_b is not None:
-            flow_secure(flow, 1, &handles[1])
-        rc = flow_park_head(flow, 0, up, len(head_a))
+            submit_secure(flow, 1, &handles[1])
+        rc = submit_park_head(flow, 0, up, len(head_a))
         if rc == 0:
-            rc = flow_park_head(flow, 1, down, len(head_b))
+            rc = submit_park_head(flow, 1, down, len(head_b))
         if rc < 0:
-            flow_undo(flow)
+            submit_undo(flow)
             slot_give(self.core, slot)
             raise EngineError(operation, -rc)
         self.core.total += 1
@@ -628,15 +637,15 @@ cdef class Engine:
             self.core.refused += 1
             raise EngineError("handshake", _errno.ENOBUFS)
         flow = &self.core.flows[slot]
-        flow_prepare(flow, descriptor, -1, w.index, 0)
-        flow_secure(flow, 0, &handles)
+        submit_prepare(flow, descriptor, -1, w.index, 0)
+        submit_secure(flow, 0, &handles)
         flow.kind = KIND_HANDSHAKE
         self.core.handshakes += 1
         return self.submit(w, flow, slot, connections)
 
     # Hand a flow over, and keep what its worker uses alive.
     cdef object submit(self, Worker* w, Flow* flow, uint32_t slot, tuple connections):
-        cdef object token = token_of(flow, slot)
+        cdef object token = flow_token(flow, slot)
         cdef int leg
         if connections:
             self.connections[token] = connections
@@ -648,15 +657,15 @@ cdef class Engine:
                 Py_INCREF(self.connections)
                 self.pinned = <PyObject*>self.connections
         w.load += 1
-        mark_taken(self.core, flow.legs[0].fd, 1)
-        mark_taken(self.core, flow.legs[1].fd, 1)
-        order_put(w, flow, slot, ORDER_ADMIT)
+        fd_mark(self.core, flow.legs[0].fd, 1)
+        fd_mark(self.core, flow.legs[1].fd, 1)
+        submit_order(w, flow, slot, ORDER_ADMIT)
         return token
 
     # -> 0 a descriptor and the TLS on it can be taken, -errno otherwise.
     cdef int look_at(self, int fd, int kind, void* ssl):
         cdef int rc = sys_check_socket(fd, kind)
-        if rc == 0 and is_taken(self.core, fd):
+        if rc == 0 and fd_is_taken(self.core, fd):
             rc = -EBUSY
         if rc == 0 and ssl != NULL and <size_t>ssl in _lent:
             rc = -EBUSY
@@ -712,19 +721,19 @@ cdef class Engine:
         slot = self.take_slot("udp_serve", rc)
         flow = &self.core.flows[slot]
         udp = &self.core.udps[slot]
-        flow_prepare(flow, descriptor, -1, worker_choose(self.core).index, 0)
+        submit_prepare(flow, descriptor, -1, worker_choose(self.core).index, 0)
         flow.kind = KIND_GATE
-        udp_prepare(udp, size)
+        submit_prepare_udp(udp, size)
         rc = gate_make(udp, seed)
         if rc == 0:
-            rc = gate_set_up(descriptor, udp.own)
+            rc = submit_set_up_gate(descriptor, udp.own)
         if rc < 0:
             gate_free(udp)
-            flow_undo(flow)
+            submit_undo(flow)
             slot_give(self.core, slot)
             raise EngineError("udp_serve", -rc)
-        udp_set_up(descriptor)
-        udp.own.gso = wants_gso and udp_has_gso(descriptor)
+        submit_set_up_udp(descriptor)
+        udp.own.gso = wants_gso and submit_has_gso(descriptor)
         udp.own.waiting = <uint32_t>most
         self.core.gates += 1
         token = self.submit(&self.core.workers[flow.worker], flow, slot, ())
@@ -858,25 +867,25 @@ cdef class Engine:
         flow = &self.core.flows[slot]
         udp = &self.core.udps[slot]
         w = worker_choose(self.core) if peer == NULL else &self.core.workers[peer.worker]
-        flow_prepare(flow, link if side == 0 else -1, link if side == 1 else target, w.index,
-                     _milliseconds(idle))
+        submit_prepare(flow, link if side == 0 else -1, link if side == 1 else target, w.index,
+                       _milliseconds(idle))
         flow.kind = <uint8_t>kind
-        udp_prepare(udp, limit)
+        submit_prepare_udp(udp, limit)
         udp.is_raw = raw
         udp.raw_ms = flow.idle_ms
         if tls is not None:
-            flow_secure(flow, side, &handles)
-        rc = flow_park_head(flow, side, first, len(head))
+            submit_secure(flow, side, &handles)
+        rc = submit_park_head(flow, side, first, len(head))
         if rc < 0:
-            flow_undo(flow)
+            submit_undo(flow)
             slot_give(self.core, slot)
             raise EngineError(operation, -rc)
         if peer != NULL:
-            udp.peer = token_of(peer, <uint32_t>(peer - self.core.flows))
+            udp.peer = flow_token(peer, <uint32_t>(peer - self.core.flows))
             udp.gate = self.core.udps[peer - self.core.flows].gate
         else:
-            udp_set_up(target)
-            udp.gso = gso and udp_has_gso(target)
+            submit_set_up_udp(target)
+            udp.gso = gso and submit_has_gso(target)
         return self.submit(w, flow, slot, connections)
 
     # A free slot, or the error that there is none, or that a descriptor will not do.
@@ -897,7 +906,7 @@ cdef class Engine:
             if load_acquire32(&self.core.flows[slot].state) > FLOW_OPEN:
                 continue                # it has ended; its completion comes next
             while self.core.udps[slot].own.lent < self.core.udps[slot].own.waiting:
-                if not gate_lend(self.core, slot):
+                if not submit_lend_peer(self.core, slot):
                     return 0
         return 0
 
@@ -921,7 +930,7 @@ cdef class Engine:
         name = _take_token(token)
         self.recheck("udp_limit")
         flow = self.find(name)
-        if flow != NULL and flow.kind > KIND_PEER:
+        if flow != NULL and flow_is_udp_relay(flow):
             store_relaxed32(&self.core.udps[flow - self.core.flows].wished_ms,
                             _milliseconds(seconds))
             self.wish(name, flow.kind, WISH_LIMIT)
@@ -963,8 +972,8 @@ cdef class Engine:
         slot = <uint32_t>(flow - self.core.flows)
         if self.core.udps[slot].is_raw:
             return False
-        udp_set_up(fd)
-        mark_taken(self.core, fd, 1)
+        submit_set_up_udp(fd)
+        fd_mark(self.core, fd, 1)
         old = exchange32(&self.core.udps[slot].fresh, <uint32_t>fd + 1)
         self.drop_fresh(old)
         self.wish(name, KIND_DIALLED, WISH_TARGET)
@@ -974,7 +983,7 @@ cdef class Engine:
     # came behind it.
     cdef void drop_fresh(self, uint32_t fresh) noexcept:
         if fresh:
-            mark_taken(self.core, <int>fresh - 1, 0)
+            fd_mark(self.core, <int>fresh - 1, 0)
             sys_close(<int>fresh - 1)
 
     def udp_counts(self, token):
@@ -987,7 +996,7 @@ cdef class Engine:
             None once its completion was polled.
         """
         cdef Flow* flow = self.find(_take_token(token))
-        if flow == NULL or flow.kind < KIND_GATE:
+        if flow == NULL or not flow_is_udp(flow):
             return None
         return _counts(&self.core.udps[flow - self.core.flows])
 
@@ -998,7 +1007,7 @@ cdef class Engine:
         flow = self.find(name)
         if flow != NULL and flow.kind == kind:
             slot = <uint32_t>(flow - self.core.flows)
-            udp_wish(&self.core.workers[flow.worker], flow, &self.core.udps[slot], slot, bit)
+            submit_wish(&self.core.workers[flow.worker], flow, &self.core.udps[slot], slot, bit)
         return 0
 
     def live(self, token):
@@ -1032,8 +1041,8 @@ cdef class Engine:
         flow = self.find(name)
         if flow != NULL and not flow.abort_asked:
             flow.abort_asked = 1
-            order_put(&self.core.workers[flow.worker], flow, <uint32_t>(flow - self.core.flows),
-                      ORDER_ABORT)
+            submit_order(&self.core.workers[flow.worker], flow, <uint32_t>(flow - self.core.flows),
+                         ORDER_ABORT)
 
     def doubt(self, token, side, *, quiet=False):
         """Take it that the far end of one side may be gone; unknown tokens are left alone.
@@ -1066,8 +1075,8 @@ cdef class Engine:
         self.recheck("doubt")
         flow = self.find(name)
         if flow != NULL and not or32(&flow.doubts, bits):
-            order_put(&self.core.workers[flow.worker], flow, <uint32_t>(flow - self.core.flows),
-                      ORDER_DOUBT)
+            submit_order(&self.core.workers[flow.worker], flow, <uint32_t>(flow - self.core.flows),
+                         ORDER_DOUBT)
 
     cdef Flow* find(self, uint64_t token) noexcept:
         cdef uint32_t slot = <uint32_t>token
@@ -1123,8 +1132,8 @@ cdef class Engine:
     cdef int part(self, Worker* w, uint32_t slot, list result) except -1:
         cdef Flow* flow = &self.core.flows[slot]
         cdef Udp* udp = &self.core.udps[slot]
-        token = token_of(flow, slot)
-        if flow.kind < KIND_GATE:
+        token = flow_token(flow, slot)
+        if not flow_is_udp(flow):
             result.append(Completion(
                 token, load_relaxed64(&flow.ways[0].delivered),
                 load_relaxed64(&flow.ways[1].delivered), flow.reason, flow.side, flow.code,
@@ -1146,7 +1155,7 @@ cdef class Engine:
         if flow.kind == KIND_PEER:
             self.core.lent -= 1
             self.core.announced -= udp.is_met
-            if udp.gate in self.gates and gate_is(self.core, udp):
+            if udp.gate in self.gates and submit_is_same_gate(self.core, udp):
                 self.core.udps[udp.gate].own.lent -= 1
         else:
             w.load -= 1
@@ -1165,7 +1174,7 @@ cdef class Engine:
             raise EngineClosed("statistics", _errno.ECHILD)
         memset(&total, 0, sizeof(total))
         for i in range(self.core.crew):
-            counters_add(&total, &self.core.workers[i].counters)
+            worker_add_counters(&total, &self.core.workers[i].counters)
         return EngineStatistics(
             threads=self.core.threads,
             flows_open=self.core.open_count - self.core.lent + self.core.announced,
@@ -1222,7 +1231,7 @@ cdef class Engine:
             for i in range(self.core.crew):
                 worker_stop(&self.core.workers[i])
         while True:
-            left = workers_join(self.core)
+            left = worker_join_all(self.core)
             if left == 0 and self.closers:
                 sys_ring(self.core.done)        # another thread waits: the last one out closes it
                 return True

@@ -98,10 +98,27 @@ def test_no_gil_is_taken_anywhere() -> None:
             assert "with gil" not in line, f"{path.name}:{number}"
 
 
-def test_memory_comes_from_the_slab() -> None:
+STEMS = {path.stem for path in WORKER_FILES}
+NO_PREFIX = {"atomic"}
+"""Its names say the memory order; they are used like operators."""
+
+
+@pytest.mark.parametrize("path", WORKER_FILES, ids=ids)
+def test_a_file_is_named_after_its_functions(path: Path) -> None:
+    """So that a call says where to look: `udp_link_read` is in udp_link.pxi."""
+    if path.stem in NO_PREFIX:
+        return
+    for number, header in definitions(path):
+        named = re.search(r"(\w+)\(", header)
+        assert named is not None, header
+        fits = {stem for stem in STEMS if named[1] == stem or named[1].startswith(f"{stem}_")}
+        assert max(fits, key=len, default="none") == path.stem, f"{path.name}:{number}: {named[1]}"
+
+
+def test_memory_comes_from_tables() -> None:
     """Elsewhere an allocation could land on the hot path."""
     for path in FILES:
-        if path.name == "slab.pxi":
+        if path.name in {"core.pxi", "gate.pxi", "head.pxi"}:
             continue
         for number, line in code(path):
             if "cimport" in line:

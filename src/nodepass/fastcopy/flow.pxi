@@ -5,6 +5,16 @@
 # close, and only then the slot may travel back to the control plane.
 
 
+# -> 1 a flow of datagrams: a gate, a peer, or a relay.
+cdef inline bint flow_is_udp(Flow* flow) noexcept nogil:
+    return flow.kind >= KIND_GATE
+
+
+# -> 1 a relay of datagrams: it has a link.
+cdef inline bint flow_is_udp_relay(Flow* flow) noexcept nogil:
+    return flow.kind == KIND_BOUND or flow.kind == KIND_DIALLED
+
+
 # Move a flow along the diagram in _fastcopy.pxd.
 cdef inline void flow_move(Worker* w, Flow* flow, uint32_t state) noexcept nogil:
     NP_BUG(load_relaxed32(&flow.state) != state - 1, &w.counters.bugs,
@@ -15,11 +25,6 @@ cdef inline void flow_move(Worker* w, Flow* flow, uint32_t state) noexcept nogil
 # What its epoll events carry, but for the side.
 cdef inline uint64_t flow_tag(Flow* flow, uint32_t slot) noexcept nogil:
     return (<uint64_t>load_relaxed32(&flow.generation) << 32) | (slot << 1)
-
-
-cdef inline void fd_close(Worker* w, int fd) noexcept nogil:
-    NP_BUG(sys_close(fd) == -EBADF, &w.counters.bugs, b"closed a stranger's descriptor")
-    take_own64(&w.counters.fds_open, 1)
 
 
 # Register both sockets. No extra look at them is needed: adding a socket that is readable
@@ -45,7 +50,7 @@ cdef void flow_admit(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
             add_own64(&w.counters.heads_open, 1)
             add_own64(&w.counters.parked_bytes,
                       flow.ways[side].parked_to + flow.ways[side].head_to)
-    if flow.kind >= KIND_GATE:
+    if flow_is_udp(flow):
         udp_admit(w, flow, slot)
         return
     for side in range(2):
@@ -74,11 +79,11 @@ cdef int flow_turn(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     cdef int first = 1 if flow.legs[1].bits & SEEN_ERROR else 0
     cdef int more
     cdef int also
-    if flow.kind >= KIND_GATE:
+    if flow_is_udp(flow):
         return udp_turn(w, flow, slot)
     if flow.kind == KIND_HANDSHAKE:
-        return hand_turn(w, flow, slot)
-    if flow.is_dialling and not dial_turn(w, flow, slot):
+        return handshake_turn(w, flow, slot)
+    if flow.is_dialling and not tcp_dial_turn(w, flow, slot):
         return 0
     more = way_pump(w, flow, slot, first)
     if more < 0:
@@ -123,7 +128,7 @@ cdef void flow_bury(
     Worker* w, Flow* flow, uint32_t slot, int reason, int side, int code
 ) noexcept nogil:
     cdef Flow* flows = w.core.flows
-    cdef bint is_polite = reason == R_FINISHED or (reason == R_IDLE and flow.kind >= KIND_GATE)
+    cdef bint is_polite = reason == R_FINISHED or (reason == R_IDLE and flow_is_udp(flow))
     cdef int i
     flow_move(w, flow, FLOW_DEAD)
     flow.reason = <uint8_t>reason
@@ -135,7 +140,7 @@ cdef void flow_bury(
         list_remove(flows, &w.ready, LINK_READY, slot)
     if flow.idle_ms:
         wheel_drop(w, flow, slot)
-    if flow.kind >= KIND_GATE:
+    if flow_is_udp(flow):
         udp_bury(w, flow, slot, reason)
     for i in range(2):
         way_clear(w, &flow.ways[i])
@@ -148,36 +153,36 @@ cdef void flow_bury(
     list_append(flows, &w.grave, LINK_READY, slot)
 
 
-cdef void leg_close(Worker* w, Leg* leg, bint reset) noexcept nogil:
-    cdef int fd = leg.fd
-    cdef int rc = sys_epoll_delete(w.epoll, fd)
-    NP_BUG(rc == -EBADF, &w.counters.bugs, b"a socket was closed by a stranger")
-    rc = sys_arm_reset(fd, reset)
-    NP_BUG(rc == -ENOTSOCK, &w.counters.bugs, b"a socket number was taken over")
-    if leg.doubted_ms:
-        leg.doubted_ms = 0
-        w.doubted -= 1
-    leg.fd = -1
-    leg.bits = 0
-    mark_taken(w.core, fd, 0)       # before the kernel can give the number to somebody else
-    fd_close(w, fd)
+cdef inline void flow_want_turn(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
+    if not flow.is_ready:
+        flow.is_ready = 1
+        list_append(w.core.flows, &w.ready, LINK_READY, slot)
 
 
-# A lent descriptor goes back: nothing of it may come up here any more.
-cdef void leg_return(Worker* w, Leg* leg) noexcept nogil:
-    cdef int rc = sys_epoll_delete(w.epoll, leg.fd)
-    NP_BUG(rc == -EBADF, &w.counters.bugs, b"a lent socket was closed")
-    mark_taken(w.core, leg.fd, 0)
-    leg.fd = -1
-    leg.bits = 0
+cdef inline uint64_t flow_token(Flow* flow, uint32_t slot) noexcept nogil:
+    return (<uint64_t>load_relaxed32(&flow.generation) << 32) | slot
 
 
-# Let go of whatever a direction still holds: parked bytes, a pipe.
-cdef void way_clear(Worker* w, Way* way) noexcept nogil:
-    if way.parked != NULL:
-        way_unpark(w, way)
-    if way.head != NULL:
-        tls_drop_head(w, way)
-    if way.pipe_read >= 0:
-        take_own64(&w.counters.parked_bytes, way.pipe_bytes)
-        pipe_give(w, way)
+# A send to leg `index` failed: the leg is dead, but what it said before may still wait in
+# its socket (a server that answers 413 and closes while the upload goes on). Deliver that,
+# then apply the reset law. -> always -1.
+cdef ssize_t flow_break(
+    Worker* w, Flow* flow, uint32_t slot, int index, int code
+) noexcept nogil:
+    cdef int rc = 1
+    if not flow.is_breaking and not flow_is_udp(flow):
+        flow.is_breaking = 1
+        flow.legs[index].bits |= MAY_READ
+        while rc == 1:          # bounded: nothing is added to a dead socket
+            rc = way_pump(w, flow, slot, index)
+        if rc < 0:
+            return -1
+    return flow_reset(w, flow, slot, index, code)
+
+
+# The reset law; `index` is the leg at fault. -> always -1.
+cdef inline ssize_t flow_reset(
+    Worker* w, Flow* flow, uint32_t slot, int index, int code
+) noexcept nogil:
+    flow_bury(w, flow, slot, R_RESET, index + 1, code)
+    return -1

@@ -90,7 +90,7 @@ cdef int gate_turn(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     if gate.blocked.count and leg.bits & MAY_WRITE:
         gate_unblock(w, flow, slot)
     while budget > 0 and leg.bits & MAY_READ:
-        n = mail_receive_past_errors(w, leg.fd)
+        n = mmsg_receive_past_errors(w, leg.fd)
         if n < MAIL_BATCH:
             leg.bits &= ~<uint32_t>MAY_READ     # drained: what comes later is a new edge
         if n <= 0:
@@ -113,11 +113,11 @@ cdef uint64_t gate_sort(Worker* w, uint32_t slot, uint32_t count) noexcept nogil
     cdef uint64_t total = 0
     mail.touched_count = 0
     for i in range(count):
-        mail_source(w, i)
-        mail_open(w, i, &lost)
-        total += mail_count(w, i)
-        if mail_is_large(w, i, own.limit):
-            tally_drop(w, own, T_TOO_LARGE, mail_count(w, i))
+        mmsg_source(w, i)
+        mmsg_open(w, i, &lost)
+        total += mmsg_count(w, i)
+        if mmsg_is_large(w, i, own.limit):
+            tally_drop(w, own, T_TOO_LARGE, mmsg_count(w, i))
             continue
         if not own.own.is_wildcard:
             memset(&mail.keys[i].local[0], 0, 16)
@@ -128,7 +128,7 @@ cdef uint64_t gate_sort(Worker* w, uint32_t slot, uint32_t count) noexcept nogil
             if found == NONE_SLOT:
                 found = gate_welcome(w, slot, &mail.keys[i])
         if found == NONE_SLOT:
-            tally_drop(w, own, T_NO_LINK, mail_count(w, i))
+            tally_drop(w, own, T_NO_LINK, mmsg_count(w, i))
             continue
         last = found
         udp = &w.core.udps[found]
@@ -148,7 +148,7 @@ cdef uint64_t gate_sort(Worker* w, uint32_t slot, uint32_t count) noexcept nogil
 cdef uint32_t gate_welcome(Worker* w, uint32_t slot, const Key* key) noexcept nogil:
     cdef Gate* gate = w.core.udps[slot].own
     cdef uint32_t found
-    if gate.is_shut or gate.spare_count == 0 or cells_left(w) <= PARK_KEEPS + MAIL_CELLS:
+    if gate.is_shut or gate.spare_count == 0 or cell_left(w) <= PARK_KEEPS + MAIL_CELLS:
         return NONE_SLOT
     # The scarcer the places, the fewer for one address: alone it gets four fifths, beside another
     # four ninths, and to take them all needs as many addresses as a quarter of the places.
@@ -197,7 +197,7 @@ cdef void gate_hand_out(Worker* w) noexcept nogil:
             gate_park(w, udp)
         else:
             flow.active_ms = w.now_ms
-            udp_post(w, flow, slot)
+            udp_link_post(w, flow, slot)
         udp.batch_first = NONE_SLOT
 
 
@@ -384,3 +384,25 @@ cdef void gate_close(Worker* w, uint32_t slot) noexcept nogil:
         if flows[found].kind in (KIND_PEER, KIND_BOUND) and w.core.udps[found].gate == slot:
             flow_bury(w, &flows[found], found, R_ABORTED, 0, 0)
         found = next
+
+
+# -> 0 and udp.own, or -errno. Runs on: control plane.
+cdef int gate_make(Udp* udp, uint64_t seed) noexcept nogil:
+    cdef void* where = NULL
+    cdef int rc = sys_map(sizeof(Gate) + GATE_BUCKETS * sizeof(uint32_t), &where)
+    if rc < 0:
+        return rc
+    udp.own = <Gate*>where
+    udp.own.buckets = <uint32_t*>(<char*>where + sizeof(Gate))
+    udp.own.seed = seed
+    list_clear(&udp.own.blocked)
+    list_clear(&udp.own.young)
+    list_clear(&udp.own.grown)
+    return 0
+
+
+# Of a gate that has ended, or never began; others have none. Runs on: control plane.
+cdef void gate_free(Udp* udp) noexcept nogil:
+    if udp.own != NULL:
+        sys_unmap(udp.own, sizeof(Gate) + GATE_BUCKETS * sizeof(uint32_t))
+        udp.own = NULL

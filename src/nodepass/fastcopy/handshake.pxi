@@ -10,7 +10,7 @@ cdef enum:
 
 
 # One turn of a handshake. -> 1 it wants another turn, 0 it waits or is over.
-cdef int hand_turn(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
+cdef int handshake_turn(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     cdef Leg* leg = &flow.legs[0]
     cdef int step
     cdef int rc
@@ -24,11 +24,11 @@ cdef int hand_turn(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
             why = SSL_WANTS_READ if rc == 1 else openssl.result(leg.tls, rc)
             if why != SSL_WANTS_READ:
                 flow.detail = openssl.errors_peek()
-                hand_flush(w, flow)             # our alert, as far as it goes
+                handshake_flush(w, flow)             # our alert, as far as it goes
                 flow_bury(w, flow, slot, R_RESET, 1,
                           ENODATA if why == SSL_PEER_ENDED else EBADMSG)
                 return 0
-        rc = hand_flush(w, flow)
+        rc = handshake_flush(w, flow)
         if rc < 0:
             flow_bury(w, flow, slot, R_RESET, 1, -rc)
             return 0
@@ -55,7 +55,7 @@ cdef int hand_turn(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
 
 
 # -> 1 all that OpenSSL has to say is out, 0 the socket is full, -errno otherwise.
-cdef int hand_flush(Worker* w, Flow* flow) noexcept nogil:
+cdef int handshake_flush(Worker* w, Flow* flow) noexcept nogil:
     cdef Leg* leg = &flow.legs[0]
     cdef Way* way = &flow.ways[1]
     cdef ssize_t sent
@@ -83,7 +83,7 @@ cdef int hand_flush(Worker* w, Flow* flow) noexcept nogil:
 
 # The server's choice among the protocols that a client offers, called by OpenSSL in mid
 # handshake: ours, or none. The type is SSL_CTX_alpn_select_cb_func.
-cdef int alpn_select(
+cdef int handshake_select_alpn(
     void* ssl, const uint8_t** chosen, uint8_t* chosen_size, const uint8_t* offered,
     unsigned int size, void* argument
 ) noexcept nogil:

@@ -78,7 +78,7 @@ cdef void pipe_close(Worker* w, int read, int write, uint32_t size) noexcept nog
 
 
 # Close every pooled pipe. Runs on: the worker, as it leaves.
-cdef void pipes_close(Worker* w) noexcept nogil:
+cdef void pipe_close_all(Worker* w) noexcept nogil:
     cdef Pipe* pipe
     while w.pooled:
         w.pooled -= 1

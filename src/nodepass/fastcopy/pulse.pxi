@@ -36,7 +36,7 @@ cdef enum:
 
 
 # Look at flows, a few in each round: the front of the list of all goes to its back.
-cdef void worker_run_looks(Worker* w) noexcept nogil:
+cdef void pulse_run(Worker* w) noexcept nogil:
     cdef uint32_t left
     cdef uint32_t slot
     cdef Flow* flow
@@ -54,35 +54,35 @@ cdef void worker_run_looks(Worker* w) noexcept nogil:
         list_remove(w.core.flows, &w.all, LINK_ALL, slot)
         list_append(w.core.flows, &w.all, LINK_ALL, slot)
         if not flow.is_calm:
-            flow_look(w, flow, slot)
+            pulse_look(w, flow, slot)
     if w.all.count == 0:
         w.looks_left = 0
 
 
 # See that a look comes. Called behind turns, so a quiet worker still sleeps.
-cdef inline void worker_want_look(Worker* w) noexcept nogil:
+cdef inline void pulse_want(Worker* w) noexcept nogil:
     if w.look_ms == 0:
         w.look_ms = w.now_ms + w.core.patience_ms // (DOUBT_LOOKS if w.doubted else LOOKS)
 
 
 # -> 1 a leg is a stream with a far end that can be asked.
-cdef inline bint leg_has_pulse(Flow* flow, int side) noexcept nogil:
+cdef inline bint pulse_has(Flow* flow, int side) noexcept nogil:
     if flow.kind == KIND_HANDSHAKE or flow.legs[side].fd < 0:
         return 0
-    if flow.kind >= KIND_GATE:
-        return flow.kind > KIND_PEER and side == udp_link(flow)
+    if flow_is_udp(flow):
+        return flow_is_udp_relay(flow) and side == udp_link(flow)
     return not (side and flow.is_dialling)
 
 
 # One look at a flow; it may be buried afterwards.
-cdef void flow_look(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
+cdef void pulse_look(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     cdef bint is_calm = 1
     cdef int side
     cdef int rc
     for side in range(2):
-        if not leg_has_pulse(flow, side):
+        if not pulse_has(flow, side):
             continue
-        rc = leg_look(w, &flow.legs[side])
+        rc = pulse_look_at(w, &flow.legs[side])
         if rc < 0:
             flow_bury(w, flow, slot, R_RESET, side + 1, ETIMEDOUT)
             return
@@ -90,11 +90,11 @@ cdef void flow_look(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
             is_calm = 0
     flow.is_calm = is_calm
     if not is_calm:
-        worker_want_look(w)
+        pulse_want(w)
 
 
 # -> 0 nothing waits for an answer, 1 something does, -1 its far end is gone.
-cdef int leg_look(Worker* w, Leg* leg) noexcept nogil:
+cdef int pulse_look_at(Worker* w, Leg* leg) noexcept nogil:
     cdef tcp_info info
     cdef int waiting = sys_unanswered(leg.fd)
     cdef uint64_t heard
@@ -105,7 +105,7 @@ cdef int leg_look(Worker* w, Leg* leg) noexcept nogil:
         leg.heard_ms = 0
         return 0
     if sys_tcp_info(leg.fd, &info) < 0:
-        leg_trust(w, leg)       # no TCP: its end cannot go without a word
+        pulse_trust(w, leg)       # no TCP: its end cannot go without a word
         return 0
     heard = min(info.tcpi_last_ack_recv, info.tcpi_last_data_recv)
     heard = w.now_ms - heard if heard < w.now_ms else 1
@@ -115,7 +115,7 @@ cdef int leg_look(Worker* w, Leg* leg) noexcept nogil:
         leg.since_ms = w.now_ms
         leg.missed = missed     # a live peer with its window closed has some, too
     if leg.doubted_ms and heard > leg.doubted_ms + JITTER_MS:
-        leg_trust(w, leg)
+        pulse_trust(w, leg)
     if missed < leg.missed:
         leg.missed = missed
     if waiting > 0 and not leg.is_hurried and (missed or info.tcpi_backoff >= HURRY_BACKOFF):
@@ -135,38 +135,38 @@ cdef int leg_look(Worker* w, Leg* leg) noexcept nogil:
 
 
 # What [c] has heard makes it doubt that an end is there. Runs in the inbox; may bury the flow.
-cdef void flow_doubt(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
+cdef void pulse_doubt(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     cdef uint32_t doubts = exchange32(&flow.doubts, 0)
     cdef uint64_t look_ms = w.now_ms + w.core.patience_ms // DOUBT_LOOKS
     cdef Leg* leg
     cdef int side
     for side in range(2):
         leg = &flow.legs[side]
-        if not doubts & (1 << side) or not leg_has_pulse(flow, side):
+        if not doubts & (1 << side) or not pulse_has(flow, side):
             continue
         if leg.doubted_ms == 0:
             leg.doubted_ms = w.now_ms
             w.doubted += 1
         if doubts & DOUBT_QUIET and not leg.is_probed:
             leg.is_probed = 1
-            leg_keep_alive(w, leg, PROBE_IDLE, PROBE_INTERVAL)
+            pulse_keep_alive(w, leg, PROBE_IDLE, PROBE_INTERVAL)
     if w.look_ms == 0 or w.look_ms > look_ms:
         w.look_ms = look_ms
-    flow_look(w, flow, slot)
+    pulse_look(w, flow, slot)
 
 
 # Its end has given a sign of life, or the flow is over.
-cdef void leg_trust(Worker* w, Leg* leg) noexcept nogil:
+cdef void pulse_trust(Worker* w, Leg* leg) noexcept nogil:
     if leg.doubted_ms:
         leg.doubted_ms = 0
         w.doubted -= 1
     if leg.is_probed:
         leg.is_probed = 0
-        leg_keep_alive(w, leg, KEEPALIVE_IDLE, KEEPALIVE_INTERVAL)
+        pulse_keep_alive(w, leg, KEEPALIVE_IDLE, KEEPALIVE_INTERVAL)
 
 
 # What a kernel does not take it does without.
-cdef void leg_keep_alive(Worker* w, Leg* leg, int idle, int interval) noexcept nogil:
+cdef void pulse_keep_alive(Worker* w, Leg* leg, int idle, int interval) noexcept nogil:
     cdef int rc = sys_set(leg.fd, SOL_SOCKET, SO_KEEPALIVE, 1)
     if rc == 0:
         rc = sys_set(leg.fd, IPPROTO_TCP, TCP_KEEPINTVL, interval)

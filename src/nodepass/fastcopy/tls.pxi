@@ -1,4 +1,4 @@
-# TLS legs: the same laws as in tcp.pxi, with OpenSSL between the socket and the bytes.
+# TLS legs: the same laws as in way.pxi, with OpenSSL between the socket and the bytes.
 #
 # One buffer, worked on in place. A read lands at the back of the worker's scratch buffer, is
 # opened towards the middle and sealed towards the front; what comes out is always shorter or
@@ -19,7 +19,7 @@
 # At the end of its source a TLS leg gets our close_notify, then SHUT_WR; both once.
 #
 # The error queue is the thread's: it is emptied before each call that may fill it.
-# Step functions return as in tcp.pxi. Runs on: workers.
+# Step functions return as in way.pxi. Runs on: workers.
 
 cdef OpenSsl openssl            # [c] fills it once, before the first Connection gets here
 
@@ -373,7 +373,7 @@ cdef void tls_account(
 ) noexcept nogil:
     cdef Way* way = &flow.ways[index]
     cdef size_t due
-    if flow.kind >= KIND_GATE:
+    if flow_is_udp(flow):
         return
     if sent:
         flow.active_ms = w.now_ms

@@ -13,8 +13,8 @@
 #     0           UDP_PLAIN_AT - rest    UDP_PLAIN_AT           UDP_CIPHER_AT       BUFFER_BYTES
 #     | sealed ...      the half frame | plaintext ...    <---- ciphertext ...                |
 #
-# link.pxi has what goes over the link, out.pxi what leaves by a UDP socket, raw.pxi the seed
-# dialect. Runs on: the worker.
+# udp_link.pxi has what goes over the link, udp_send.pxi what leaves by a UDP socket, udp_raw.pxi
+# the seed dialect. Runs on: the worker.
 
 cdef enum:
     UDP_PLAIN_AT = 98304        # room for the beginning of a frame, 65 537, and for sealing
@@ -27,46 +27,6 @@ cdef enum:
     UDP_TURN_DATAGRAM = 512     # ... of which each datagram takes so much more: 512 in 2 ms
     UDP_TURN_BATCHES = 4        # and of a target
     UDP_REFUSED_MS = 2000       # a target that refuses for so long is dialled afresh
-
-
-cdef inline int udp_link(Flow* flow) noexcept nogil:
-    return 0 if flow.kind == KIND_DIALLED else 1
-
-
-cdef inline void tally_drop(Worker* w, Udp* udp, int index, uint64_t count) noexcept nogil:
-    if count:
-        add_own64(&udp.tally[index], count)
-        add_own64(&w.counters.datagrams_dropped, count)
-
-
-# Count datagrams that are on their way: into way `index`.
-cdef inline void tally_carried(
-    Worker* w, Udp* udp, int index, uint64_t count, uint64_t size
-) noexcept nogil:
-    add_own64(&udp.tally[T_DATAGRAMS_UP + index], count)
-    add_own64(&udp.tally[T_BYTES_UP + index], size)
-    if index == 0:
-        add_own64(&w.counters.datagrams_up, count)
-    else:
-        add_own64(&w.counters.datagrams_down, count)
-
-
-cdef inline void tally_overrun(Worker* w, Udp* udp, uint32_t lost) noexcept nogil:
-    tally_drop(w, udp, T_OVERRUN, <uint32_t>(lost - udp.socket_lost))
-    udp.socket_lost = lost
-
-
-# -> datagrams in mailbag `i`.
-cdef inline uint64_t mail_count(Worker* w, uint32_t i) noexcept nogil:
-    cdef uint32_t segment = w.mail.segments[i]
-    return (w.mail.incoming[i].msg_len + segment - 1) // segment if segment else 1
-
-
-cdef inline bint mail_is_large(Worker* w, uint32_t i, uint32_t limit) noexcept nogil:
-    cdef uint32_t size = w.mail.segments[i]
-    if size == 0:
-        size = w.mail.incoming[i].msg_len
-    return size > limit or w.mail.incoming[i].msg_hdr.msg_flags & MSG_TRUNC
 
 
 # Wait for room in a UDP socket, or no longer.
@@ -125,7 +85,7 @@ cdef void udp_take_head(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     if way.head == NULL:
         return
     if udp.is_raw:
-        if raw_collect(w, flow, slot, way.head, way.head_to) < 0:
+        if udp_raw_collect(w, flow, slot, way.head, way.head_to) < 0:
             return
     elif not queue_put(w, &udp.rest, way.head, way.head_to):
         flow_bury(w, flow, slot, R_RESET, 0, ENOBUFS)
@@ -147,21 +107,21 @@ cdef int udp_turn(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     if flow.kind == KIND_DIALLED and udp.is_blocked and flow.legs[1].bits & MAY_WRITE:
         udp.is_blocked = 0
         udp_watch(w, flow, slot, 1, 0)
-    rc = udp_read_link(w, flow, slot)
+    rc = udp_link_read(w, flow, slot)
     if rc < 0:
         return 0
     more |= rc
-    if udp_write_link(w, flow, slot) < 0:
+    if udp_link_write(w, flow, slot) < 0:
         return 0
     if flow.kind == KIND_DIALLED:
-        rc = udp_read_target(w, flow, slot)
+        rc = udp_link_read_target(w, flow, slot)
         if rc < 0:
             return 0
         more |= rc
     if leg.tls != NULL and way.record and udp_has_sent(flow, way, leg):
         tls_slim(way, leg)
     if udp.is_answered:
-        raw_finish(w, flow, slot)
+        udp_raw_finish(w, flow, slot)
         return 0
     return more
 
@@ -180,7 +140,7 @@ cdef inline bint udp_can_pass(Flow* flow, Way* way, Leg* leg) noexcept nogil:
 cdef int udp_end(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     cdef Udp* udp = &w.core.udps[slot]
     if udp.is_raw:
-        return raw_end(w, flow, slot)
+        return udp_raw_end(w, flow, slot)
     flow_bury(w, flow, slot, R_FINISHED, 0, 0)
     return -1
 
@@ -197,7 +157,7 @@ cdef void udp_touch(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
         return
     if wishes & WISH_LIMIT and flow.kind != KIND_PEER:
         udp.raw_ms = load_relaxed32(&udp.wished_ms)
-        if not raw_is_collecting(flow, udp):
+        if not udp_raw_is_collecting(flow, udp):
             udp_set_limit(w, flow, slot, udp.raw_ms)
     if wishes & WISH_TARGET:
         udp_retarget(w, flow, slot)
@@ -226,7 +186,7 @@ cdef void udp_retarget(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
         udp.refused_ms = 0
         udp.socket_lost = 0
         flow_want_turn(w, flow, slot)
-    mark_taken(w.core, old, 0)
+    fd_mark(w.core, old, 0)
     fd_close(w, old)
 
 
@@ -241,7 +201,7 @@ cdef void udp_set_limit(Worker* w, Flow* flow, uint32_t slot, uint32_t idle_ms) 
 # The idle limit is over.
 cdef void udp_expire(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     if w.core.udps[slot].is_raw:
-        raw_expire(w, flow, slot)
+        udp_raw_expire(w, flow, slot)
     else:
         flow_bury(w, flow, slot, R_IDLE, 0, 0)
 

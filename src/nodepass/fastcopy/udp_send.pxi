@@ -2,7 +2,7 @@
 
 
 # Lay out one sending call from the frames at `at`. -> messages, 0: no whole frame is there.
-cdef uint32_t udp_pack(Worker* w, Flow* flow, Udp* udp, char* at, char* end) noexcept nogil:
+cdef uint32_t udp_send_pack(Worker* w, Flow* flow, Udp* udp, char* at, char* end) noexcept nogil:
     cdef Mail* mail = w.mail
     cdef Gate* gate = w.core.udps[udp.gate].own if flow.kind == KIND_BOUND else NULL
     cdef uint32_t count = 0
@@ -23,8 +23,8 @@ cdef uint32_t udp_pack(Worker* w, Flow* flow, Udp* udp, char* at, char* end) noe
             break
         if not is_run:
             if count:
-                mail_seal(w, count - 1, udp, gate, segment)
-            mail_begin(w, count, &mail.pieces[pieces], gate)
+                mmsg_seal(w, count - 1, udp, gate, segment)
+            mmsg_begin(w, count, &mail.pieces[pieces], gate)
             count += 1
             segment = <uint32_t>size
             run = 0
@@ -36,9 +36,9 @@ cdef uint32_t udp_pack(Worker* w, Flow* flow, Udp* udp, char* at, char* end) noe
         run = run + size if size == segment and size else 0
         at += FRAME_HEAD + size
     if count:
-        mail_seal(w, count - 1, udp, gate, segment)
+        mmsg_seal(w, count - 1, udp, gate, segment)
     if count and gate != NULL:
-        mail_address(w, udp, gate)
+        mmsg_address(w, udp, gate)
     return count
 
 
@@ -59,20 +59,20 @@ cdef int udp_send(
     while done < count:
         n = sys_sendmmsg(fd, &w.mail.outgoing[done], count - done)
         if n == -EAGAIN:
-            udp_block(w, flow, slot)
+            udp_send_block(w, flow, slot)
             return 0
         if n == -ECONNREFUSED:
-            if udp_refused(w, flow, slot) < 0:
+            if udp_send_refused(w, flow, slot) < 0:
                 return -1
             continue            # the error was an earlier datagram's: this one is still here
         if n < 0 and flow.kind == KIND_DIALLED and not udp.is_retried:
             udp.is_retried = 1
             continue            # the same may be true of any error: once more tells
         if n < 0:
-            n = udp_forgive(w, udp, done, -n)
+            n = udp_send_forgive(w, udp, done, -n)
             if n == 0:
                 return 0        # lay out again, without what the kernel cannot do
-            at[0] += mail_bytes(w, done) + FRAME_HEAD * w.mail.frames[done]
+            at[0] += mmsg_bytes(w, done) + FRAME_HEAD * w.mail.frames[done]
             done += 1
             continue
         udp.is_retried = 0
@@ -81,7 +81,7 @@ cdef int udp_send(
         size = 0
         for i in range(done, done + <uint32_t>n):
             frames += w.mail.frames[i]
-            size += mail_bytes(w, i)
+            size += mmsg_bytes(w, i)
         flow.active_ms = w.now_ms
         tally_carried(w, udp, udp_link(flow), frames, size)
         at[0] += size + FRAME_HEAD * frames
@@ -89,20 +89,11 @@ cdef int udp_send(
     return 0
 
 
-# -> payload bytes of outgoing message `i`.
-cdef inline size_t mail_bytes(Worker* w, uint32_t i) noexcept nogil:
-    cdef size_t size = 0
-    cdef size_t k
-    for k in range(w.mail.frames[i]):
-        size += w.mail.outgoing[i].msg_hdr.msg_iov[k].iov_len
-    return size
-
-
 # The kernel would not send message `i`. -> 1 its datagrams are lost and counted, 0 it was GSO,
 # or an address that nothing can leave from (a broadcast): that is switched off for this relay, and
 # nothing is lost. Where the address that the visitor wrote to is ours no more, they are lost: from
 # another one he would take them for somebody else's, and it may come back.
-cdef int udp_forgive(Worker* w, Udp* udp, uint32_t i, int code) noexcept nogil:
+cdef int udp_send_forgive(Worker* w, Udp* udp, uint32_t i, int code) noexcept nogil:
     if w.mail.frames[i] > 1 and (code == EIO or code == EINVAL or code == EMSGSIZE):
         udp.gso = 0             # some drivers cannot, some paths are narrower
         return 0
@@ -115,7 +106,7 @@ cdef int udp_forgive(Worker* w, Udp* udp, uint32_t i, int code) noexcept nogil:
     return 1
 
 
-cdef void udp_block(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
+cdef void udp_send_block(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     cdef Udp* udp = &w.core.udps[slot]
     if flow.kind == KIND_BOUND:
         gate_block(w, udp, slot)
@@ -126,7 +117,7 @@ cdef void udp_block(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
 
 
 # Nobody listens at the target, says ICMP. -> 0 perhaps somebody will, -1 it is over.
-cdef int udp_refused(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
+cdef int udp_send_refused(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     cdef Udp* udp = &w.core.udps[slot]
     add_own64(&udp.tally[T_REFUSED], 1)
     if udp.refused_ms == 0:

@@ -226,7 +226,7 @@ cdef ssize_t way_drain_pipe(Worker* w, Flow* flow, uint32_t slot, int index) noe
 
 # Bytes the kernel of dst has taken. (UDP relays count datagrams, see tally_carried().)
 cdef inline void way_account(Worker* w, Flow* flow, int index, size_t size) noexcept nogil:
-    if flow.kind >= KIND_GATE:
+    if flow_is_udp(flow):
         return
     flow.active_ms = w.now_ms
     add_own64(&flow.ways[index].delivered, size)
@@ -236,26 +236,12 @@ cdef inline void way_account(Worker* w, Flow* flow, int index, size_t size) noex
         add_own64(&w.counters.bytes_down, size)
 
 
-# A send to leg `index` failed: the leg is dead, but what it said before may still wait in
-# its socket (a server that answers 413 and closes while the upload goes on). Deliver that,
-# then apply the reset law. -> always -1.
-cdef ssize_t flow_break(
-    Worker* w, Flow* flow, uint32_t slot, int index, int code
-) noexcept nogil:
-    cdef int rc = 1
-    if not flow.is_breaking and flow.kind < KIND_GATE:
-        flow.is_breaking = 1
-        flow.legs[index].bits |= MAY_READ
-        while rc == 1:          # bounded: nothing is added to a dead socket
-            rc = way_pump(w, flow, slot, index)
-        if rc < 0:
-            return -1
-    return flow_reset(w, flow, slot, index, code)
-
-
-# The reset law; `index` is the leg at fault. -> always -1.
-cdef inline ssize_t flow_reset(
-    Worker* w, Flow* flow, uint32_t slot, int index, int code
-) noexcept nogil:
-    flow_bury(w, flow, slot, R_RESET, index + 1, code)
-    return -1
+# Let go of whatever a direction still holds: parked bytes, a pipe.
+cdef void way_clear(Worker* w, Way* way) noexcept nogil:
+    if way.parked != NULL:
+        way_unpark(w, way)
+    if way.head != NULL:
+        tls_drop_head(w, way)
+    if way.pipe_read >= 0:
+        take_own64(&w.counters.parked_bytes, way.pipe_bytes)
+        pipe_give(w, way)

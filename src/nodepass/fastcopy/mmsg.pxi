@@ -13,7 +13,7 @@ cdef enum:
 
 
 # Lay the pointers once; they stay.
-cdef void mail_prepare(Worker* w) noexcept nogil:
+cdef void mmsg_prepare(Worker* w) noexcept nogil:
     cdef Mail* mail = w.mail
     cdef int i
     for i in range(MAIL_BATCH):
@@ -27,13 +27,13 @@ cdef void mail_prepare(Worker* w) noexcept nogil:
     mail.is_ready = 1
 
 
-# -> datagrams received, 0 if none waits, -errno. Each is in its mailbag; see mail_open().
-cdef int mail_receive(Worker* w, int fd) noexcept nogil:
+# -> datagrams received, 0 if none waits, -errno. Each is in its mailbag; see mmsg_open().
+cdef int mmsg_receive(Worker* w, int fd) noexcept nogil:
     cdef Mail* mail = w.mail
     cdef uint32_t i
     cdef int n
     if not mail.is_ready:
-        mail_prepare(w)
+        mmsg_prepare(w)
     for i in range(mail.used):
         mail.incoming[i].msg_hdr.msg_namelen = sizeof(sockaddr_in6)
         mail.incoming[i].msg_hdr.msg_controllen = MAIL_CONTROL * sizeof(uint64_t)
@@ -46,11 +46,11 @@ cdef int mail_receive(Worker* w, int fd) noexcept nogil:
 # The same, past errors: each stands in front of the datagrams and is gone once it has been read.
 # (ICMP tells of them: too large for the path, prohibited, no route.) -> datagrams, 0 none,
 # -ECONNREFUSED.
-cdef int mail_receive_past_errors(Worker* w, int fd) noexcept nogil:
+cdef int mmsg_receive_past_errors(Worker* w, int fd) noexcept nogil:
     cdef int tries
     cdef int n = 0
     for tries in range(MAIL_ERRORS):
-        n = mail_receive(w, fd)
+        n = mmsg_receive(w, fd)
         if n >= 0 or n == -ECONNREFUSED:
             return n
     return 0
@@ -58,7 +58,7 @@ cdef int mail_receive_past_errors(Worker* w, int fd) noexcept nogil:
 
 # Read what came beside datagram `i`: keys[i].local, segments[i], and the count of those that the
 # kernel has dropped so far (left alone if it says nothing).
-cdef void mail_open(Worker* w, uint32_t i, uint32_t* lost) noexcept nogil:
+cdef void mmsg_open(Worker* w, uint32_t i, uint32_t* lost) noexcept nogil:
     cdef Mail* mail = w.mail
     cdef msghdr* header = &mail.incoming[i].msg_hdr
     cdef cmsghdr* part = CMSG_FIRSTHDR(header)
@@ -75,7 +75,7 @@ cdef void mail_open(Worker* w, uint32_t i, uint32_t* lost) noexcept nogil:
             memcpy(lost, CMSG_DATA(part), sizeof(uint32_t))
         elif part.cmsg_level == IPPROTO_IP and part.cmsg_type == IP_PKTINFO:
             memcpy(&inet, CMSG_DATA(part), sizeof(inet))
-            key_map(&mail.keys[i].local[0], &inet.ipi_spec_dst)
+            mmsg_map_key(&mail.keys[i].local[0], &inet.ipi_spec_dst)
         elif part.cmsg_level == IPPROTO_IPV6 and part.cmsg_type == IPV6_PKTINFO:
             memcpy(&inet6, CMSG_DATA(part), sizeof(inet6))
             if inet6.ipi6_addr.s6_addr[0] != 0xFF:      # nobody answers from a multicast address
@@ -84,7 +84,7 @@ cdef void mail_open(Worker* w, uint32_t i, uint32_t* lost) noexcept nogil:
 
 
 # An IPv4 address as IPv6 writes it: RFC 4291, section 2.5.5.2.
-cdef inline void key_map(uint8_t* into, const in_addr* address) noexcept nogil:
+cdef inline void mmsg_map_key(uint8_t* into, const in_addr* address) noexcept nogil:
     memset(into, 0, 10)
     into[10] = 0xFF
     into[11] = 0xFF
@@ -92,13 +92,13 @@ cdef inline void key_map(uint8_t* into, const in_addr* address) noexcept nogil:
 
 
 # Who sent datagram `i`.
-cdef inline void mail_source(Worker* w, uint32_t i) noexcept nogil:
+cdef inline void mmsg_source(Worker* w, uint32_t i) noexcept nogil:
     cdef Key* key = &w.mail.keys[i]
     cdef sockaddr_in6* name = &w.mail.names[i]
     memset(key, 0, sizeof(Key))
     if name.sin6_family == AF_INET:
         key.port = (<sockaddr_in*>name).sin_port
-        key_map(&key.source[0], &(<sockaddr_in*>name).sin_addr)
+        mmsg_map_key(&key.source[0], &(<sockaddr_in*>name).sin_addr)
         return
     key.port = name.sin6_port
     key.scope = name.sin6_scope_id
@@ -106,7 +106,7 @@ cdef inline void mail_source(Worker* w, uint32_t i) noexcept nogil:
 
 
 # Address all outgoing messages to a peer of a gate. A connected socket needs no name.
-cdef void mail_address(Worker* w, Udp* udp, Gate* gate) noexcept nogil:
+cdef void mmsg_address(Worker* w, Udp* udp, Gate* gate) noexcept nogil:
     cdef sockaddr_in6* name = &w.mail.name
     memset(name, 0, sizeof(sockaddr_in6))
     if gate.is_inet:
@@ -121,7 +121,7 @@ cdef void mail_address(Worker* w, Udp* udp, Gate* gate) noexcept nogil:
 
 
 # Begin outgoing message `i`, without datagrams yet.
-cdef inline void mail_begin(Worker* w, uint32_t i, iovec* pieces, Gate* gate) noexcept nogil:
+cdef inline void mmsg_begin(Worker* w, uint32_t i, iovec* pieces, Gate* gate) noexcept nogil:
     cdef msghdr* header = &w.mail.outgoing[i].msg_hdr
     header.msg_name = NULL
     header.msg_namelen = 0
@@ -137,7 +137,7 @@ cdef inline void mail_begin(Worker* w, uint32_t i, iovec* pieces, Gate* gate) no
 
 
 # Finish outgoing message `i`: its source address and, for a run of datagrams, their size.
-cdef void mail_seal(Worker* w, uint32_t i, Udp* udp, Gate* gate, uint32_t segment) noexcept nogil:
+cdef void mmsg_seal(Worker* w, uint32_t i, Udp* udp, Gate* gate, uint32_t segment) noexcept nogil:
     cdef Mail* mail = w.mail
     cdef msghdr* header = &mail.outgoing[i].msg_hdr
     cdef cmsghdr* part
@@ -176,3 +176,25 @@ cdef void mail_seal(Worker* w, uint32_t i, Udp* udp, Gate* gate, uint32_t segmen
         part.cmsg_len = CMSG_LEN(sizeof(size))
         memcpy(CMSG_DATA(part), &size, sizeof(size))
         header.msg_controllen += CMSG_SPACE(sizeof(size))
+
+
+# -> payload bytes of outgoing message `i`.
+cdef inline size_t mmsg_bytes(Worker* w, uint32_t i) noexcept nogil:
+    cdef size_t size = 0
+    cdef size_t k
+    for k in range(w.mail.frames[i]):
+        size += w.mail.outgoing[i].msg_hdr.msg_iov[k].iov_len
+    return size
+
+
+# -> datagrams in mailbag `i`.
+cdef inline uint64_t mmsg_count(Worker* w, uint32_t i) noexcept nogil:
+    cdef uint32_t segment = w.mail.segments[i]
+    return (w.mail.incoming[i].msg_len + segment - 1) // segment if segment else 1
+
+
+cdef inline bint mmsg_is_large(Worker* w, uint32_t i, uint32_t limit) noexcept nogil:
+    cdef uint32_t size = w.mail.segments[i]
+    if size == 0:
+        size = w.mail.incoming[i].msg_len
+    return size > limit or w.mail.incoming[i].msg_hdr.msg_flags & MSG_TRUNC

@@ -9,7 +9,6 @@
 # Nothing here may touch Python, allocate, or block outside epoll_wait.
 
 cdef enum:
-    TICK_MS = 100               # one bucket of the wheel
     WAKE_TAG = 0                # event data of the wake eventfd; flows have a generation > 0
 
 
@@ -67,8 +66,8 @@ cdef void* worker_main(void* argument) noexcept nogil:
         for i in range(n):
             worker_event(w, &w.events[i])
         worker_run_ready(w)
-        worker_run_wheel(w)
-        worker_run_looks(w)
+        wheel_run(w)
+        pulse_run(w)
         worker_publish(w)
         if load_acquire32(&w.stop):
             break
@@ -151,7 +150,7 @@ cdef void worker_run_inbox(Worker* w) noexcept nogil:
         elif kind == ORDER_TOUCH:
             udp_touch(w, flow, slot)
         else:
-            flow_doubt(w, flow, slot)
+            pulse_doubt(w, flow, slot)
 
 
 # One turn for every flow that was ready when the round began; who has budget left over
@@ -162,7 +161,7 @@ cdef void worker_run_ready(Worker* w) noexcept nogil:
     cdef uint32_t slot
     cdef Flow* flow
     if left:
-        worker_want_look(w)
+        pulse_want(w)
     while left and w.ready.count:
         left -= 1
         slot = w.ready.first
@@ -173,68 +172,6 @@ cdef void worker_run_ready(Worker* w) noexcept nogil:
         add_own64(&w.counters.turns, 1)
         if flow_turn(w, flow, slot):
             flow_want_turn(w, flow, slot)
-
-
-cdef inline void flow_want_turn(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
-    if not flow.is_ready:
-        flow.is_ready = 1
-        list_append(w.core.flows, &w.ready, LINK_READY, slot)
-
-
-# Put a flow with an idle limit into the bucket of its deadline. Bytes do not move it: the
-# bucket is looked at when due, and a flow that was active goes round again.
-cdef void wheel_put(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
-    cdef uint64_t tick = (flow.active_ms + flow.idle_ms) // TICK_MS + 1
-    if tick <= w.tick:
-        tick = w.tick + 1
-    if tick >= w.tick + WHEEL_BUCKETS:
-        tick = w.tick + WHEEL_BUCKETS - 1
-    if w.wheel_count == 0 or tick < w.wheel_next:
-        w.wheel_next = tick
-    flow.bucket = <uint32_t>(tick & (WHEEL_BUCKETS - 1))
-    list_append(w.core.flows, &w.wheel[flow.bucket], LINK_WHEEL, slot)
-    w.wheel_count += 1
-
-
-cdef void wheel_drop(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
-    list_remove(w.core.flows, &w.wheel[flow.bucket], LINK_WHEEL, slot)
-    w.wheel_count -= 1
-
-
-# Turn the wheel up to now: end who was idle too long, or has dialled in vain.
-cdef void worker_run_wheel(Worker* w) noexcept nogil:
-    cdef uint64_t now = w.now_ms // TICK_MS
-    cdef List* chain
-    cdef Flow* flow
-    cdef uint32_t left
-    cdef uint32_t slot
-    if w.wheel_count == 0 or now < w.wheel_next:
-        w.tick = now
-        return
-    w.tick = w.wheel_next - 1
-    while w.tick < now and w.wheel_count:
-        w.tick += 1
-        chain = &w.wheel[w.tick & (WHEEL_BUCKETS - 1)]
-        left = chain.count
-        while left and chain.count:
-            left -= 1
-            slot = chain.first
-            flow = &w.core.flows[slot]
-            if w.now_ms - flow.active_ms >= flow.idle_ms:
-                if flow.kind >= KIND_GATE:
-                    udp_expire(w, flow, slot)
-                elif flow.is_dialling:
-                    flow_bury(w, flow, slot, R_UNMET, 2, ETIMEDOUT)
-                else:
-                    flow_bury(w, flow, slot, R_IDLE, 0, 0)
-            else:
-                wheel_drop(w, flow, slot)
-                wheel_put(w, flow, slot)
-    w.tick = now
-    if w.wheel_count:
-        w.wheel_next = w.tick + 1
-        while w.wheel[w.wheel_next & (WHEEL_BUCKETS - 1)].count == 0:
-            w.wheel_next += 1
 
 
 # Hand the dead of this round to the control plane; one bell for all of them, and for newcomers.
@@ -260,7 +197,50 @@ cdef void worker_leave(Worker* w) noexcept nogil:
     while w.all.count:
         flow_bury(w, &w.core.flows[w.all.first], w.all.first, R_ABORTED, 0, 0)
     worker_publish(w)
-    pipes_close(w)
+    pipe_close_all(w)
     NP_BUG(sys_close(w.epoll) < 0, &w.counters.bugs, b"closing the epoll set failed")
     w.epoll = -1
     publish_release32(&w.exited, 1)
+
+
+# The worker with the fewest flows.
+cdef Worker* worker_choose(Core* core) noexcept nogil:
+    cdef Worker* w = &core.workers[0]
+    cdef uint32_t i
+    for i in range(1, core.threads):
+        if core.workers[i].load < w.load:
+            w = &core.workers[i]
+    return w
+
+
+# Tell a worker to leave. Rung without the flag: this must get through whatever it says.
+cdef void worker_stop(Worker* w) noexcept nogil:
+    if w.is_started and not w.is_joined:
+        publish_release32(&w.stop, 1)
+        sys_ring(w.wake)
+
+
+# -> how many threads are still running. A worker that has said goodbye is only a return away
+# from its end, so the join does not block.
+cdef uint32_t worker_join_all(Core* core) noexcept nogil:
+    cdef uint32_t i
+    cdef uint32_t left = 0
+    cdef Worker* w
+    for i in range(core.crew):
+        w = &core.workers[i]
+        if w.is_started and not w.is_joined:
+            if load_acquire32(&w.exited):
+                pthread_join(w.thread, NULL)
+                w.is_joined = 1
+            else:
+                left += 1
+    return left
+
+
+# Add one worker's counters to a sum; every field is a uint64_t.
+cdef void worker_add_counters(Counters* total, Counters* part) noexcept nogil:
+    cdef uint64_t* into = <uint64_t*>total
+    cdef uint64_t* source = <uint64_t*>part
+    cdef size_t i
+    for i in range(sizeof(Counters) // sizeof(uint64_t)):
+        into[i] += load_relaxed64(&source[i])

@@ -7,7 +7,7 @@
 
 # -> 1 the second side is connected, and the turn goes on; 0 there is no answer yet, or the flow is
 # buried. Runs on: the worker.
-cdef int dial_turn(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
+cdef int tcp_dial_turn(Worker* w, Flow* flow, uint32_t slot) noexcept nogil:
     cdef Leg* leg = &flow.legs[1]
     cdef int code
     if not leg.bits & MAY_WRITE:
