@@ -1,11 +1,19 @@
-# ruff: noqa: PYI021 -- the docstrings of a compiled module are read here
+# ruff: noqa: PYI011, PYI021 -- the defaults and docstrings of a compiled module are read here
 """The native engine: joins two sockets and moves bytes between them without Python."""
 
-from dataclasses import dataclass
-from typing import Final, NamedTuple, final
+from typing import Final, final
 
 from OpenSSL.SSL import Connection
 
+from .engine.types import (
+    PLAIN,
+    Completion,
+    EngineStatistics,
+    FlowOptions,
+    Newcomer,
+    UdpCompletion,
+    UdpCounts,
+)
 from .net.resolver import SocketAddress
 
 ABI: Final[int]
@@ -20,123 +28,6 @@ REASON_IDLE: Final[int]
 """No byte moved for the idle limit; both sides were reset."""
 REASON_UNMET: Final[int]
 """Side b of dial() could not be connected (`side` 2), or a died first (1); a was reset."""
-
-class Completion(NamedTuple):
-    """How a flow ended."""
-
-    token: int
-    """What relay() or handshake() returned."""
-    up: int
-    """Bytes delivered from a to b; plaintext, also where a side speaks TLS."""
-    down: int
-    """Bytes delivered from b to a."""
-    reason: int
-    """One of REASON_*."""
-    side: int
-    """Who caused it: 0 nobody, 1 a, 2 b."""
-    code: int
-    """The errno behind a reset; 0 otherwise. EBADMSG: TLS failed. ENODATA: the stream was cut, a
-    FIN came without the close_notify that must precede it."""
-    detail: int
-    """OpenSSL's packed error code behind EBADMSG, 0 if there is none."""
-
-class UdpCounts(NamedTuple):
-    """What became of datagrams; "up" is from the visitor towards the target."""
-
-    datagrams_up: int
-    """Carried: handed to the kernel, or to a link that takes them."""
-    datagrams_down: int
-    bytes_up: int
-    """Bytes of those datagrams, without frames."""
-    bytes_down: int
-    too_large: int
-    """Dropped: longer than the limit."""
-    slow_link: int
-    """Dropped: so many waited for room in the link already; or it broke before they were sent."""
-    no_link: int
-    """Dropped at a gate: no link came in time, too many peers wait, or one was just lost."""
-    overrun: int
-    """Dropped by the kernel, whose receive buffer was full."""
-    unsent: int
-    """Dropped: the kernel would not send it (a firewall, no route, no buffers, too long)."""
-    refused: int
-    """Answers by ICMP that nobody listens at the target; no datagram is counted twice for it."""
-
-class UdpCompletion(NamedTuple):
-    """How a gate, a waiting peer or a UDP relay ended."""
-
-    token: int
-    """What udp_serve(), udp_bind() or udp_dial() returned, or a Newcomer's."""
-    counts: UdpCounts
-    """Of a gate: what was dropped before it reached a relay. Of a waiting peer: zeros."""
-    reason: int
-    """One of REASON_*. FINISHED: the link was closed by the far side, or all is done."""
-    side: int
-    """Who caused it, as in Completion: 1 visitor or link, 2 link or target."""
-    code: int
-    """The errno behind a reset; ECONNREFUSED: nobody listens at the target."""
-    detail: int
-    """OpenSSL's packed error code behind EBADMSG, 0 if there is none."""
-
-class Newcomer(NamedTuple):
-    """A source that its gate did not know: it waits for udp_bind(), its datagrams with it."""
-
-    token: int
-    gate: int
-    """Token of its gate."""
-    host: str
-    """Numeric address of the source; IPv4 is plain also on a dual-stack socket."""
-    port: int
-
-@dataclass(frozen=True, slots=True)
-class EngineStatistics:
-    """A snapshot of an engine's counters and balances."""
-
-    threads: int
-    """Worker threads; 0 in the twin."""
-    flows_open: int
-    """Admitted and not yet polled."""
-    flows_total: int
-    """relay() calls that were followed."""
-    flows_refused: int
-    """Calls that found every flow in use."""
-    bytes_up: int
-    bytes_down: int
-    parked_bytes: int
-    """Read and not yet delivered: in buffers, heads and pipes."""
-    buffers_in_use: int
-    """Buffers and heads that flows hold."""
-    pipes_in_use: int
-    pipes_pooled: int
-    splice_promotions: int
-    turns: int
-    """How often a flow was looked at."""
-    wakeups: int
-    """How often a worker came out of its wait."""
-    stale_events: int
-    """Events and orders that came too late and were dropped."""
-    bugs: int
-    """Broken invariants; a debug build aborts instead."""
-    fds_open: int
-    """Sockets and pipe ends the workers hold; their own event descriptors and
-    sockets lent for a handshake not counted."""
-    tls_in_use: int
-    """Connections held by flows and handshakes; until the completion is polled."""
-    handshakes: int
-    """Handshakes begun."""
-    handshakes_failed: int
-    """Those that ended with REASON_RESET."""
-    gates_open: int
-    """Of udp_serve(), and not yet polled."""
-    peers_waiting: int
-    """UDP peers without a link, or that have lost it a moment ago; and not yet polled."""
-    datagrams_up: int
-    """Datagrams carried from visitors towards the target."""
-    datagrams_down: int
-    datagrams_dropped: int
-    """Datagrams lost on the way, whatever the cause."""
-    datagram_bytes_held: int
-    """Bytes of datagrams that wait: for a link, for room in it, or for their second half."""
 
 def tls_trouble() -> str | None:
     """Say what is missing for TLS here; the first call loads OpenSSL.
@@ -196,7 +87,7 @@ class Engine:
         tls_b: Connection | None = None,
         head_a: bytes = b"",
         head_b: bytes = b"",
-        idle: float = 0.0,
+        options: FlowOptions = PLAIN,
     ) -> int:
         """Join two connected non-blocking stream sockets.
 
@@ -208,7 +99,7 @@ class Engine:
             tls_b: the same for b.
             head_a: plaintext already read from a; it reaches b before anything else.
             head_b: plaintext already read from b; it reaches a before anything else.
-            idle: seconds without a byte in either direction that end the flow; 0 = never.
+            options: `idle` counts.
 
         Returns:
             A token, > 0. Both descriptors and Connections are the engine's from now on.
@@ -217,7 +108,7 @@ class Engine:
             EngineError: refused; the caller still owns everything. EOPNOTSUPP: see
                 tls_trouble().
             EngineClosed: after close(), or in a forked child.
-            ValueError: the idle limit is out of range.
+            ValueError: an option is out of range.
 
         After: one Completion with this token comes out of poll().
         """
@@ -230,8 +121,7 @@ class Engine:
         *,
         tls: Connection | None = None,
         head: bytes = b"",
-        timeout: float = 0.0,
-        idle: float = 0.0,
+        options: FlowOptions = PLAIN,
     ) -> int:
         """Connect a socket, and join a connected one with it.
 
@@ -242,8 +132,7 @@ class Engine:
                 scope. The host is an address. None: its connect has begun already.
             tls: of a, see relay().
             head: plaintext already read from a; it reaches b before anything else.
-            timeout: seconds that the connect may take; 0 = as long as the kernel tries.
-            idle: of the relay that it becomes, see relay().
+            options: `timeout` counts, and `idle` for the relay that it becomes.
 
         Returns:
             A token, > 0. Both descriptors and the Connection are the engine's from now on.
@@ -251,7 +140,7 @@ class Engine:
         Raises:
             EngineError: refused; see relay().
             EngineClosed: after close(), or in a forked child.
-            ValueError: the address is none, or a time is out of range.
+            ValueError: the address is none, or an option is out of range.
 
         After: one Completion with this token comes out of poll(). Where no connection came about
             it has REASON_UNMET, side 2 and the errno, ETIMEDOUT when the time was over; or side 1,
@@ -281,16 +170,13 @@ class Engine:
             errno of the socket.
         """
 
-    def udp_serve(
-        self, fd: int, *, datagram: int = 8192, waiting: int = 512, gso: bool = False
-    ) -> int:
+    def udp_serve(self, fd: int, *, waiting: int = 512, options: FlowOptions = PLAIN) -> int:
         """Open a gate: receive on a bound non-blocking UDP socket.
 
         Args:
             fd: descriptor; its buffer sizes are the caller's business.
-            datagram: longest datagram carried, 1..65535 bytes; longer ones are dropped.
             waiting: how many sources may wait for a link at once, 1..4096.
-            gso: let the kernel cut runs of equal datagrams, where it can.
+            options: `datagram` and `gso` count.
 
         Returns:
             A token, > 0. The descriptor is the engine's from now on.
@@ -298,7 +184,7 @@ class Engine:
         Raises:
             EngineError: refused; the caller still owns the descriptor.
             EngineClosed: after close(), or in a forked child.
-            ValueError: a limit is out of range.
+            ValueError: an option is out of range.
 
         After: a Newcomer for each source not known yet comes out of poll(). abort() closes the
             gate with all its peers and relays; one UdpCompletion follows for each.
@@ -332,8 +218,7 @@ class Engine:
         *,
         tls: Connection | None = None,
         head: bytes = b"",
-        idle: float = 0.0,
-        raw: bool = False,
+        options: FlowOptions = PLAIN,
     ) -> int:
         """Carry the datagrams of a waiting peer over a link, in frames of docs/protocol.md.
 
@@ -342,10 +227,9 @@ class Engine:
             fd: descriptor of the link, a connected non-blocking stream socket.
             tls: see relay().
             head: plaintext already read from the link, at most 262144 bytes.
-            idle: seconds without a datagram in either direction that end it; 0 = never.
-            raw: seed dialect: only the oldest waiting datagram goes over the link, without a
-                frame; what comes back until its end, or until `idle` is over, is the one
-                answer. If more are waiting, the same Newcomer comes again.
+            options: `idle` and `raw` count. Raw: only the oldest waiting datagram goes over the
+                link; what comes back until its end, or until `idle` is over, is the one answer.
+                If more are waiting, the same Newcomer comes again.
 
         Returns:
             A token, > 0. The descriptor and the Connection are the engine's from now on.
@@ -354,7 +238,7 @@ class Engine:
             EngineError: refused; the caller still owns everything. ENOENT: nobody waits by
                 that token.
             EngineClosed: after close(), or in a forked child.
-            ValueError: the idle limit is out of range.
+            ValueError: an option is out of range.
 
         After: a UdpCompletion with this token comes out of poll(); another one with the peer's,
             as soon as it waits no more.
@@ -366,10 +250,7 @@ class Engine:
         *,
         tls: Connection | None = None,
         head: bytes = b"",
-        datagram: int = 8192,
-        idle: float = 0.0,
-        raw: bool = False,
-        gso: bool = False,
+        options: FlowOptions = PLAIN,
     ) -> int:
         """Carry the frames of a link as datagrams of a connected UDP socket, and back.
 
@@ -378,11 +259,8 @@ class Engine:
             target: descriptor of a connected non-blocking UDP socket.
             tls: see relay().
             head: plaintext already read from the link, at most 262144 bytes.
-            datagram: longest datagram taken from the target, 1..65535 bytes.
-            idle: seconds without a datagram in either direction that end it; 0 = never.
-            raw: seed dialect: what comes over the link is one datagram; the first answer of the
-                target goes back without a frame, and the link is closed behind it.
-            gso: let the kernel cut runs of equal datagrams, where it can.
+            options: all but `timeout` count. Raw: what comes over the link is one datagram; the
+                first answer of the target goes back, and the link is closed behind it.
 
         Returns:
             A token, > 0. Both descriptors and the Connection are the engine's from now on.
@@ -390,7 +268,7 @@ class Engine:
         Raises:
             EngineError: refused; the caller still owns everything.
             EngineClosed: after close(), or in a forked child.
-            ValueError: a limit is out of range.
+            ValueError: an option is out of range.
 
         After: one UdpCompletion with this token comes out of poll(). A target that refuses
             everything for 2 s ends it with REASON_RESET, side 2, ECONNREFUSED.

@@ -7,8 +7,6 @@ hold no Python state and never take the GIL. engine/twin/engine.py is the same i
 """
 
 import atexit
-import collections
-import dataclasses
 import errno as _errno
 import operator as _operator
 import os
@@ -17,6 +15,8 @@ import time
 import warnings
 import weakref
 
+from nodepass.engine.types import PLAIN, Completion, EngineStatistics, FlowOptions, Newcomer
+from nodepass.engine.types import UdpCompletion, UdpCounts
 from nodepass.errors import EngineClosed, EngineError
 
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
@@ -85,62 +85,12 @@ include "fastcopy/udp_send.pxi"
 include "fastcopy/udp_raw.pxi"
 include "fastcopy/submit.pxi"
 
-ABI = 9
+ABI = 10
 REASON_FINISHED = R_FINISHED
 REASON_RESET = R_RESET
 REASON_ABORTED = R_ABORTED
 REASON_IDLE = R_IDLE
 REASON_UNMET = R_UNMET
-
-Completion = collections.namedtuple(
-    "Completion", ("token", "up", "down", "reason", "side", "code", "detail"), module=__name__
-)
-
-
-UdpCounts = collections.namedtuple(
-    "UdpCounts",
-    (
-        "datagrams_up", "datagrams_down", "bytes_up", "bytes_down", "too_large", "slow_link",
-        "no_link", "overrun", "unsent", "refused",
-    ),
-    module=__name__,
-)
-UdpCompletion = collections.namedtuple(
-    "UdpCompletion", ("token", "counts", "reason", "side", "code", "detail"), module=__name__
-)
-Newcomer = collections.namedtuple("Newcomer", ("token", "gate", "host", "port"), module=__name__)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class EngineStatistics:
-    """A snapshot of an engine's counters and balances."""
-
-    threads: int
-    flows_open: int
-    flows_total: int
-    flows_refused: int
-    bytes_up: int
-    bytes_down: int
-    parked_bytes: int
-    buffers_in_use: int
-    pipes_in_use: int
-    pipes_pooled: int
-    splice_promotions: int
-    turns: int
-    wakeups: int
-    stale_events: int
-    bugs: int
-    fds_open: int
-    tls_in_use: int
-    handshakes: int
-    handshakes_failed: int
-    gates_open: int
-    peers_waiting: int
-    datagrams_up: int
-    datagrams_down: int
-    datagrams_dropped: int
-    datagram_bytes_held: int
-
 
 cdef enum:
     MAX_THREADS = 256           # more cores than that have other problems
@@ -302,9 +252,31 @@ cdef int _take_address(object address, sockaddr_in6* goal) except -1:
     return 0
 
 
-cdef int _check_datagram(int size) except -1:
-    if not 1 <= size <= MAX_DATAGRAM:
-        raise ValueError(f"datagram: {size} is not within 1..{MAX_DATAGRAM}")
+cdef struct Options:
+    uint32_t idle_ms
+    uint32_t timeout_ms
+    int datagram
+    bint raw
+    bint gso
+
+
+# FlowOptions, each field checked and as the workers want it.
+cdef int _take_options(object options, Options* into) except -1:
+    cdef double idle
+    cdef double timeout
+    if type(options) is not FlowOptions:
+        raise TypeError(f"options are FlowOptions, not {type(options).__name__}")
+    idle = options[0]
+    _check_seconds(idle, "idle")
+    timeout = options[1]
+    _check_seconds(timeout, "timeout")
+    into.idle_ms = _milliseconds(idle)
+    into.timeout_ms = _milliseconds(timeout)
+    into.datagram = _take_int(options[2])
+    if not 1 <= into.datagram <= MAX_DATAGRAM:
+        raise ValueError(f"datagram: {into.datagram} is not within 1..{MAX_DATAGRAM}")
+    into.raw = options[3]
+    into.gso = options[4]
     return 0
 
 
@@ -472,7 +444,7 @@ cdef class Engine:
         return self.core.notify
 
     def relay(
-        self, fd_a, fd_b, *, tls_a=None, tls_b=None, head_a=b"", head_b=b"", idle=0.0
+        self, fd_a, fd_b, *, tls_a=None, tls_b=None, head_a=b"", head_b=b"", options=PLAIN
     ):
         """Join two connected non-blocking stream sockets.
 
@@ -484,7 +456,7 @@ cdef class Engine:
             tls_b: the same for b.
             head_a: plaintext already read from a; it reaches b before anything else.
             head_b: plaintext already read from b; it reaches a before anything else.
-            idle: seconds without a byte in either direction that end the flow; 0 = never.
+            options: `idle` counts.
 
         Returns:
             A token, > 0. Both descriptors and Connections are the engine's from now on.
@@ -493,20 +465,18 @@ cdef class Engine:
             EngineError: refused; the caller still owns everything. EOPNOTSUPP: see
                 tls_trouble().
             EngineClosed: after close(), or in a forked child.
-            ValueError: the idle limit is out of range.
+            ValueError: an option is out of range.
 
         After: one Completion with this token comes out of poll().
         """
-        cdef double seconds
+        cdef Options wishes
         self.check("relay")
-        seconds = idle
-        _check_seconds(seconds, "idle")
+        _take_options(options, &wishes)
         return self.pair(
-            "relay", NULL, _take_int(fd_a), _take_int(fd_b), tls_a, tls_b, head_a, head_b,
-            _milliseconds(seconds), 0,
+            "relay", NULL, _take_int(fd_a), _take_int(fd_b), tls_a, tls_b, head_a, head_b, &wishes
         )
 
-    def dial(self, fd, target, address, *, tls=None, head=b"", timeout=0.0, idle=0.0):
+    def dial(self, fd, target, address, *, tls=None, head=b"", options=PLAIN):
         """Connect a socket, and join a connected one with it.
 
         Args:
@@ -516,8 +486,7 @@ cdef class Engine:
                 scope. The host is an address. None: its connect has begun already.
             tls: of a, see relay().
             head: plaintext already read from a; it reaches b before anything else.
-            timeout: seconds that the connect may take; 0 = as long as the kernel tries.
-            idle: of the relay that it becomes, see relay().
+            options: `timeout` counts, and `idle` for the relay that it becomes.
 
         Returns:
             A token, > 0. Both descriptors and the Connection are the engine's from now on.
@@ -525,32 +494,28 @@ cdef class Engine:
         Raises:
             EngineError: refused; see relay().
             EngineClosed: after close(), or in a forked child.
-            ValueError: the address is none, or a time is out of range.
+            ValueError: the address is none, or an option is out of range.
 
         After: one Completion with this token comes out of poll(). Where no connection came about
             it has REASON_UNMET, side 2 and the errno, ETIMEDOUT when the time was over; or side 1,
             if a has died meanwhile. Side a is reset. Once b is connected all is as with relay().
         """
-        cdef double seconds
-        cdef double later
+        cdef Options wishes
         cdef sockaddr_in6 goal
         self.check("dial")
-        seconds = timeout
-        _check_seconds(seconds, "timeout")
-        later = idle
-        _check_seconds(later, "idle")
+        _take_options(options, &wishes)
         memset(&goal, 0, sizeof(goal))
         if address is not None:
             _take_address(address, &goal)
         return self.pair(
             "dial", &goal, _take_int(fd), _take_int(target), tls, None, head, b"",
-            _milliseconds(seconds), _milliseconds(later),
+            &wishes,
         )
 
     # Make and submit a flow between two streams; the second is dialled if there is a goal.
     cdef object pair(
         self, str operation, sockaddr_in6* goal, int a, int b, object tls_a, object tls_b,
-        bytes head_a, bytes head_b, uint32_t limit_ms, uint32_t later_idle_ms
+        bytes head_a, bytes head_b, Options* wishes
     ):
         cdef const char* up = head_a
         cdef const char* down = head_b
@@ -574,11 +539,11 @@ cdef class Engine:
         slot = self.take_slot(operation, rc)
         flow = &self.core.flows[slot]
         w = worker_choose(self.core)
-        submit_prepare(flow, a, b, w.index, limit_ms)
+        submit_prepare(flow, a, b, w.index, wishes.idle_ms if goal == NULL else wishes.timeout_ms)
         if goal != NULL:
             flow.is_dialling = 1
             flow.goal = goal[0]
-            flow.later_idle_ms = later_idle_ms
+            flow.later_idle_ms = wishes.idle_ms
         if tls_a is not None:
             submit_secure(flow, 0, &handles[0])
         if tls_b is not None:
@@ -679,14 +644,13 @@ cdef class Engine:
                 flow.legs[leg].tls = NULL
         return 0
 
-    def udp_serve(self, fd, *, datagram=8192, waiting=512, gso=False):
+    def udp_serve(self, fd, *, waiting=512, options=PLAIN):
         """Open a gate: receive on a bound non-blocking UDP socket.
 
         Args:
             fd: descriptor; its buffer sizes are the caller's business.
-            datagram: longest datagram carried, 1..65535 bytes; longer ones are dropped.
             waiting: how many sources may wait for a link at once, 1..4096.
-            gso: let the kernel cut runs of equal datagrams, where it can.
+            options: `datagram` and `gso` count.
 
         Returns:
             A token, > 0. The descriptor is the engine's from now on.
@@ -694,15 +658,14 @@ cdef class Engine:
         Raises:
             EngineError: refused; the caller still owns the descriptor.
             EngineClosed: after close(), or in a forked child.
-            ValueError: a limit is out of range.
+            ValueError: an option is out of range.
 
         After: a Newcomer for each source not known yet comes out of poll(). abort() closes the
             gate with all its peers and relays; one UdpCompletion follows for each.
         """
         cdef int descriptor
-        cdef int size
         cdef int most
-        cdef bint wants_gso
+        cdef Options wishes
         cdef uint64_t seed = int.from_bytes(os.urandom(8), "little")
         cdef int rc
         cdef uint32_t slot
@@ -710,10 +673,8 @@ cdef class Engine:
         cdef Udp* udp
         self.check("udp_serve")
         descriptor = _take_int(fd)
-        size = _take_int(datagram)
         most = _take_int(waiting)
-        wants_gso = gso
-        _check_datagram(size)
+        _take_options(options, &wishes)
         if not 1 <= most <= MAX_WAITING:
             raise ValueError(f"waiting: {most} is not within 1..{MAX_WAITING}")
         self.recheck("udp_serve")
@@ -723,7 +684,7 @@ cdef class Engine:
         udp = &self.core.udps[slot]
         submit_prepare(flow, descriptor, -1, worker_choose(self.core).index, 0)
         flow.kind = KIND_GATE
-        submit_prepare_udp(udp, size)
+        submit_prepare_udp(udp, wishes.datagram)
         rc = gate_make(udp, seed)
         if rc == 0:
             rc = submit_set_up_gate(descriptor, udp.own)
@@ -733,7 +694,7 @@ cdef class Engine:
             slot_give(self.core, slot)
             raise EngineError("udp_serve", -rc)
         submit_set_up_udp(descriptor)
-        udp.own.gso = wants_gso and submit_has_gso(descriptor)
+        udp.own.gso = wishes.gso and submit_has_gso(descriptor)
         udp.own.waiting = <uint32_t>most
         self.core.gates += 1
         token = self.submit(&self.core.workers[flow.worker], flow, slot, ())
@@ -767,7 +728,7 @@ cdef class Engine:
         """
         self.wish(_take_token(gate), KIND_GATE, WISH_RELIEVE)
 
-    def udp_bind(self, peer, fd, *, tls=None, head=b"", idle=0.0, raw=False):
+    def udp_bind(self, peer, fd, *, tls=None, head=b"", options=PLAIN):
         """Carry the datagrams of a waiting peer over a link, in frames of docs/protocol.md.
 
         Args:
@@ -775,10 +736,9 @@ cdef class Engine:
             fd: descriptor of the link, a connected non-blocking stream socket.
             tls: see relay().
             head: plaintext already read from the link, at most 262144 bytes.
-            idle: seconds without a datagram in either direction that end it; 0 = never.
-            raw: seed dialect: only the oldest waiting datagram goes over the link, without a
-                frame; what comes back until its end, or until `idle` is over, is the one
-                answer. If more are waiting, the same Newcomer comes again.
+            options: `idle` and `raw` count. Raw: only the oldest waiting datagram goes over the
+                link; what comes back until its end, or until `idle` is over, is the one answer.
+                If more are waiting, the same Newcomer comes again.
 
         Returns:
             A token, > 0. The descriptor and the Connection are the engine's from now on.
@@ -787,20 +747,20 @@ cdef class Engine:
             EngineError: refused; the caller still owns everything. ENOENT: nobody waits by
                 that token.
             EngineClosed: after close(), or in a forked child.
-            ValueError: the idle limit is out of range.
+            ValueError: an option is out of range.
 
         After: a UdpCompletion with this token comes out of poll(); another one with the peer's,
             as soon as it waits no more.
         """
+        cdef Options wishes
         self.check("udp_bind")
+        _take_options(options, &wishes)
+        wishes.datagram = 0                     # the gate's counts
         return self.carry(
-            "udp_bind", KIND_BOUND, _take_token(peer), _take_int(fd), -1, tls, head, idle, raw, 0,
-            False,
+            "udp_bind", KIND_BOUND, _take_token(peer), _take_int(fd), -1, tls, head, &wishes
         )
 
-    def udp_dial(
-        self, fd, target, *, tls=None, head=b"", datagram=8192, idle=0.0, raw=False, gso=False
-    ):
+    def udp_dial(self, fd, target, *, tls=None, head=b"", options=PLAIN):
         """Carry the frames of a link as datagrams of a connected UDP socket, and back.
 
         Args:
@@ -808,11 +768,8 @@ cdef class Engine:
             target: descriptor of a connected non-blocking UDP socket.
             tls: see relay().
             head: plaintext already read from the link, at most 262144 bytes.
-            datagram: longest datagram taken from the target, 1..65535 bytes.
-            idle: seconds without a datagram in either direction that end it; 0 = never.
-            raw: seed dialect: what comes over the link is one datagram; the first answer of the
-                target goes back without a frame, and the link is closed behind it.
-            gso: let the kernel cut runs of equal datagrams, where it can.
+            options: all but `timeout` count. Raw: what comes over the link is one datagram; the
+                first answer of the target goes back, and the link is closed behind it.
 
         Returns:
             A token, > 0. Both descriptors and the Connection are the engine's from now on.
@@ -820,24 +777,22 @@ cdef class Engine:
         Raises:
             EngineError: refused; the caller still owns everything.
             EngineClosed: after close(), or in a forked child.
-            ValueError: a limit is out of range.
+            ValueError: an option is out of range.
 
         After: one UdpCompletion with this token comes out of poll(). A target that refuses
             everything for 2 s ends it with REASON_RESET, side 2, ECONNREFUSED.
         """
-        cdef int size
+        cdef Options wishes
         self.check("udp_dial")
-        size = _take_int(datagram)
-        _check_datagram(size)
+        _take_options(options, &wishes)
         return self.carry(
-            "udp_dial", KIND_DIALLED, 0, _take_int(fd), _take_int(target), tls, head, idle, raw,
-            size, gso,
+            "udp_dial", KIND_DIALLED, 0, _take_int(fd), _take_int(target), tls, head, &wishes
         )
 
     # Make and submit a UDP relay; `name` is the token of the peer that a bound relay takes over.
     cdef object carry(
         self, str operation, int kind, uint64_t name, int link, int target, object tls,
-        bytes head, double idle, bint raw, uint32_t limit, bint gso
+        bytes head, Options* wishes
     ):
         cdef Handles handles
         cdef uint32_t slot
@@ -850,7 +805,6 @@ cdef class Engine:
         cdef const char* first = head
         cdef tuple connections = () if tls is None else (tls,)
         memset(&handles, 0, sizeof(handles))
-        _check_seconds(idle, "idle")
         if tls is not None:
             _take_handles(operation, tls, &handles)
         self.recheck(operation)
@@ -868,10 +822,10 @@ cdef class Engine:
         udp = &self.core.udps[slot]
         w = worker_choose(self.core) if peer == NULL else &self.core.workers[peer.worker]
         submit_prepare(flow, link if side == 0 else -1, link if side == 1 else target, w.index,
-                       _milliseconds(idle))
+                       wishes.idle_ms)
         flow.kind = <uint8_t>kind
-        submit_prepare_udp(udp, limit)
-        udp.is_raw = raw
+        submit_prepare_udp(udp, wishes.datagram)
+        udp.is_raw = wishes.raw
         udp.raw_ms = flow.idle_ms
         if tls is not None:
             submit_secure(flow, side, &handles)
@@ -885,7 +839,7 @@ cdef class Engine:
             udp.gate = self.core.udps[peer - self.core.flows].gate
         else:
             submit_set_up_udp(target)
-            udp.gso = gso and submit_has_gso(target)
+            udp.gso = wishes.gso and submit_has_gso(target)
         return self.submit(w, flow, slot, connections)
 
     # A free slot, or the error that there is none, or that a descriptor will not do.

@@ -18,6 +18,7 @@ from tests.fuzz.engine_calls import (
     GOOD,
     KINDS_OF,
     METHODS,
+    OPTIONS_OF,
     Fickle,
     Naughty,
     Pretender,
@@ -29,13 +30,14 @@ from tests.fuzz.engine_calls import (
     stage,
 )
 from tests.kit.engine_rig import Kind, Rig, is_open, owned
+from tests.kit.options import fold
 from tests.kit.tls_rig import our_end
 
 from nodepass.errors import EngineClosed, EngineError
 
 Engine = Callable[..., Rig]
 PLACES = [(method, name) for method in METHODS for name in parameters(method)]
-WITHOUT_WORDS = {"tls", "tls_a", "tls_b", "head", "head_a", "head_b", "address"}
+WITHOUT_WORDS = {"tls", "tls_a", "tls_b", "head", "head_a", "head_b", "address", "options"}
 """Parameters that are no numbers."""
 NUMBERS = [place for place in PLACES if place[1] not in WITHOUT_WORDS]
 ADMITS = {"relay", "dial", "handshake", "udp_serve", "udp_bind", "udp_dial"}
@@ -56,6 +58,11 @@ def good(here: Stage, method: str) -> dict[str, Any]:
     if method == "handshake":
         found["tls"] = our_end(True)
     return found
+
+
+def given(method: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments as the method wants them."""
+    return fold(arguments) if method in OPTIONS_OF else arguments
 
 
 async def set_the_stage(here: Stage, method: str) -> None:
@@ -85,7 +92,7 @@ async def test_a_number_is_asked_once(kind: Kind, method: str, name: str) -> Non
         if method == "__init__":
             kind.module.Engine(**arguments).close()
         else:
-            result = getattr(here.engine, method)(**arguments)
+            result = getattr(here.engine, method)(**given(method, arguments))
             if method in ADMITS:
                 here.connections.append(arguments.get("tls"))
                 disown(here, method, arguments)
@@ -118,7 +125,7 @@ async def test_an_argument_that_raises_leaves_nothing_behind(
         before = here.engine.statistics().flows_open
         call = kind.module.Engine if method == "__init__" else getattr(here.engine, method)
         with pytest.raises((Naughty, TypeError, EngineError)):
-            call(**arguments)
+            call(**given(method, arguments))
         assert here.engine.statistics().flows_open == before
         for sock in here.here.values():
             assert is_open(sock.fileno())
@@ -136,10 +143,10 @@ async def test_an_argument_that_closes_the_engine(kind: Kind, method: str, name:
         arguments = good(here, method)
         arguments[name] = Fickle([arguments[name]], here.engine.close)
         if method in {"live", "udp_counts"}:
-            getattr(here.engine, method)(**arguments)
+            getattr(here.engine, method)(**given(method, arguments))
         else:
             with pytest.raises(EngineClosed):
-                getattr(here.engine, method)(**arguments)
+                getattr(here.engine, method)(**given(method, arguments))
         for sock in here.here.values():
             assert is_open(sock.fileno())
         await here.strike()

@@ -30,6 +30,7 @@ from tests.kit.engine_rig import (
 from tests.kit.timing import has_ipv6
 from tests.kit.tls_rig import TlsEnd, ends_for, is_cut
 
+from nodepass.engine.types import FlowOptions
 from nodepass.net.resolver import SocketAddress
 
 Engine = Callable[..., Rig]
@@ -76,7 +77,9 @@ async def test_c15_a_connect_that_has_begun_is_gone_on_with(
         sock = stream_for(listener.getsockname())
         assert sock.connect_ex(listener.getsockname()) in (0, errno.EINPROGRESS)
         visitor, a = rig.ends()
-        token = int(rig.engine.dial(a.fileno(), sock.fileno(), None, timeout=30.0))
+        token = int(
+            rig.engine.dial(a.fileno(), sock.fileno(), None, options=FlowOptions(timeout=30.0))
+        )
         a.detach()
         sock.detach()
         target = await rig.accept(listener)
@@ -96,7 +99,9 @@ async def test_c15_a_connect_that_has_begun_in_vain_is_unmet(engine: Engine, kin
             sock = stream_for(name)
             sock.connect_ex(name)
             visitor, a = rig.ends()
-            token = int(rig.engine.dial(a.fileno(), sock.fileno(), None, timeout=30.0))
+            token = int(
+                rig.engine.dial(a.fileno(), sock.fileno(), None, options=FlowOptions(timeout=30.0))
+            )
             a.detach()
             sock.detach()
             ended = await rig.ended(token)
@@ -852,4 +857,6 @@ async def test_c24_bad_idle_limits_of_a_dial(engine: Engine, kind: Kind, idle: f
         sock = stream_for(listener.getsockname())
         visitor, a = rig.ends()
         with owned(visitor, a, sock), pytest.raises(ValueError, match="idle"):
-            rig.engine.dial(a.fileno(), sock.fileno(), listener.getsockname(), idle=idle)
+            rig.engine.dial(
+                a.fileno(), sock.fileno(), listener.getsockname(), options=FlowOptions(idle=idle)
+            )

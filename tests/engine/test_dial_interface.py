@@ -15,6 +15,7 @@ import pytest
 from tests.kit.engine_rig import Kind, Rig, is_called, is_open, owned, reset_on_close, stream_for
 from tests.kit.timing import has_ipv6
 
+from nodepass.engine.types import FlowOptions
 from nodepass.errors import EngineClosed, EngineError
 from nodepass.net.resolver import SocketAddress
 
@@ -124,7 +125,12 @@ async def test_bad_timeout(engine: Engine, timeout: float) -> None:
         b = stream_for(listener.getsockname())
         with owned(a, b):
             with pytest.raises(ValueError, match="4000000"):
-                rig.engine.dial(a.fileno(), b.fileno(), listener.getsockname(), timeout=timeout)
+                rig.engine.dial(
+                    a.fileno(),
+                    b.fileno(),
+                    listener.getsockname(),
+                    options=FlowOptions(timeout=timeout),
+                )
             assert is_open(a.fileno())
             assert is_open(b.fileno())
             assert not is_called(listener)

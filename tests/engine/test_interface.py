@@ -12,13 +12,14 @@ from types import ModuleType
 import pytest
 from tests.kit.engine_rig import Kind, Rig, owned, tcp_pair
 
+from nodepass.engine.types import FlowOptions
 from nodepass.errors import EngineClosed, EngineError
 
 Engine = Callable[..., Rig]
 
 
 async def test_constants_and_shapes(engine_module: ModuleType) -> None:
-    assert engine_module.ABI == 9
+    assert engine_module.ABI == 10
     assert [
         engine_module.REASON_FINISHED,
         engine_module.REASON_RESET,
@@ -85,7 +86,7 @@ async def test_refused_descriptors_stay_the_callers(engine: Engine) -> None:
             assert caught.value.errno == errno.EOPNOTSUPP
             for idle in (-1.0, 1e12, float("nan")):
                 with pytest.raises(ValueError, match="idle"):
-                    rig.engine.relay(a.fileno(), b.fileno(), idle=idle)
+                    rig.engine.relay(a.fileno(), b.fileno(), options=FlowOptions(idle=idle))
             with pytest.raises(TypeError):
                 rig.engine.relay(a.fileno(), b.fileno(), head_a="text")
             os.fstat(a.fileno())

@@ -12,7 +12,7 @@ import pytest
 from tests.kit.engine_rig import Joined, Kind, Rig, owned
 from tests.kit.silent_path import Street, Unavailable, street
 
-from nodepass.engine.twin.udp_relay import UdpCompletion
+from nodepass.engine.types import UdpCompletion
 
 Open = Callable[..., Rig]
 

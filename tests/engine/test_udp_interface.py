@@ -23,6 +23,7 @@ from tests.kit.udp_words import (
     udp_socket,
 )
 
+from nodepass.engine.types import FlowOptions
 from nodepass.errors import EngineClosed, EngineError
 
 every_kind = pytest.mark.parametrize("kind", ["native", "native-2", "twin"], indirect=True)
@@ -32,7 +33,7 @@ UNBOUND_LIMITS = (-1.0, 1e12, float("nan"))
 
 
 async def test_shapes(engine_module: ModuleType) -> None:
-    assert engine_module.ABI == 9
+    assert engine_module.ABI == 10
     assert engine_module.UdpCounts._fields == (
         "datagrams_up", "datagrams_down", "bytes_up", "bytes_down", "too_large", "slow_link",
         "no_link", "overrun", "unsent", "refused",
@@ -73,7 +74,7 @@ async def test_refused_gate_stays_the_callers(kind: Kind) -> None:
             sock.setblocking(False)
             for limit in (0, -1, 65536):
                 with pytest.raises(ValueError, match="datagram"):
-                    serve(sock.fileno(), datagram=limit)
+                    serve(sock.fileno(), options=FlowOptions(datagram=limit))
             for limit in (0, -1, 4097):
                 with pytest.raises(ValueError, match="waiting"):
                     serve(sock.fileno(), waiting=limit)
@@ -106,7 +107,7 @@ async def test_refused_link_stays_the_callers(kind: Kind) -> None:
             near.setblocking(False)
             for idle in UNBOUND_LIMITS:
                 with pytest.raises(ValueError, match="idle"):
-                    bind(peer, fd, idle=idle)
+                    bind(peer, fd, options=FlowOptions(idle=idle))
             with pytest.raises(TypeError):
                 bind(peer, fd, head="text")
             os.fstat(fd)
@@ -141,10 +142,10 @@ async def test_refused_target_stays_the_callers(kind: Kind) -> None:
                 sock.setblocking(False)
             for idle in UNBOUND_LIMITS:
                 with pytest.raises(ValueError, match="idle"):
-                    dial(link, fd, idle=idle)
+                    dial(link, fd, options=FlowOptions(idle=idle))
             for limit in (0, 65536):
                 with pytest.raises(ValueError, match="datagram"):
-                    dial(link, fd, datagram=limit)
+                    dial(link, fd, options=FlowOptions(datagram=limit))
             with pytest.raises(TypeError):
                 dial(link, fd, head="text")
             os.fstat(link)

@@ -220,14 +220,14 @@ async def test_full_gate_makes_the_links_wait(kind: Kind, monkeypatch: pytest.Mo
     if kind.is_native:
         pytest.skip("there is no way to fill the gate's socket on loopback")
     tries = itertools.count()
-    send = udp_port.Port.send
+    send = udp_port.UdpPort.send
 
-    def send_sometimes(port: udp_port.Port, *datagram: object) -> None:
+    def send_sometimes(port: udp_port.UdpPort, *datagram: object) -> None:
         if next(tries) % 3:
             raise BlockingIOError
         send(port, *datagram)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(udp_port.Port, "send", send_sometimes)
+    monkeypatch.setattr(udp_port.UdpPort, "send", send_sometimes)
     async with UdpRig(kind) as rig:
         gate = rig.gate()
         visitors = [gate.visitor() for _ in range(3)]

@@ -29,9 +29,11 @@ from typing import Any, Final
 from hypothesis import strategies as st
 from OpenSSL import SSL
 from tests.kit.engine_rig import Kind
+from tests.kit.options import fold
 from tests.kit.tls_rig import our_end
 
 import nodepass
+from nodepass.engine.types import PLAIN
 from nodepass.errors import EngineError
 
 
@@ -62,6 +64,16 @@ def _stub() -> tuple[dict[str, ast.FunctionDef], dict[str, ast.FunctionDef]]:
 FUNCTIONS, METHODS = _stub()
 
 
+OPTIONS_OF: Final = {
+    "relay": ("idle",),
+    "dial": ("idle", "timeout"),
+    "udp_serve": ("datagram", "gso"),
+    "udp_bind": ("idle", "raw"),
+    "udp_dial": ("idle", "datagram", "raw", "gso"),
+}
+"""Fields of FlowOptions that count; here they are parameters as all others, see `fold`."""
+
+
 def parameters(method: str) -> dict[str, bool]:
     """Return the parameters of a method, and whether each may be left out."""
     arguments = METHODS[method].args
@@ -70,6 +82,8 @@ def parameters(method: str) -> dict[str, bool]:
     found = {name: place >= needed for place, name in enumerate(plain)}
     for arg, value in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
         found[arg.arg] = value is not None
+    if "options" in found:
+        found |= dict.fromkeys(OPTIONS_OF[method], True)
     return found
 
 
@@ -223,6 +237,7 @@ GOOD: Final[dict[str, tuple[str, tuple[object, ...]]]] = {
     "idle": ("value", (0.0, 0.05, 30, True)),
     "timeout": ("value", (0.0, 0.05, 30)),
     "deadline": ("value", (5.0, 5)),
+    "options": ("value", (PLAIN,)),
     "datagram": ("value", (1, 8192, 65535)),
     "waiting": ("value", (1, 4, 512)),
     "raw": ("value", (False, True)),
@@ -518,15 +533,16 @@ class Stage:
 
     def _make_call(self, call: Call, arguments: dict[str, Any]) -> Any:
         method = getattr(self.engine, call.method)
+        given = fold(arguments) if call.method in OPTIONS_OF else arguments
         if not (call.is_elsewhere and self.kind.is_native):
-            result = method(**arguments)
+            result = method(**given)
         else:
             results: list[Any] = []
             failures: list[Exception] = []
 
             def run() -> None:
                 try:
-                    results.append(method(**arguments))
+                    results.append(method(**given))
                 except ALLOWED as exc:
                     failures.append(exc)
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import NamedTuple, Self
 
+from tests.kit.options import fold
+
 from nodepass.engine.twin.engine import Completion
 from nodepass.net.resolver import SocketAddress
 
@@ -223,7 +225,7 @@ class Rig:
 
     def hand_over(self, a: socket.socket, b: socket.socket, **options: object) -> int:
         """Give two sockets to the engine."""
-        token = int(self.engine.relay(a.fileno(), b.fileno(), **options))
+        token = int(self.engine.relay(a.fileno(), b.fileno(), **fold(options)))
         a.detach()
         b.detach()
         return token
@@ -276,7 +278,7 @@ class Rig:
         """Give a socket to the engine, and another one, new if not given, that it is to dial."""
         target = b or stream_for(address)
         try:
-            token = int(self.engine.dial(a.fileno(), target.fileno(), address, **options))
+            token = int(self.engine.dial(a.fileno(), target.fileno(), address, **fold(options)))
         except BaseException:
             if b is None:
                 target.close()

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from OpenSSL import SSL
 from tests.kit.engine_rig import PATIENCE, Kind, Rig
+from tests.kit.options import fold
 from tests.kit.tls_rig import End, ends_for
 from tests.kit.udp_words import ANY, HOST, secure_pair, udp_pair, udp_socket
 
@@ -181,7 +182,7 @@ class UdpRig(Rig):
     def serve(self, sock: socket.socket | None = None, **options: object) -> int:
         """Open a gate on a socket, or on a new one of loopback."""
         sock = sock or udp_socket()
-        token = int(self.engine.udp_serve(sock.fileno(), **options))
+        token = int(self.engine.udp_serve(sock.fileno(), **fold(options)))
         sock.detach()
         return token
 
@@ -219,7 +220,7 @@ class UdpRig(Rig):
 
     def hand_bind(self, peer: int, inner: socket.socket, **options: object) -> int:
         """Give a waiting peer a link."""
-        token = int(self.engine.udp_bind(peer, inner.fileno(), **options))
+        token = int(self.engine.udp_bind(peer, inner.fileno(), **fold(options)))
         inner.detach()
         return token
 
@@ -246,7 +247,7 @@ class UdpRig(Rig):
 
     def hand_dial(self, inner: socket.socket, target: socket.socket, **options: object) -> int:
         """Open a relay between a link and a target."""
-        token = int(self.engine.udp_dial(inner.fileno(), target.fileno(), **options))
+        token = int(self.engine.udp_dial(inner.fileno(), target.fileno(), **fold(options)))
         inner.detach()
         target.detach()
         return token

@@ -6,7 +6,6 @@ A stub is what type checkers and readers believe; nothing else would notice that
 from __future__ import annotations
 
 import ast
-import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -16,6 +15,7 @@ from types import ModuleType
 import pytest
 
 import nodepass
+from nodepass.engine import types
 
 STUB = Path(nodepass.__path__[0]) / "_fastcopy.pyi"
 TREE = ast.parse(STUB.read_text())
@@ -37,22 +37,19 @@ def methods() -> dict[str, ast.FunctionDef]:
     }
 
 
-def fields(name: str) -> list[str]:
-    return [
-        node.target.id
-        for node in CLASSES[name].body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    ]
+def value_of(node: ast.expr) -> object:
+    """Return what a default stands for: a literal, or a name of `engine.types`."""
+    return getattr(types, node.id) if isinstance(node, ast.Name) else ast.literal_eval(node)
 
 
 def shape(arguments: ast.arguments) -> list[tuple[str, bool, object]]:
     """Return (name, keyword only, default) of each parameter in a stub's def."""
     plain = arguments.posonlyargs + arguments.args
     defaults: list[object] = [inspect.Parameter.empty] * (len(plain) - len(arguments.defaults))
-    defaults += [ast.literal_eval(value) for value in arguments.defaults]
+    defaults += [value_of(value) for value in arguments.defaults]
     found = [(arg.arg, False, value) for arg, value in zip(plain, defaults, strict=True)]
     for arg, value in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        default = inspect.Parameter.empty if value is None else ast.literal_eval(value)
+        default = inspect.Parameter.empty if value is None else value_of(value)
         found.append((arg.arg, True, default))
     return found
 
@@ -121,17 +118,26 @@ def test_no_method_is_missing_from_the_stub(module: ModuleType) -> None:
     assert public - ignored == {name for name in methods() if not name.startswith("__")}
 
 
-def test_completion(module: ModuleType) -> None:
-    assert list(module.Completion._fields) == fields("Completion")
-    assert issubclass(module.Completion, tuple)
+VALUES = (
+    "Completion",
+    "EngineStatistics",
+    "FlowOptions",
+    "Newcomer",
+    "UdpCompletion",
+    "UdpCounts",
+)
 
 
-def test_statistics(module: ModuleType) -> None:
-    found = dataclasses.fields(module.EngineStatistics)
-    assert [field.name for field in found] == fields("EngineStatistics")
-    # pylint-style check of the promise "frozen and slotted".
-    assert module.EngineStatistics.__dataclass_params__.frozen
-    assert "__slots__" in vars(module.EngineStatistics)
+@pytest.mark.parametrize("name", VALUES)
+def test_values_are_declared_once(module: ModuleType, name: str) -> None:
+    """Both engines make the very types of `engine.types`, and the stub names no others."""
+    assert getattr(module, name) is getattr(types, name)
+    assert name not in CLASSES
+
+
+def test_statistics_do_not_change() -> None:
+    assert types.EngineStatistics.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert "__slots__" in vars(types.EngineStatistics)
 
 
 @pytest.mark.parametrize("name", sorted(set(methods()) - {"__init__"}))

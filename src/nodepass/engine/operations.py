@@ -23,10 +23,19 @@ from typing import TYPE_CHECKING, Final, Generic, NamedTuple, Protocol, TypeVar
 from nodepass.errors import EngineClosed
 from nodepass.observe.stats import Datagrams
 
+from .types import (
+    PLAIN,
+    Completion,
+    EngineStatistics,
+    FlowOptions,
+    Newcomer,
+    UdpCompletion,
+    UdpCounts,
+)
+
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection
 
-    from nodepass._fastcopy import Completion, EngineStatistics, Newcomer, UdpCompletion, UdpCounts
     from nodepass.net.resolver import SocketAddress
 
 R = TypeVar("R")
@@ -156,7 +165,7 @@ class Engine(Protocol):
         tls_b: Connection | None = None,
         head_a: bytes = b"",
         head_b: bytes = b"",
-        idle: float = 0.0,
+        options: FlowOptions = PLAIN,
     ) -> int: ...
     def dial(
         self,
@@ -166,13 +175,10 @@ class Engine(Protocol):
         *,
         tls: Connection | None = None,
         head: bytes = b"",
-        timeout: float = 0.0,
-        idle: float = 0.0,
+        options: FlowOptions = PLAIN,
     ) -> int: ...
     def handshake(self, fd: int, tls: Connection) -> int: ...
-    def udp_serve(
-        self, fd: int, *, datagram: int = 8192, waiting: int = 512, gso: bool = False
-    ) -> int: ...
+    def udp_serve(self, fd: int, *, waiting: int = 512, options: FlowOptions = PLAIN) -> int: ...
     def udp_shut(self, gate: int) -> None: ...
     def udp_relieve(self, gate: int) -> None: ...
     def udp_bind(
@@ -182,8 +188,7 @@ class Engine(Protocol):
         *,
         tls: Connection | None = None,
         head: bytes = b"",
-        idle: float = 0.0,
-        raw: bool = False,
+        options: FlowOptions = PLAIN,
     ) -> int: ...
     def udp_dial(
         self,
@@ -192,10 +197,7 @@ class Engine(Protocol):
         *,
         tls: Connection | None = None,
         head: bytes = b"",
-        datagram: int = 8192,
-        idle: float = 0.0,
-        raw: bool = False,
-        gso: bool = False,
+        options: FlowOptions = PLAIN,
     ) -> int: ...
     def udp_limit(self, token: int, idle: float) -> None: ...
     def udp_retarget(self, token: int, target: int) -> bool: ...

@@ -1,8 +1,8 @@
 """Relays: connections joined by the engine; TLS handshakes and gates, too.
 
-The only importer of the engine. Owns: the choice between the native engine and its slow
-twin, handing sockets down, and turning completions into results (`operations` has their shapes).
-Called by `server` and `client`; one `Relays` serves every tunnel of a process.
+Owns: handing sockets down, and the engines that run (`choice` says which, `running` hears them,
+`operations` has the shapes of results). Called by `server` and `client`; one `Relays` serves
+every tunnel of a process.
 """
 
 from __future__ import annotations
@@ -10,14 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import importlib
-import os
-import re
 import socket
-import sys
-from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, Protocol, cast
+from typing import TYPE_CHECKING, Final
 
 from nodepass.config.environment import Settings
 from nodepass.errors import TlsError
@@ -25,6 +20,7 @@ from nodepass.observe.log import Log
 from nodepass.runtime import fork, threads
 from nodepass.tls.advisory import outdated
 
+from .choice import EngineModule, choose, load_twin, may_use_gso
 from .operations import (
     Engine,
     Gate,
@@ -36,11 +32,12 @@ from .operations import (
     UdpRelay,
     UdpResult,
 )
+from .running import RunningEngine
+from .types import EngineStatistics, FlowOptions, Newcomer
 
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection
 
-    from nodepass._fastcopy import EngineStatistics, Newcomer
     from nodepass.net.resolver import SocketAddress
 
 __all__ = [
@@ -52,105 +49,6 @@ CLOSE_GRACE: Final = 5.0
 """Seconds that closing may wait for engine threads: a hundred times what they need."""
 MAX_TIMEOUT: Final = 4e6
 """Seconds: the engine counts milliseconds in 32 bits."""
-NO_ENGINE: Final = (
-    "take a wheel for this platform, or have a C compiler and Python's headers, then "
-    "pip install --force-reinstall --no-cache-dir"
-    if sys.platform.startswith("linux")
-    else "it needs Linux"
-)
-"""What to do about a missing native engine."""
-_RELEASE: Final = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
-_GSO_BROKEN: Final = ((7, 0, 0), (7, 1, 5))
-"""Kernels, from the first to the one before the second, that spoil headers and checksums of
-runs of equally long datagrams: Linux commit b10b446 until 78effd8."""
-
-
-ENDS_A_TURN: Final = 256
-"""Ends that are handed out in one turn of the loop: some 5 ms, with what follows from them."""
-NEWCOMERS_A_TURN: Final = 64
-"""The same of UDP sources that wait for a link."""
-
-
-class _Crew:
-    """One engine and what runs on it."""
-
-    def __init__(self, engine: Engine, newcomer: type[Newcomer]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self.engine = engine
-        self._newcomer = newcomer
-        self._forks = fork.count()
-        self.open: dict[int, Relay | Handshake | UdpRelay | Gate] = {}
-        self._ends: deque[Relay | Handshake | UdpRelay | Gate] = deque()
-        self._newcomers: deque[Newcomer] = deque()
-        """News that the engine has told and nobody has heard yet."""
-        self._again: asyncio.Handle | None = None
-        self._loop.add_reader(engine.fileno(), self.drain)
-        fork.own(self)
-
-    def disown(self) -> list[int]:
-        """Give up, in a forked child, what only the parent's engine could end."""
-        works = [*self.open.values(), *self._ends]
-        self.open.clear()
-        self._ends.clear()
-        self._newcomers.clear()
-        for work in works:
-            work.result.cancel()
-        return []
-
-    def drain(self, *, takes_all: bool = False, is_last: bool = False) -> None:
-        """Hand out what the engine has to tell, as much as a turn of the loop bears.
-
-        Args:
-            takes_all: hand out all ends, since somebody needs the room that they make.
-            is_last: the same, and nobody who is new is met any more.
-        """
-        if self._forks != fork.count():
-            return  # a forked child: the news are the parent's
-        for report in self.engine.poll():
-            if isinstance(report, self._newcomer):
-                self._newcomers.append(report)
-                continue
-            work = self.open.pop(report[0], None)
-            if work is not None:
-                work.ending = report  # type: ignore[assignment]  # the token is of its kind
-                self._ends.append(work)
-        left = len(self._ends) if is_last or takes_all else ENDS_A_TURN
-        if is_last:
-            self._newcomers.clear()
-        elif len(self._ends) > left or self._newcomers:
-            self._go_on_soon()
-        while self._ends and left:
-            left -= 1
-            self._ends.popleft().finish()
-        self._meet()  # behind ends: each of them may have made room
-
-    def _meet(self) -> None:
-        for _ in range(min(NEWCOMERS_A_TURN, len(self._newcomers))):
-            newcomer = self._newcomers.popleft()
-            gate = self.open.get(newcomer.gate)
-            if isinstance(gate, Gate):
-                gate.meet(newcomer)
-
-    def _go_on_soon(self) -> None:
-        if self._again is None:
-            self._again = self._loop.call_soon(self._go_on)
-
-    def _go_on(self) -> None:
-        self._again = None
-        self.drain()
-
-    def leave_loop(self) -> None:
-        self._loop.remove_reader(self.engine.fileno())
-        if self._again is not None:
-            self._again.cancel()
-            self._again = None
-
-    def forget(self) -> None:
-        """Let go of what the engine did not end in time."""
-        self.drain(is_last=True)
-        for work in self.open.values():
-            work.result.cancel()
-        self.open.clear()
 
 
 class Relays:
@@ -165,18 +63,21 @@ class Relays:
     def __init__(self, settings: Settings) -> None:
         self._loop = asyncio.get_running_loop()
         self._settings = settings
-        self.kind, self._module = _choose(settings.engine)
+        self.kind, self._module = choose(settings.engine)
         """"native" or "python"."""
-        self._crew = self._hire(self._module)
-        self._gso = settings.udp_gso and _may_use_gso()
-        self._tls_module: _Module | None = None
-        self._tls_crew: _Crew | None = None
+        self._running = self._start(self._module)
+        self._tcp_options = FlowOptions(idle=settings.tcp_idle_timeout)
+        self._udp_options = FlowOptions(
+            datagram=settings.udp_data_buf_size, gso=settings.udp_gso and may_use_gso()
+        )
+        self._tls_module: EngineModule | None = None
+        self._tls_running: RunningEngine | None = None
         self._is_closed = False
         self._forks = fork.count()
         fork.shield(self._loop)
 
     def __len__(self) -> int:
-        works = [work for crew in self._crews() for work in crew.open.values()]
+        works = [work for running in self._all_running() for work in running.open.values()]
         return sum(1 for work in works if not isinstance(work, Gate))
 
     def __repr__(self) -> str:
@@ -205,17 +106,17 @@ class Relays:
         Raises:
             EngineError: the engine is full or closed; both sockets are still the caller's.
         """
-        crew = self._crew if tls_a is None and tls_b is None else self._tls()
-        token = crew.engine.relay(
+        running = self._running if tls_a is None and tls_b is None else self._tls()
+        token = running.engine.relay(
             a.fileno(),
             b.fileno(),
             tls_a=tls_a,
             tls_b=tls_b,
             head_a=head_a,
             head_b=head_b,
-            idle=self._settings.tcp_idle_timeout,
+            options=self._tcp_options,
         )
-        return self._begin(crew, token, a, b)
+        return self._begin(running, token, a, b)
 
     def connect(
         self,
@@ -243,23 +144,24 @@ class Relays:
         Raises:
             EngineError: the engine is full or closed; both sockets are still the caller's.
         """
-        crew = self._crew if tls is None else self._tls()
-        token = crew.engine.dial(
+        running = self._running if tls is None else self._tls()
+        token = running.engine.dial(
             link.fileno(),
             sock.fileno(),
             address,
             tls=tls,
             head=head,
-            timeout=min(timeout, MAX_TIMEOUT),
-            idle=self._settings.tcp_idle_timeout,
+            options=self._tcp_options._replace(timeout=min(timeout, MAX_TIMEOUT)),
         )
-        return self._begin(crew, token, link, sock)
+        return self._begin(running, token, link, sock)
 
-    def _begin(self, crew: _Crew, token: int, a: socket.socket, b: socket.socket) -> Relay:
+    def _begin(
+        self, running: RunningEngine, token: int, a: socket.socket, b: socket.socket
+    ) -> Relay:
         a.detach()
         b.detach()
-        relay = Relay(crew.engine, token, self._loop.create_future())
-        crew.open[token] = relay
+        relay = Relay(running.engine, token, self._loop.create_future())
+        running.open[token] = relay
         return relay
 
     def shake(self, sock: socket.socket, connection: Connection) -> Handshake:
@@ -272,10 +174,10 @@ class Relays:
         Raises:
             EngineError: the engine is full or closed; nothing has been lent.
         """
-        crew = self._tls()
-        token = crew.engine.handshake(sock.fileno(), connection)
-        handshake = Handshake(crew.engine, token, self._loop.create_future(), connection)
-        crew.open[token] = handshake
+        running = self._tls()
+        token = running.engine.handshake(sock.fileno(), connection)
+        handshake = Handshake(running.engine, token, self._loop.create_future(), connection)
+        running.open[token] = handshake
         return handshake
 
     async def secure(self, sock: socket.socket, connection: Connection) -> HandshakeResult:
@@ -315,13 +217,11 @@ class Relays:
         Raises:
             EngineError: the engine is full or closed; the socket is still the caller's.
         """
-        crew = self._tls() if has_tls else self._crew
-        token = crew.engine.udp_serve(
-            sock.fileno(), datagram=self._settings.udp_data_buf_size, gso=self._gso
-        )
+        running = self._tls() if has_tls else self._running
+        token = running.engine.udp_serve(sock.fileno(), options=self._udp_options)
         sock.detach()
-        gate = Gate(crew.engine, token, self._loop.create_future(), on_newcomer)
-        crew.open[token] = gate
+        gate = Gate(running.engine, token, self._loop.create_future(), on_newcomer)
+        running.open[token] = gate
         return gate
 
     def bind(
@@ -351,12 +251,16 @@ class Relays:
             EngineError: nobody waits any more, or the engine is full or closed; the link is
                 still the caller's.
         """
-        crew = next(crew for crew in self._crews() if crew.engine is gate.engine)
-        token = crew.engine.udp_bind(
-            newcomer.token, link.fileno(), tls=tls, head=head, idle=idle, raw=is_raw
+        running = next(running for running in self._all_running() if running.engine is gate.engine)
+        token = running.engine.udp_bind(
+            newcomer.token,
+            link.fileno(),
+            tls=tls,
+            head=head,
+            options=self._udp_options._replace(idle=idle, raw=is_raw),
         )
         link.detach()
-        return self._begin_udp(crew, token)
+        return self._begin_udp(running, token)
 
     def dial(
         self,
@@ -372,30 +276,27 @@ class Relays:
 
         Args, Returns, Raises: as `bind`.
         """
-        crew = self._crew if tls is None else self._tls()
-        token = crew.engine.udp_dial(
+        running = self._running if tls is None else self._tls()
+        token = running.engine.udp_dial(
             link.fileno(),
             target.fileno(),
             tls=tls,
             head=head,
-            datagram=self._settings.udp_data_buf_size,
-            idle=idle,
-            raw=is_raw,
-            gso=self._gso,
+            options=self._udp_options._replace(idle=idle, raw=is_raw),
         )
         link.detach()
         target.detach()
-        return self._begin_udp(crew, token)
+        return self._begin_udp(running, token)
 
-    def _begin_udp(self, crew: _Crew, token: int) -> UdpRelay:
-        relay = UdpRelay(crew.engine, token, self._loop.create_future())
-        crew.open[token] = relay
+    def _begin_udp(self, running: RunningEngine, token: int) -> UdpRelay:
+        relay = UdpRelay(running.engine, token, self._loop.create_future())
+        running.open[token] = relay
         return relay
 
     def drain(self) -> None:
         """Take note of what has ended by now, without waiting for the loop to come to it."""
-        for crew in self._crews():
-            crew.drain(takes_all=True)
+        for running in self._all_running():
+            running.drain(takes_all=True)
 
     def load_tls(self) -> None:
         """Load what TLS needs; slow the first time (0.1 s), so not within a running loop.
@@ -413,7 +314,7 @@ class Relays:
         if trouble is None:
             self._tls_module = self._module
             return
-        twin = _twin()
+        twin = load_twin()
         hopeless = twin.tls_trouble()
         if hopeless is not None:
             raise TlsError(f"TLS cannot be used here: {hopeless}")
@@ -432,7 +333,7 @@ class Relays:
 
     def statistics(self) -> EngineStatistics:
         """Return the engine's own figures."""
-        return self._crew.engine.statistics()
+        return self._running.engine.statistics()
 
     async def close(self, deadline: float = CLOSE_GRACE) -> bool:
         """Abort what is open and stop the engine; idempotent.
@@ -449,77 +350,29 @@ class Relays:
         if self._forks != fork.count():
             return True  # threads and descriptors are those of the parent
         is_joined = True
-        for crew in self._crews():
-            crew.leave_loop()
-            if crew is self._crew and self.kind == "native":
+        for running in self._all_running():
+            running.leave_loop()
+            if running is self._running and self.kind == "native":
                 # Joining threads blocks for a moment; the twin has none and lives on this loop.
-                is_joined = await threads.run(functools.partial(crew.engine.close, deadline))
+                is_joined = await threads.run(functools.partial(running.engine.close, deadline))
             else:
-                crew.engine.close(deadline)
-            crew.forget()
+                running.engine.close(deadline)
+            running.forget()
         await asyncio.sleep(0)  # whoever has lent a socket hears that it is back
         return is_joined
 
-    def _hire(self, module: _Module) -> _Crew:
-        engine = module.Engine(self._settings.threads, splice=self._settings.splice)
-        return _Crew(engine, module.Newcomer)
+    def _start(self, module: EngineModule) -> RunningEngine:
+        return RunningEngine(module.Engine(self._settings.threads, splice=self._settings.splice))
 
-    def _tls(self) -> _Crew:
-        if self._tls_crew is None:
+    def _tls(self) -> RunningEngine:
+        if self._tls_running is None:
             self.load_tls()
             assert self._tls_module is not None
             is_same = self._tls_module is self._module
-            self._tls_crew = self._crew if is_same else self._hire(self._tls_module)
-        return self._tls_crew
+            self._tls_running = self._running if is_same else self._start(self._tls_module)
+        return self._tls_running
 
-    def _crews(self) -> list[_Crew]:
-        if self._tls_crew is None or self._tls_crew is self._crew:
-            return [self._crew]
-        return [self._crew, self._tls_crew]
-
-
-def _may_use_gso() -> bool:
-    release = os.uname().release if hasattr(os, "uname") else ""
-    found = _RELEASE.match(release)
-    if found is None or not _GSO_BROKEN[0] <= tuple(map(int, found.groups("0"))) < _GSO_BROKEN[1]:
-        return True
-    Log("relay").warn(
-        "this kernel garbles datagrams that it cuts itself; NODEPASS_UDP_GSO=1 is not followed",
-        kernel=release,
-    )
-    return False
-
-
-class _Module(Protocol):
-    Engine: Callable[..., Engine]
-    Newcomer: type[Newcomer]
-
-    def tls_trouble(self) -> str | None: ...
-    def alpn_selector(self) -> int | None: ...
-
-
-def _choose(wish: str) -> tuple[str, _Module]:
-    if wish == "native":
-        try:
-            native = importlib.import_module("nodepass._fastcopy")
-            twin = importlib.import_module("nodepass.engine.twin.engine")
-            if native.ABI != twin.ABI:
-                raise ImportError("it was built from another release")
-            return "native", native
-        except ModuleNotFoundError:
-            Log("relay").warn(
-                "the native engine cannot be loaded; the slow Python engine runs instead",
-                cause=f"none was installed: {NO_ENGINE}",
-            )
-        except ImportError as exc:
-            Log("relay").warn(
-                "the native engine cannot be loaded; the slow Python engine runs instead",
-                cause=str(exc),
-            )
-    else:
-        Log("relay").warn("the slow Python engine runs, as NODEPASS_ENGINE=python asks")
-    return "python", _twin()
-
-
-def _twin() -> _Module:
-    return cast(_Module, importlib.import_module("nodepass.engine.twin.engine"))
+    def _all_running(self) -> list[RunningEngine]:
+        if self._tls_running is None or self._tls_running is self._running:
+            return [self._running]
+        return [self._running, self._tls_running]

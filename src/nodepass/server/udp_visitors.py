@@ -12,9 +12,10 @@ import asyncio
 import socket
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from nodepass.engine.relays import Gate
+from nodepass.engine.types import Newcomer
 from nodepass.errors import EngineError, PoolClosed, PoolTimeout
 from nodepass.net import tcp, udp
 from nodepass.observe.stats import Datagrams
@@ -28,9 +29,6 @@ from nodepass.tunnel.slots import Slot, Slots
 from .connected_client import ConnectedClient
 from .launches import Launches
 from .sessions import Sessions
-
-if TYPE_CHECKING:
-    from nodepass._fastcopy import Newcomer
 
 RELIEF_PAUSE: Final = 0.1
 """Seconds between two tries to make room while sources wait for a slot."""

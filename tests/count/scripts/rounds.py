@@ -18,6 +18,7 @@ import socket
 import sys
 
 from nodepass import _fastcopy
+from nodepass.engine import types
 
 MESSAGE = bytes(range(200))
 """A request or an answer: small, so that the engine's work is seen and not the copying."""
@@ -86,7 +87,7 @@ def udp(engine: _fastcopy.Engine, count: int) -> None:
     engine.udp_serve(door.detach())
     visitor.sendall(MESSAGE)
     newcomer = news(engine)
-    assert isinstance(newcomer, _fastcopy.Newcomer)
+    assert isinstance(newcomer, types.Newcomer)
     far, near = tcp_pair()
     far.setblocking(False)
     near.setblocking(False)

@@ -5,13 +5,17 @@ import atexit
 from tests.isolated.scripts.stage import KIND, play
 from tests.kit.engine_rig import tcp_pair
 
+from nodepass.engine.types import FlowOptions
+
 
 async def script() -> None:
     engine = KIND.module.Engine(2)
     atexit.register(engine.close)
     ends = [tcp_pair() for _ in range(6)]
+    asked = FlowOptions(idle=9.0)
     tokens = {
-        engine.relay(ends[i][1].detach(), ends[i + 1][1].detach(), idle=9.0) for i in (0, 2, 4)
+        engine.relay(ends[i][1].detach(), ends[i + 1][1].detach(), options=asked)
+        for i in (0, 2, 4)
     }
     assert engine.close() is True
     assert engine.close(0.0) is True

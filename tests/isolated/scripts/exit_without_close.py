@@ -19,6 +19,8 @@ def close_kept() -> None:
 from tests.isolated.scripts.stage import KIND, play, pour  # noqa: E402
 from tests.kit.engine_rig import Joined, tcp_pair  # noqa: E402
 
+from nodepass.engine.types import FlowOptions  # noqa: E402
+
 engine = None
 
 
@@ -27,7 +29,9 @@ async def script() -> None:
     engine = KIND.module.Engine(2)
     for _ in range(4):
         (visitor, a), (target, b) = tcp_pair(), tcp_pair()
-        flow = Joined(visitor, target, engine.relay(a.detach(), b.detach(), idle=30.0))
+        flow = Joined(
+            visitor, target, engine.relay(a.detach(), b.detach(), options=FlowOptions(idle=30.0))
+        )
         kept.append(flow)
         pour(flow)
     await asyncio.sleep(0.2)

@@ -55,9 +55,13 @@ async def visit(port: int) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port that nobody has, TCP or UDP."""
+    while True:
+        with socket.socket() as sock, socket.socket(type=socket.SOCK_DGRAM) as datagrams:
+            sock.bind(("127.0.0.1", 0))
+            with contextlib.suppress(OSError):
+                datagrams.bind(sock.getsockname())
+                return int(sock.getsockname()[1])
 
 
 def silence() -> None:

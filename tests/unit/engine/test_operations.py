@@ -22,7 +22,7 @@ from nodepass.engine.operations import (
 from nodepass.observe.stats import NOTHING, Datagrams
 
 if TYPE_CHECKING:
-    from nodepass._fastcopy import Completion, Newcomer, UdpCompletion, UdpCounts
+    from nodepass.engine.types import Completion, Newcomer, UdpCompletion, UdpCounts
 else:  # the twin's, which are always there
     from nodepass.engine.twin.engine import Completion, Newcomer, UdpCompletion, UdpCounts
 

@@ -299,7 +299,7 @@ async def test_close_of_an_engine_that_does_not_end(monkeypatch: pytest.MonkeyPa
         cancelled, kept = house.relays.join(a, b), house.relays.join(c, d)
         assert cancelled.live() == (0, 0)
         kept.result.cancel()
-        engine = house.relays._crew.engine
+        engine = house.relays._running.engine
         assert isinstance(engine, Stuck)
         engine.completions = [(2, 1, 1, 0, 0, 0, 0), (99, 1, 1, 0, 0, 0, 0)]
         assert not await house.relays.close(0.1)

@@ -9,7 +9,7 @@ import socket
 import sys
 from collections import deque
 from types import ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import pytest
 from tests.kit.datagram import UdpTarget, Visitor, echo
@@ -23,11 +23,9 @@ from nodepass.config.environment import Settings
 from nodepass.engine.operations import Work
 from nodepass.engine.relays import Gate, Reason, Relays, UdpRelay, UdpResult
 from nodepass.engine.twin import engine as twin
+from nodepass.engine.types import PLAIN, FlowOptions, Newcomer, UdpCompletion, UdpCounts
 from nodepass.errors import EngineClosed, EngineError
 from nodepass.observe.stats import NOTHING, Datagrams
-
-if TYPE_CHECKING:
-    from nodepass._fastcopy import Newcomer
 
 R = TypeVar("R")
 
@@ -434,7 +432,7 @@ async def test_newcomer_that_nobody_has_heard_of_at_the_close(kind: str, order: 
                 gate.turn_away(newcomer)
 
         gate = house.relays.serve(sock, meet, has_tls=False)
-        house.relays._crew.leave_loop()  # nobody polls any more
+        house.relays._running.leave_loop()  # nobody polls any more
         visitor.send(b"x")
         await until(lambda: house.relays.statistics().peers_waiting == 1, 5, "the newcomer")
         assert await house.relays.close()
@@ -479,14 +477,14 @@ async def test_news_of_what_is_no_more_and_of_what_never_ends(
     async with House("native") as house:
         gate = house.relays.serve(house.keep(udp_socket()), house.meet, has_tls=False)
         relay = house.relays.dial(house.link()[1], house.keep(udp_socket()), idle=0.0)
-        engine = house.relays._crew.engine
+        engine = house.relays._running.engine
         assert isinstance(engine, Stuck)
-        counts = twin.UdpCounts(*[0] * 10)
+        counts = UdpCounts(*[0] * 10)
         engine.news = [
-            twin.Newcomer(9, relay.token, "10.0.0.1", 1),
-            twin.Newcomer(9, 77, "10.0.0.1", 1),
-            twin.UdpCompletion(77, counts, 0, 0, 0, 0),
-            twin.Newcomer(9, gate.token, "10.0.0.1", 2),
+            Newcomer(9, relay.token, "10.0.0.1", 1),
+            Newcomer(9, 77, "10.0.0.1", 1),
+            UdpCompletion(77, counts, 0, 0, 0, 0),
+            Newcomer(9, gate.token, "10.0.0.1", 2),
         ]
         house.relays.drain()
         assert [newcomer.port for newcomer in house.newcomers] == [2]
@@ -509,13 +507,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     made: list[bool] = []
 
     class Watched(twin.Engine):
-        def udp_serve(self, fd: int, *, gso: bool = False, **options: int) -> int:
-            made.append(gso)
-            return super().udp_serve(fd, gso=gso, **options)
+        def udp_serve(self, fd: int, *, waiting: int = 512, options: FlowOptions = PLAIN) -> int:
+            made.append(options.gso)
+            return super().udp_serve(fd, waiting=waiting, options=options)
 
-        def udp_dial(self, *fds: int, gso: bool = False, **options: object) -> int:
-            made.append(gso)
-            return super().udp_dial(*fds, gso=gso, **options)  # type: ignore[arg-type]
+        def udp_dial(self, *fds: int, options: FlowOptions = PLAIN, **more: object) -> int:
+            made.append(options.gso)
+            return super().udp_dial(*fds, options=options, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(twin, "Engine", Watched)
     return made

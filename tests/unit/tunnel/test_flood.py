@@ -16,7 +16,8 @@ from tests.kit.timing import until, within
 from tests.unit.tunnel.test_control_tls import Wire as TlsWire
 
 from nodepass.client import refill as filling
-from nodepass.engine import relays
+from nodepass.engine import relays, running
+from nodepass.engine.types import Newcomer
 from nodepass.protocol.messages import Dialect, Drain, Fail, Idle, Kind, Launch, Pong
 from nodepass.protocol.session import TALK_BURST, TALK_RATE, Event, Lost, Role, Session, State
 from nodepass.tunnel.control import LINES_A_TURN, Control
@@ -309,24 +310,17 @@ class News(NamedTuple):
     token: int
 
 
-class Met(NamedTuple):
-    """Stands for a Newcomer."""
-
-    token: int
-    gate: int
-
-
 class Teller:
     """An engine with much to tell at once."""
 
     def __init__(self) -> None:
-        self.told: list[News | Met] = []
+        self.told: list[News | Newcomer] = []
         self._bell = socket.socketpair()
 
     def fileno(self) -> int:
         return self._bell[0].fileno()
 
-    def poll(self) -> list[News | Met]:
+    def poll(self) -> list[News | Newcomer]:
         told, self.told = self.told, []
         return told
 
@@ -352,26 +346,30 @@ async def test_c22_news_of_the_engine_leave_the_loop_to_others() -> None:
     """Thousands of ends at once are handed out in turns, in order, and so are newcomers."""
     engine = Teller()
     heard: list[int] = []
-    crew = relays._Crew(engine, Met)  # type: ignore[arg-type]
-    count = 10 * relays.ENDS_A_TURN
+    here = running.RunningEngine(engine)  # type: ignore[arg-type]
+    count = 10 * running.ENDS_A_TURN
     for token in range(count):
-        crew.open[token] = Ear(heard)  # type: ignore[assignment]
+        here.open[token] = Ear(heard)  # type: ignore[assignment]
     met: list[int] = []
     gate = relays.Gate(engine, 0, asyncio.Future(), lambda _, one: met.append(one.token))  # type: ignore[arg-type]
-    crew.open[-1] = gate
-    engine.told = [Met(5, -1), *map(News, range(count)), *(Met(n, -1) for n in range(500))]
-    crew.drain()
+    here.open[-1] = gate
+    engine.told = [
+        Newcomer(5, -1, "", 0),
+        *map(News, range(count)),
+        *(Newcomer(n, -1, "", 0) for n in range(500)),
+    ]
+    here.drain()
     turns = []
     while len(met) < 501 or len(heard) < count:
         turns.append((len(heard), len(met)))
         await asyncio.sleep(0)
     steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(turns)]
-    assert all(ends <= relays.ENDS_A_TURN for ends, _ in steps), steps
-    assert all(new <= relays.NEWCOMERS_A_TURN for _, new in steps), steps
+    assert all(ends <= running.ENDS_A_TURN for ends, _ in steps), steps
+    assert all(new <= running.NEWCOMERS_A_TURN for _, new in steps), steps
     assert len(turns) >= 9
     assert heard == list(range(count))
     assert met == [5, *range(500)]
-    crew.leave_loop()
+    here.leave_loop()
     engine.close()
 
 
@@ -379,14 +377,14 @@ async def test_c22_news_of_the_engine_leave_the_loop_to_others() -> None:
 async def test_c22_the_last_news_are_handed_out_at_once() -> None:
     engine = Teller()
     heard: list[int] = []
-    crew = relays._Crew(engine, Met)  # type: ignore[arg-type]
-    for token in range(3 * relays.ENDS_A_TURN):
-        crew.open[token] = Ear(heard)  # type: ignore[assignment]
-    engine.told = [News(token) for token in range(3 * relays.ENDS_A_TURN)]
-    crew.drain()
-    crew.leave_loop()
-    crew.forget()
-    assert heard == list(range(3 * relays.ENDS_A_TURN))
+    here = running.RunningEngine(engine)  # type: ignore[arg-type]
+    for token in range(3 * running.ENDS_A_TURN):
+        here.open[token] = Ear(heard)  # type: ignore[assignment]
+    engine.told = [News(token) for token in range(3 * running.ENDS_A_TURN)]
+    here.drain()
+    here.leave_loop()
+    here.forget()
+    assert heard == list(range(3 * running.ENDS_A_TURN))
     await asyncio.sleep(0)
-    assert len(heard) == 3 * relays.ENDS_A_TURN
+    assert len(heard) == 3 * running.ENDS_A_TURN
     engine.close()

@@ -23,20 +23,28 @@ import operator
 import os
 import warnings
 import weakref
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
+from nodepass.engine.types import (
+    PLAIN,
+    Completion,
+    EngineStatistics,
+    FlowOptions,
+    Newcomer,
+    UdpCompletion,
+    UdpCounts,
+)
 from nodepass.errors import EngineError
 
 from . import legs
-from .desk import (
+from .base import (
     STREAM,
     Watched,
     check_head,
     make_leg,
     take_address,
     take_float,
-    take_seconds,
+    take_options,
     take_whole,
 )
 from .flow import (
@@ -49,11 +57,8 @@ from .flow import (
     Flow,
     arm_reset,
 )
-from .gate import Newcomer
-from .legs import Handshake, Leg, TlsFault, TlsLeg
-from .udp import UdpHalf
-from .udp_port import UdpCounts
-from .udp_relay import UdpCompletion
+from .legs import HandshakeFlow, Leg, TlsFault, TlsLeg
+from .udp import UdpEngine
 
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection
@@ -66,7 +71,7 @@ __all__ = [
     "alpn_selector", "tls_trouble",
 ]  # fmt: skip
 
-ABI: Final = 9
+ABI: Final = 10
 
 MAX_THREADS: Final = 256  # the native engine's limit, checked alike
 
@@ -82,55 +87,12 @@ def alpn_selector() -> None:
     """Return that there is no C function: Python's own callback may run here."""
 
 
-class Completion(NamedTuple):
-    """How a flow ended."""
-
-    token: int
-    up: int
-    down: int
-    reason: int
-    side: int
-    code: int
-    detail: int
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStatistics:
-    """A snapshot of an engine's counters and balances."""
-
-    threads: int
-    flows_open: int
-    flows_total: int
-    flows_refused: int
-    bytes_up: int
-    bytes_down: int
-    parked_bytes: int
-    buffers_in_use: int
-    pipes_in_use: int
-    pipes_pooled: int
-    splice_promotions: int
-    turns: int
-    wakeups: int
-    stale_events: int
-    bugs: int
-    fds_open: int
-    tls_in_use: int
-    handshakes: int
-    handshakes_failed: int
-    gates_open: int
-    peers_waiting: int
-    datagrams_up: int
-    datagrams_down: int
-    datagrams_dropped: int
-    datagram_bytes_held: int
-
-
 def count_tls(flow: Flow) -> int:
     """Return how many sides of a flow speak TLS."""
     return sum(1 for leg in flow.legs if isinstance(leg, TlsLeg))
 
 
-class Engine(UdpHalf[Completion]):
+class Engine(UdpEngine[Completion]):
     """Callbacks in the running event loop that join pairs of sockets.
 
     Arguments and methods are those of the native Engine, documented in _fastcopy.pyi; `threads`
@@ -149,7 +111,7 @@ class Engine(UdpHalf[Completion]):
         bool(splice)
         super().__init__(flows, patience)
         self._flows: dict[int, Flow] = {}
-        self._shakes: dict[int, Handshake] = {}
+        self._shakes: dict[int, HandshakeFlow] = {}
         self._ended: dict[int, tuple[int, int]] = {}
         """Bytes up and down of flows and handshakes that nobody has polled yet."""
         self._waiting = 0
@@ -179,18 +141,18 @@ class Engine(UdpHalf[Completion]):
         tls_b: Connection | None = None,
         head_a: bytes = b"",
         head_b: bytes = b"",
-        idle: float = 0.0,
+        options: FlowOptions = PLAIN,
     ) -> int:
         """Join two connected non-blocking stream sockets; own both on success."""
         self._check("relay")
-        limit = take_seconds(idle)
+        wishes = take_options(options)
         for head in (head_a, head_b):
             check_head(head)
         a, b, tls = operator.index(fd_a), operator.index(fd_b), (tls_a, tls_b)
         with self._admit("relay", (a, STREAM), (b, STREAM), tls=tls) as sockets:
             token = self._require_token("relay")
             legs = make_leg(sockets[0], tls_a), make_leg(sockets[1], tls_b)
-            flow = Flow(self, token, legs, limit)
+            flow = Flow(self, token, legs, wishes.idle)
             try:
                 flow.start((head_a, head_b))
             except BaseException:
@@ -212,21 +174,20 @@ class Engine(UdpHalf[Completion]):
         *,
         tls: Connection | None = None,
         head: bytes = b"",
-        timeout: float = 0.0,
-        idle: float = 0.0,
+        options: FlowOptions = PLAIN,
     ) -> int:
         """Connect a stream socket, and join a connected one with it; own both on success."""
         self._check("dial")
-        limit, later = take_seconds(timeout, "timeout"), take_seconds(idle)
+        wishes = take_options(options)
         check_head(head)
         goal = None if address is None else take_address(address)
         a, b = operator.index(fd), operator.index(target)
         with self._admit("dial", (a, STREAM), (b, STREAM), tls=(tls,)) as sockets:
             token = self._require_token("dial")
-            flow = Flow(self, token, (make_leg(sockets[0], tls), Leg(sockets[1])), later)
+            flow = Flow(self, token, (make_leg(sockets[0], tls), Leg(sockets[1])), wishes.idle)
             self._flows[token] = flow
             try:
-                flow.dial(goal, limit, head)
+                flow.dial(goal, wishes.timeout, head)
             except BaseException:
                 flow.is_over = True
                 del self._flows[token]
@@ -247,7 +208,7 @@ class Engine(UdpHalf[Completion]):
         with self._admit("handshake", (descriptor, STREAM), tls=(tls,)) as sockets:
             token = self._next
             report = functools.partial(self._end_handshake, token)
-            self._shakes[token] = Handshake(self.loop, sockets[0], tls, report)
+            self._shakes[token] = HandshakeFlow(self.loop, sockets[0], tls, report)
         self._next += 1
         self._lend(token, tls)
         self._counts["handshakes"] += 1
@@ -381,7 +342,7 @@ class Engine(UdpHalf[Completion]):
         for token in [*self._flows, *self._shakes]:
             self._abort(token)
         self._close_udp()
-        self._shut_desk()
+        self._shut_base()
         _engines.discard(self)
         return True
 

@@ -15,12 +15,14 @@ from __future__ import annotations
 import errno
 import time
 from collections import Counter, deque
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Protocol
+
+from nodepass.engine.types import Newcomer
 
 from .flow import REASON_ABORTED, REASON_FINISHED, REASON_IDLE, Ending
 from .legs import Leg
-from .udp_port import MAX_PAYLOAD, Parcel, Port, Remark, Tally, crowd_of, plain_host
-from .udp_relay import HEADER_BYTES, TURN_DATAGRAMS, Relay, UdpHost
+from .udp_flow import HEADER_BYTES, TURN_DATAGRAMS, UdpFlow, UdpHost
+from .udp_port import MAX_PAYLOAD, Parcel, Remark, Tally, UdpPort, crowd_of, plain_host
 
 CROWD_SHARE: Final = 4  # an address may have so many times the waiting places that are left
 PARKED_BYTES: Final = 65536  # of one source that waits, 2 more for each datagram
@@ -35,15 +37,6 @@ ANSWERED_SECONDS: Final = 1.0  # of silence behind the one answer
 UNANSWERED_SECONDS: Final = 5.0  # of silence without any; what resolvers wait
 
 
-class Newcomer(NamedTuple):
-    """A source that its gate did not know: it waits for udp_bind(), its datagrams with it."""
-
-    token: int
-    gate: int
-    host: str
-    port: int
-
-
 class GateHost(UdpHost, Protocol):
     """What gates need of the engine besides."""
 
@@ -56,7 +49,7 @@ class GateHost(UdpHost, Protocol):
     def bury_source(self, source: Source, reason: int) -> None:
         """Take note that a source waits no more."""
 
-    def bury_gate(self, gate: Gate, ending: Ending) -> None:
+    def bury_gate(self, gate: GateFlow, ending: Ending) -> None:
         """Take note that a gate has closed its socket."""
 
 
@@ -68,7 +61,7 @@ class Source:
         "until",
     )  # fmt: skip
 
-    def __init__(self, gate: Gate, key: object, parcel: Parcel) -> None:
+    def __init__(self, gate: GateFlow, key: object, parcel: Parcel) -> None:
         self.gate = gate
         self.key = key
         self.address: Any = parcel.address
@@ -107,10 +100,12 @@ class Source:
         self.parked_bytes = 0
 
 
-class Gate:
+class GateFlow:
     """A bound UDP socket and the sources that write to it."""
 
-    def __init__(self, host: GateHost, token: int, port: Port, tally: Tally, waiting: int) -> None:
+    def __init__(
+        self, host: GateHost, token: int, port: UdpPort, tally: Tally, waiting: int
+    ) -> None:
         self.host = host
         self.token = token
         self.port = port
@@ -122,10 +117,10 @@ class Gate:
         self._sources: dict[object, Source] = {}
         self._cooling: dict[object, Source] = {}
         self.waiting: dict[int, Source] = {}
-        self.relays: dict[int, Relay] = {}
+        self.relays: dict[int, UdpFlow] = {}
         self._crowds: Counter[str | bytes] = Counter()
         """Sources without a link, by the machine that they are of."""
-        self._crowd: dict[int, Relay] = {}
+        self._crowd: dict[int, UdpFlow] = {}
         """Relays that wait for room in the socket."""
 
     @property
@@ -240,7 +235,7 @@ class Gate:
             self._count(source, 1)
             self._cool(source, until)
 
-    def await_room(self, relay: Relay) -> None:
+    def await_room(self, relay: UdpFlow) -> None:
         """Call a relay's `step` when there is room in the socket."""
         if not self._crowd:
             self.host.loop.add_writer(self.port.sock, self._have_room)
@@ -285,7 +280,7 @@ class Gate:
         self.host.bury_gate(self, Ending(reason))
 
 
-def seems_over(relay: Relay, now: float) -> bool:
+def seems_over(relay: UdpFlow, now: float) -> bool:
     """Tell whether a short exchange has had its answer or waits in vain, or a stream is still."""
     answers = relay.tally.datagrams_down
     if answers > 1 and relay.active - relay.born >= YOUNG_SECONDS:
@@ -294,7 +289,7 @@ def seems_over(relay: Relay, now: float) -> bool:
     return now - relay.active >= patience
 
 
-class Bound(Relay):
+class Bound(UdpFlow):
     """A source whose datagrams are carried over a link."""
 
     side = 2

@@ -306,7 +306,7 @@ class TlsLeg(Leg):
             self._outbox.append((memoryview(data), size))
 
 
-class Handshake:
+class HandshakeFlow:
     """A TLS handshake on a borrowed socket.
 
     Args:

@@ -10,20 +10,30 @@ import operator
 import socket
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
+from nodepass.engine.types import PLAIN, FlowOptions, Newcomer, UdpCompletion, UdpCounts
 from nodepass.errors import EngineError
 
-from .desk import DATAGRAM, STREAM, Desk, Watched, check_head, make_leg, take_seconds, take_whole
+from .base import (
+    DATAGRAM,
+    STREAM,
+    EngineBase,
+    Watched,
+    check_head,
+    make_leg,
+    take_options,
+    take_seconds,
+    take_whole,
+)
 from .flow import REASON_ABORTED, Ending
-from .gate import Bound, Gate, Newcomer, RawBound, Source
+from .gate import Bound, GateFlow, RawBound, Source
 from .udp_dial import Dialled, RawDialled
-from .udp_port import Port, Tally, UdpCounts, dropped
-from .udp_relay import Relay, UdpCompletion
+from .udp_flow import UdpFlow
+from .udp_port import Tally, UdpPort, dropped
 
 if TYPE_CHECKING:
     from OpenSSL.SSL import Connection
 
-MAX_DATAGRAM: Final = 65535  # bytes; the native engine's limits, checked alike
-MAX_WAITING: Final = 4096
+MAX_WAITING: Final = 4096  # the native engine's limits, checked alike
 MAX_HEAD: Final = 262144  # bytes
 NO_COUNTS: Final = Tally().counts()
 
@@ -44,15 +54,15 @@ class UdpFigures(NamedTuple):
     held: int
 
 
-class UdpHalf(Desk[Other | UdpCompletion | Newcomer]):
+class UdpEngine(EngineBase[Other | UdpCompletion | Newcomer]):
     """What an Engine can do with UDP; the methods are documented in _fastcopy.pyi."""
 
     def __init__(self, flows: int, patience: float) -> None:
         super().__init__(flows, patience)
-        self._gates: dict[int, Gate] = {}
+        self._gates: dict[int, GateFlow] = {}
         self._sources: dict[int, Source] = {}
         """Those that wait, by token."""
-        self._udp_relays: dict[int, Relay] = {}
+        self._udp_relays: dict[int, UdpFlow] = {}
         self._udp_ended: dict[int, UdpCounts] = {}
         """Of gates and relays that nobody has polled yet."""
         self._unpolled = {"gates": 0, "peers": 0, "tls": 0}
@@ -61,22 +71,19 @@ class UdpHalf(Desk[Other | UdpCompletion | Newcomer]):
 
     # --- admission ---
 
-    def udp_serve(
-        self, fd: int, *, datagram: int = 8192, waiting: int = 512, gso: bool = False
-    ) -> int:
+    def udp_serve(self, fd: int, *, waiting: int = 512, options: FlowOptions = PLAIN) -> int:
         """Open a gate on a bound non-blocking UDP socket; own it on success."""
         self._check("udp_serve")
         descriptor = operator.index(fd)
-        size = take_whole("datagram", datagram, MAX_DATAGRAM)
         most = take_whole("waiting", waiting, MAX_WAITING)
-        bool(gso)
+        size = take_options(options).datagram
         with self._admit("udp_serve", (descriptor, DATAGRAM)) as sockets:
             token, tally = self._require_token("udp_serve"), Tally()
             if sockets[0].family not in {socket.AF_INET, socket.AF_INET6}:
                 raise OSError(errno.EAFNOSUPPORT, "")
             if not sockets[0].getsockname()[1]:
                 raise OSError(errno.EINVAL, "it is not bound")
-            gate = Gate(self, token, Port(sockets[0], size, tally), tally, most)
+            gate = GateFlow(self, token, UdpPort(sockets[0], size, tally), tally, most)
             self.loop.add_reader(sockets[0], gate.read)
         self._gates[token] = gate
         return token
@@ -88,15 +95,14 @@ class UdpHalf(Desk[Other | UdpCompletion | Newcomer]):
         *,
         tls: Connection | None = None,
         head: bytes = b"",
-        idle: float = 0.0,
-        raw: bool = False,
+        options: FlowOptions = PLAIN,
     ) -> int:
         """Carry the datagrams of a waiting peer over a link; own it on success."""
         self._check("udp_bind")
         name, descriptor = operator.index(peer), operator.index(fd)
-        limit = take_seconds(idle)
+        wishes = take_options(options)
         check_head(head)
-        kind = RawBound if raw else Bound
+        kind = RawBound if wishes.raw else Bound
         with self._admit("udp_bind", (descriptor, STREAM), tls=(tls,)) as sockets:
             source = self._sources.get(name)
             if source is None:
@@ -105,7 +111,7 @@ class UdpHalf(Desk[Other | UdpCompletion | Newcomer]):
                 raise EngineError("udp_bind", errno.EMSGSIZE)
             token = self._require_token("udp_bind")
             leg = make_leg(sockets[0], tls)
-            relay = kind(self, token, leg, limit, head, source=source)
+            relay = kind(self, token, leg, wishes.idle, head, source=source)
         self._start(relay, tls)
         source.gate.bind(source, relay)
         return token
@@ -117,30 +123,25 @@ class UdpHalf(Desk[Other | UdpCompletion | Newcomer]):
         *,
         tls: Connection | None = None,
         head: bytes = b"",
-        datagram: int = 8192,
-        idle: float = 0.0,
-        raw: bool = False,
-        gso: bool = False,
+        options: FlowOptions = PLAIN,
     ) -> int:
         """Carry the frames of a link as datagrams of a connected socket; own both on success."""
         self._check("udp_dial")
         a, b = operator.index(fd), operator.index(target)
-        size = take_whole("datagram", datagram, MAX_DATAGRAM)
-        limit = take_seconds(idle)
+        wishes = take_options(options)
         check_head(head)
-        bool(gso)
-        kind = RawDialled if raw else Dialled
+        kind = RawDialled if wishes.raw else Dialled
         with self._admit("udp_dial", (a, STREAM), (b, DATAGRAM), tls=(tls,)) as sockets:
             if len(head) > MAX_HEAD:
                 raise EngineError("udp_dial", errno.EMSGSIZE)
             sockets[1].getpeername()
             token = self._require_token("udp_dial")
             leg = make_leg(sockets[0], tls)
-            relay = kind(self, token, leg, limit, head, target=sockets[1], datagram=size)
+            relay = kind(self, token, leg, wishes, head, target=sockets[1])
         self._start(relay, tls)
         return token
 
-    def _start(self, relay: Relay, tls: Connection | None) -> None:
+    def _start(self, relay: UdpFlow, tls: Connection | None) -> None:
         self._udp_relays[relay.token] = relay
         self._lend(relay.token, tls)
         # Not now: the caller must know the token before anything can happen to it.
@@ -228,13 +229,13 @@ class UdpHalf(Desk[Other | UdpCompletion | Newcomer]):
         self._tell(UdpCompletion(source.token, NO_COUNTS, *Ending(reason)))
         self._keep_watch()  # it may have to cool
 
-    def bury_relay(self, relay: Relay, ending: Ending) -> None:
+    def bury_relay(self, relay: UdpFlow, ending: Ending) -> None:
         """Take note that a UDP relay has closed its sockets."""
         del self._udp_relays[relay.token]
         self._unpolled["tls"] += relay.is_tls
         self._end(relay.token, relay.tally.counts(), ending)
 
-    def bury_gate(self, gate: Gate, ending: Ending) -> None:
+    def bury_gate(self, gate: GateFlow, ending: Ending) -> None:
         """Take note that a gate has closed its socket."""
         del self._gates[gate.token]
         self._unpolled["gates"] += 1

@@ -11,10 +11,12 @@ import socket
 import time
 from typing import Final
 
+from nodepass.engine.types import FlowOptions
+
 from .flow import REASON_FINISHED, REASON_RESET, Ending
 from .legs import Leg
-from .udp_port import MAX_PAYLOAD, Port
-from .udp_relay import HEADER_BYTES, TURN_DATAGRAMS, Relay, UdpHost
+from .udp_flow import HEADER_BYTES, TURN_DATAGRAMS, UdpFlow, UdpHost
+from .udp_port import MAX_PAYLOAD, UdpPort
 
 ATTEMPTS: Final = 4  # to send one datagram whose socket reports errors of earlier ones
 REFUSAL_SECONDS: Final = 2.0  # of refusals alone until a target is taken for dead
@@ -22,12 +24,12 @@ SMALL_BYTES: Final = 1000  # raw: no sane path cuts a segment below it
 SETTLE_SECONDS: Final = 0.1  # raw: a longer datagram may come in pieces
 
 
-class Dialled(Relay):
+class Dialled(UdpFlow):
     """A link that is carried to a target.
 
     Args:
         target: a connected UDP socket.
-        datagram: longest datagram taken from it.
+        options: `idle` and `datagram` count.
     """
 
     side = 1
@@ -37,23 +39,22 @@ class Dialled(Relay):
         host: UdpHost,
         token: int,
         leg: Leg,
-        idle: float,
+        options: FlowOptions,
         head: bytes,
         *,
         target: socket.socket,
-        datagram: int,
     ) -> None:
-        super().__init__(host, token, leg, idle, head)
+        super().__init__(host, token, leg, options.idle, head)
         self.target = target
-        self._datagram = datagram
-        self.port = Port(target, datagram, self.tally)
+        self._datagram = options.datagram
+        self.port = UdpPort(target, options.datagram, self.tally)
         self._refused = 0.0
         """When the target began to refuse, on the monotonic clock; 0 = it does not."""
 
     def retarget(self, target: socket.socket) -> None:
         """Go on with another socket; what waits leaves by that."""
         old = self.target
-        self.target, self.port = target, Port(target, self._datagram, self.tally)
+        self.target, self.port = target, UdpPort(target, self._datagram, self.tally)
         self._refused = 0.0
         self.host.loop.remove_reader(old)
         self.host.loop.remove_writer(old)

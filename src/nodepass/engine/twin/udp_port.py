@@ -17,6 +17,8 @@ import sys
 from dataclasses import dataclass, fields
 from typing import Any, Final, NamedTuple
 
+from nodepass.engine.types import UdpCounts
+
 HAS_REMARKS: Final = sys.platform == "linux"
 """Whether the kernel's remarks are asked for."""
 # Python has no names for the first two; the numbers are Linux's (asm/socket.h, linux/in.h).
@@ -37,21 +39,6 @@ MAX_PAYLOAD: Final = 65507  # bytes in the largest datagram of IPv4
 
 Remark = tuple[int, int, bytes]
 """(level, type, data) of an ancillary message, ready for sendmsg."""
-
-
-class UdpCounts(NamedTuple):
-    """What became of datagrams; "up" is from the visitor towards the target."""
-
-    datagrams_up: int
-    datagrams_down: int
-    bytes_up: int
-    bytes_down: int
-    too_large: int
-    slow_link: int
-    no_link: int
-    overrun: int
-    unsent: int
-    refused: int
 
 
 @dataclass(slots=True)
@@ -110,7 +97,7 @@ class Parcel(NamedTuple):
     """What makes an answer leave from the address that was written to, if that is in doubt."""
 
 
-class Port:
+class UdpPort:
     """A UDP socket.
 
     Args:

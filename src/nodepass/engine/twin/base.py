@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
+from nodepass.engine.types import FlowOptions
 from nodepass.errors import EngineClosed, EngineError
 from nodepass.runtime import fork
 
@@ -31,6 +32,7 @@ BUFFER_BYTES: Final = 524288  # one recv; the native size, and the bound per dir
 WATCH_SECONDS: Final = 0.1  # step of the idle limit, as the native engine's wheel
 MAX_FLOWS: Final = 1 << 24  # the native engine's limits, checked alike
 MAX_IDLE: Final = 4e6  # seconds
+MAX_DATAGRAM: Final = 65535  # bytes
 
 STREAM: Final = socket.SOCK_STREAM
 DATAGRAM: Final = socket.SOCK_DGRAM
@@ -49,7 +51,7 @@ _lent: weakref.WeakSet[Connection] = weakref.WeakSet()
 """Connections that an engine holds, from their admission until their end is polled."""
 
 
-class Desk(Generic[News]):
+class EngineBase(Generic[News]):
     """Descriptors come in here, and news go out.
 
     Args:
@@ -230,7 +232,7 @@ class Desk(Generic[News]):
         if self._watched():
             self._keep_watch()
 
-    def _shut_desk(self) -> None:
+    def _shut_base(self) -> None:
         """Give back what the desk itself holds; the news stay."""
         if self._watch is not None:
             self._watch.cancel()
@@ -259,6 +261,19 @@ def take_seconds(value: float, name: str = "idle") -> float:
     if not 0.0 <= seconds <= MAX_IDLE:
         raise ValueError(f"{name}: {seconds} is not within 0..4000000 seconds")
     return seconds
+
+
+def take_options(options: FlowOptions) -> FlowOptions:
+    """Return options as plain values; TypeError, ValueError if one is none or out of range."""
+    if type(options) is not FlowOptions:
+        raise TypeError(f"options are FlowOptions, not {type(options).__name__}")
+    return FlowOptions(
+        idle=take_seconds(options.idle),
+        timeout=take_seconds(options.timeout, "timeout"),
+        datagram=take_whole("datagram", options.datagram, MAX_DATAGRAM),
+        raw=bool(options.raw),
+        gso=bool(options.gso),
+    )
 
 
 def take_patience(value: float) -> float:

@@ -15,27 +15,16 @@ import contextlib
 import errno
 import socket
 import time
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Protocol
 
 from .flow import REASON_ABORTED, REASON_FINISHED, REASON_IDLE, REASON_RESET, Ending, arm_reset
 from .legs import Leg, TlsFault, TlsLeg
-from .udp_port import Tally, UdpCounts
+from .udp_port import Tally
 
 HEADER_BYTES: Final = 2  # of a frame: the length of the datagram behind it
 TURN_DATAGRAMS: Final = 64  # per callback, so that one relay does not keep the loop for itself
 READ_BYTES: Final = 65536  # of the link at once; the longest frame takes two reads
 LAST_READS: Final = 8  # of what nobody wants any more, before a link is closed
-
-
-class UdpCompletion(NamedTuple):
-    """How a gate, a waiting peer or a UDP relay ended."""
-
-    token: int
-    counts: UdpCounts
-    reason: int
-    side: int
-    code: int
-    detail: int
 
 
 class UdpHost(Protocol):
@@ -46,11 +35,11 @@ class UdpHost(Protocol):
     patience: float
     turns: int
 
-    def bury_relay(self, relay: Relay, ending: Ending) -> None:
+    def bury_relay(self, relay: UdpFlow, ending: Ending) -> None:
         """Take note that a UDP relay has closed its sockets."""
 
 
-class Relay:
+class UdpFlow:
     """A link whose bytes become datagrams; what they go to and come from is the heirs' business.
 
     Args:
