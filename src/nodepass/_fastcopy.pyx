@@ -260,10 +260,18 @@ cdef struct Options:
     bint gso
 
 
+cdef object _known = None        # the last options that were plain; most flows have the same
+cdef Options _known_as
+
+
 # FlowOptions, each field checked and as the workers want it.
 cdef int _take_options(object options, Options* into) except -1:
+    global _known, _known_as
     cdef double idle
     cdef double timeout
+    if options is _known:
+        into[0] = _known_as
+        return 0
     if type(options) is not FlowOptions:
         raise TypeError(f"options are FlowOptions, not {type(options).__name__}")
     idle = options[0]
@@ -277,6 +285,9 @@ cdef int _take_options(object options, Options* into) except -1:
         raise ValueError(f"datagram: {into.datagram} is not within 1..{MAX_DATAGRAM}")
     into.raw = options[3]
     into.gso = options[4]
+    if all([type(value) in (int, float, bool) for value in options]):
+        _known_as = into[0]
+        _known = options
     return 0
 
 

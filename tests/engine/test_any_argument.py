@@ -23,12 +23,10 @@ from tests.fuzz.engine_calls import (
     Naughty,
     Pretender,
     Raising,
-    Stage,
     Word,
-    linger,
     parameters,
-    stage,
 )
+from tests.fuzz.engine_stage import Stage, linger, stage
 from tests.kit.engine_rig import Kind, Rig, is_open, owned
 from tests.kit.options import fold
 from tests.kit.tls_rig import our_end

@@ -1,22 +1,18 @@
-"""What dial() promises: a connection and then a relay, or the reason why there is none."""
+"""dial(): a connection comes about, or none does; TLS on the first side; many at once."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import hashlib
 import os
-import random
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.kit.dial_rig import Engine, answer, both_loops, digest, every_kind, serve, words
 from tests.kit.engine_rig import (
-    PATIENCE,
     Begun,
     Kind,
     Rig,
@@ -25,34 +21,33 @@ from tests.kit.engine_rig import (
     owned,
     reset_on_close,
     stream_for,
-    tcp_pair,
 )
 from tests.kit.timing import has_ipv6
 from tests.kit.tls_rig import TlsEnd, ends_for, is_cut
 
 from nodepass.engine.types import FlowOptions
-from nodepass.net.resolver import SocketAddress
 
-Engine = Callable[..., Rig]
 BLOB = os.urandom(3_000_000)
-SAID = b"413 go away\r\n"
+
+
 DIALS = 500
-CIRCLE = 16
-"""Flows that keep the engine busy ..."""
-HANDFUL = 262144
-"""... and bytes that each of them begins with: a round takes a millisecond."""
+
 
 EARLY = 0.02
 """Seconds that a timeout may seem too short: the engine's clock has steps of 4 or 10 ms."""
+
+
 LATE = 5.0
 """Seconds that it may be too long; the wheel's step is a tenth, the rest is for sanitizers."""
+
+
 A_WHILE = 0.3
 """Seconds in which anything that should not happen would have happened."""
 
-every_kind = pytest.mark.parametrize(
-    "kind", ["native", "native-copy", "native-2", "twin"], indirect=True
-)
+
 every_pair = pytest.mark.parametrize("pair", ["tcp", "unix"])
+
+
 every_host = pytest.mark.parametrize(
     "host",
     [
@@ -60,7 +55,6 @@ every_host = pytest.mark.parametrize(
         pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")),
     ],
 )
-both_loops = pytest.mark.loops("asyncio", "uvloop")
 
 
 # --- a connection comes about --------------------------------------------------------------------
@@ -439,213 +433,6 @@ async def test_target_that_is_taken(engine: Engine, kind: Kind) -> None:
         assert not is_called(listener)
 
 
-# --- the first side, while it dials --------------------------------------------------------------
-
-
-@every_kind
-@both_loops
-@pytest.mark.parametrize("said", [b"", b"last words"])
-async def test_reset_of_the_first_side_ends_the_dial(
-    engine: Engine, kind: Kind, said: bytes
-) -> None:
-    async with engine() as rig:
-        full = rig.listen_to_nobody()
-        visitor, a = rig.ends()
-        b = stream_for(full.name)
-        fds = (a.fileno(), b.fileno())
-        token = rig.hand_over_to(a, full.name, b, timeout=60.0)
-        await asyncio.sleep(0.05)
-        await rig.send(visitor, said)
-        reset_on_close(visitor)
-        visitor.close()
-        ended = await rig.ended(token)
-        assert ended == (token, 0, 0, kind.module.REASON_UNMET, 1, errno.ECONNRESET, 0)
-        assert not any(map(is_open, fds))
-
-
-async def test_first_side_that_was_reset_before(engine: Engine, kind: Kind) -> None:
-    """The dial may have been made by then: whoever is there sees no clean end."""
-    async with engine() as rig:
-        full, listener = rig.listen_to_nobody(), rig.listen()
-        for address in (full.name, listener.getsockname()):
-            visitor, a = rig.ends()
-            reset_on_close(visitor)
-            visitor.close()
-            await asyncio.sleep(0.01)
-            token = rig.hand_over_to(a, address, head=b"head", timeout=60.0)
-            ended = await rig.ended(token)
-            assert (ended.down, ended.side, ended.code) == (0, 1, errno.ECONNRESET)
-            reasons = {kind.module.REASON_UNMET}
-            if address != full.name:
-                reasons.add(kind.module.REASON_RESET)
-            assert ended.reason in reasons
-        await asyncio.sleep(0.05)
-        with contextlib.suppress(BlockingIOError):
-            target, _ = listener.accept()
-            rig.socks.append(target)
-            assert await rig.heard_before_reset(target) in {b"", b"head"}
-
-
-async def test_abort_while_it_dials(engine: Engine, kind: Kind) -> None:
-    async with engine() as rig:
-        full = rig.listen_to_nobody()
-        flow = rig.connect(full.name, head=b"never heard", timeout=60.0)
-        await rig.send(flow.visitor, b"nor this")
-        await asyncio.sleep(0.05)
-        rig.engine.abort(flow.token)
-        rig.engine.abort(flow.token)
-        ended = await rig.ended(flow.token)
-        assert ended == (flow.token, 0, 0, kind.module.REASON_ABORTED, 0, 0, 0)
-        assert await rig.heard_before_reset(flow.visitor) == b""
-        rig.engine.abort(flow.token)
-
-
-@every_kind
-async def test_abort_at_any_moment(engine: Engine, kind: Kind) -> None:
-    async with engine() as rig:
-        listener = rig.listen()
-        for step in range(60):
-            flow = rig.connect(listener.getsockname(), head=b"!" * step, timeout=float(step % 2))
-            for _ in range(step % 5):
-                await asyncio.sleep(0)
-            if step % 4 == 0:
-                await asyncio.sleep(step / 20_000)
-            rig.engine.abort(flow.token)
-            ended = await rig.ended(flow.token)
-            assert (ended.reason, ended.side) == (kind.module.REASON_ABORTED, 0)
-            assert await rig.heard_before_reset(flow.visitor) == b""
-        met = 0
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                target, _ = listener.accept()
-                with owned(target):
-                    target.setblocking(False)
-                    heard = await rig.heard_before_reset(target)
-                    assert heard == b"!" * len(heard)
-                met += 1
-        assert met, "some had been connected"
-
-
-async def test_close_while_it_dials(engine: Engine, kind: Kind) -> None:
-    async with engine() as rig:
-        full = rig.listen_to_nobody()
-        flows = [
-            rig.connect(full.name, head=b"x" * step, timeout=5.0 * (step % 2))
-            for step in range(50)
-        ]
-        await rig.send(flows[0].visitor, b"y" * 100_000)
-        assert await rig.close() is True
-        for flow in flows:
-            ended = await rig.ended(flow.token)
-            assert ended == (flow.token, 0, 0, kind.module.REASON_ABORTED, 0, 0, 0)
-            assert await rig.heard_before_reset(flow.visitor) == b""
-
-
-# --- a target that accepts, and hangs up ---------------------------------------------------------
-
-
-@contextlib.contextmanager
-def rude_target(
-    rig: Rig, calls: int, said: bytes, *, ends: bool = False
-) -> Iterator[SocketAddress]:
-    """Say something to each caller and reset at once, without waiting for any event loop."""
-    listener = rig.listen()
-    listener.settimeout(PATIENCE)
-
-    def serve() -> None:
-        for _ in range(calls):
-            sock, _ = listener.accept()
-            sock.sendall(said)
-            if ends:
-                sock.shutdown(socket.SHUT_WR)
-            reset_on_close(sock)
-            sock.close()
-
-    thread = threading.Thread(target=serve, name="rude target")
-    thread.start()
-    try:
-        yield listener.getsockname()
-    finally:
-        thread.join()
-
-
-def keep_busy(rig: Rig) -> None:
-    """Let bytes go round in a circle of flows: the engine hears of others when all is over."""
-    pairs = [tcp_pair() for _ in range(CIRCLE)]
-    for (_, a), (b, _) in zip(pairs, pairs[1:] + pairs[:1], strict=True):
-        rig.hand_over(a, b, head_a=bytes(HANDFUL))
-
-
-def is_busy_at(step: int, rig: Rig) -> bool:
-    """Tell whether this is the round from which on the engine has other things to do."""
-    # The twin has no thread that might be quick: it looks when all have been dialled.
-    return step == 2 and rig.kind.is_native
-
-
-@every_kind
-@both_loops
-async def test_what_a_target_says_before_its_reset_arrives(engine: Engine, kind: Kind) -> None:
-    """Many at once: of some the engine first hears when all is over, of others before that."""
-    calls = 60
-    async with engine() as rig:
-        for step in range(4):
-            if is_busy_at(step, rig):
-                keep_busy(rig)
-            with rude_target(rig, calls, SAID) as address:
-                flows = [rig.connect(address, timeout=30.0) for _ in range(calls)]
-                for flow in flows:
-                    assert await rig.heard_before_reset(flow.visitor) == SAID
-                    ended = await rig.ended(flow.token)
-                    reset = (kind.module.REASON_RESET, 2, errno.ECONNRESET, 0)
-                    assert ended == (flow.token, 0, len(SAID), *reset)
-
-
-@every_kind
-async def test_what_a_target_says_before_its_end_and_its_reset_arrives(
-    engine: Engine, kind: Kind
-) -> None:
-    """Its end has been said, so the visitor may see it; that the flow was cut stays true."""
-    calls = 60
-    async with engine() as rig:
-        for step in range(4):
-            if is_busy_at(step, rig):
-                keep_busy(rig)
-            with rude_target(rig, calls, SAID, ends=True) as address:
-                flows = [rig.connect(address, timeout=30.0) for _ in range(calls)]
-                for flow in flows:
-                    assert await rig.receive(flow.visitor, len(SAID)) == SAID
-                    ended = await rig.ended(flow.token)
-                    assert ended[1:5] == (0, len(SAID), kind.module.REASON_RESET, 2)
-                    assert ended.code in {errno.ECONNRESET, errno.EPIPE}
-                    await rig.until(
-                        lambda sock=flow.visitor: sock.getsockopt(
-                            socket.SOL_SOCKET, socket.SO_ERROR
-                        ),
-                        "the reset",
-                    )
-
-
-@pytest.mark.parametrize("kind", ["native", "native-2", "twin"], indirect=True)
-async def test_what_a_target_says_before_its_reset_arrives_within_tls(
-    engine: Engine, kind: Kind
-) -> None:
-    calls = 30
-    async with engine() as rig:
-        for step in range(4):
-            if is_busy_at(step, rig):
-                keep_busy(rig)
-            with rude_target(rig, calls, SAID) as address:
-                flows = []
-                for _ in range(calls):
-                    end, a, connection = ends_for(rig, "a", "a")
-                    flows.append((end, rig.hand_over_to(a, address, tls=connection)))
-                for end, token in flows:
-                    assert await end.hear(len(SAID)) == SAID
-                    assert await is_cut(end)
-                    ended = await rig.ended(token)
-                    assert ended[1:5] == (0, len(SAID), kind.module.REASON_RESET, 2)
-
-
 # --- TLS on the first side -----------------------------------------------------------------------
 
 
@@ -743,37 +530,9 @@ async def test_many_at_once(engine: Engine, kind: Kind, many_fds: None) -> None:
         assert statistics.bytes_down == sum(len(answer(index)) for index in met)
 
 
-def digest(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()
-
-
 def question(index: int) -> bytes:
     """Return what the visitor of this number says."""
     return words(f"question {index}")
-
-
-def answer(index: int) -> bytes:
-    """Return what the visitor of this number is told."""
-    return words(f"answer {index}")
-
-
-def words(seed: str) -> bytes:
-    dice = random.Random(seed)
-    return dice.randbytes(dice.choice([0, 1, 1000, 50_000, 300_000]))
-
-
-async def serve(rig: Rig, listener: socket.socket, count: int, heard: dict[int, bytes]) -> None:
-    """Take so many visitors, note what each says under its number, and answer behind its end."""
-
-    async def tell(sock: socket.socket) -> None:
-        index = int.from_bytes(await rig.receive(sock, 4), "big")
-        heard[index] = digest(await rig.drain(sock))
-        await rig.send(sock, answer(index))
-        sock.close()
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(count):
-            group.create_task(tell(await rig.accept(listener)))
 
 
 async def visit(rig: Rig, kind: Kind, index: int, flow: Begun) -> None:
@@ -790,73 +549,3 @@ async def be_refused(rig: Rig, kind: Kind, index: int, flow: Begun) -> None:
     assert await rig.heard_before_reset(flow.visitor) == b"", index
     ended = await rig.ended(flow.token)
     assert ended[1:] == (0, 0, kind.module.REASON_UNMET, 2, errno.ECONNREFUSED, 0), index
-
-
-# --- idle limits ---------------------------------------------------------------------------------
-
-
-@every_kind
-async def test_c24_a_dialled_relay_has_an_idle_limit(engine: Engine, kind: Kind) -> None:
-    """It begins with the connection, bytes either way put it off, and its end is a reset."""
-    async with engine() as rig:
-        listener = rig.listen()
-        told = rig.connect(listener.getsockname(), timeout=30.0, idle=0.4)
-        target = await rig.accept(listener)
-        silent = rig.connect(listener.getsockname(), idle=0.4)
-        await rig.accept(listener)
-        forever = rig.connect(listener.getsockname(), timeout=0.2)
-        await rig.accept(listener)
-        for _ in range(8):
-            await asyncio.sleep(0.1)
-            await rig.send(target, b"one way")
-        assert not rig.has_ended(told.token)
-        ended = await rig.ended(silent.token)
-        assert (ended.reason, ended.side) == (kind.module.REASON_IDLE, 0)
-        ended = await rig.ended(told.token)
-        assert (ended.reason, ended.down) == (kind.module.REASON_IDLE, 56)
-        assert await rig.receive(told.visitor, 56) == b"one way" * 8
-        assert await rig.is_reset(told.visitor)
-        assert await rig.is_reset(target)
-        assert not rig.has_ended(forever.token)
-
-
-@every_kind
-async def test_c24_a_half_closed_relay_ends_at_its_idle_limit_only(
-    engine: Engine, kind: Kind
-) -> None:
-    async with engine() as rig:
-        listener = rig.listen()
-        flow = rig.connect(listener.getsockname(), idle=0.4)
-        target = await rig.accept(listener)
-        await rig.send(flow.visitor, b"question")
-        flow.visitor.shutdown(socket.SHUT_WR)
-        assert await rig.receive(target, 8) == b"question"
-        await asyncio.sleep(0.1)
-        assert not rig.has_ended(flow.token)
-        await rig.send(target, b"answer")
-        assert await rig.receive(flow.visitor, 6) == b"answer"
-        assert (await rig.ended(flow.token)).reason == kind.module.REASON_IDLE
-        assert await rig.is_reset(flow.visitor)
-
-
-@every_kind
-async def test_c24_a_slow_dial_is_not_idle(engine: Engine, kind: Kind) -> None:
-    """What it waits for its answer does not count."""
-    async with engine() as rig:
-        full = rig.listen_to_nobody()
-        flow = rig.connect(full.name, timeout=1.0, idle=0.1)
-        ended = await rig.ended(flow.token)
-        assert (ended.reason, ended.code) == (kind.module.REASON_UNMET, errno.ETIMEDOUT)
-
-
-@every_kind
-@pytest.mark.parametrize("idle", [-1.0, float("nan"), float("inf"), 1e12])
-async def test_c24_bad_idle_limits_of_a_dial(engine: Engine, kind: Kind, idle: float) -> None:
-    async with engine() as rig:
-        listener = rig.listen()
-        sock = stream_for(listener.getsockname())
-        visitor, a = rig.ends()
-        with owned(visitor, a, sock), pytest.raises(ValueError, match="idle"):
-            rig.engine.dial(
-                a.fileno(), sock.fileno(), listener.getsockname(), options=FlowOptions(idle=idle)
-            )

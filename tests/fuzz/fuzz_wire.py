@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from nodepass.errors import PeerWireError, TunnelError
-from nodepass.protocol import lines
+from nodepass.protocol import frames, lines, strangers
 from nodepass.protocol.handshake import ClientHandshake, ServerHandshake
 from nodepass.protocol.messages import Dialect, Greeting, Hello, LinkClaim
 from nodepass.protocol.proof import LinkKey
@@ -40,7 +40,7 @@ TOKENS: Final = [b"\n", b"//", b"://", b"?", b"&", b"#", b"=", b"%0a", b"\0", b"
 
 def read_line(line: bytes) -> None:
     """Every parser of one line."""
-    told = lines.identify(line)
+    told = strangers.identify(line)
     for parse in (lines.parse_greeting, lines.parse_opening, lines.parse_answer):
         try:
             parse(line)
@@ -107,8 +107,8 @@ def read_as_session(data: bytes) -> None:
 
 def read_frames(data: bytes) -> None:
     """The UDP frames of a launched link."""
-    buffer = lines.FrameBuffer()
-    packed = b"".join(lines.pack_frame(datagram) for datagram in buffer.feed(data))
+    buffer = frames.FrameBuffer()
+    packed = b"".join(frames.pack_frame(datagram) for datagram in buffer.feed(data))
     assert data.startswith(packed)
     assert buffer.has_rest is (len(packed) < len(data))
 

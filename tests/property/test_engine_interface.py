@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.engine.conftest import kinds
-from tests.fuzz.engine_calls import CALLS, FUNCTIONS, GOOD, METHODS, Call, parameters, stage
+from tests.fuzz.engine_calls import CALLS, FUNCTIONS, GOOD, METHODS, Call, parameters
+from tests.fuzz.engine_stage import stage
 from tests.kit.engine_rig import Kind
 
 

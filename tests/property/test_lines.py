@@ -22,7 +22,7 @@ from tests.property.strategies import (
 )
 
 from nodepass.errors import PeerWireError
-from nodepass.protocol import lines
+from nodepass.protocol import frames, lines, strangers
 from nodepass.protocol.messages import (
     Dialect,
     Greeting,
@@ -154,9 +154,9 @@ def told_of(pieces: list[bytes], limit: int) -> tuple[list[bytes], bool, bytes]:
 @given(st.data(), st.lists(st.binary(max_size=300)))
 def test_frames_of_any_cut(data: st.DataObject, datagrams: list[bytes]) -> None:
     """F25: no datagram is merged, split or cut."""
-    stream = b"".join(lines.pack_frame(datagram) for datagram in datagrams)
+    stream = b"".join(frames.pack_frame(datagram) for datagram in datagrams)
     for pieces in (data.draw(cuts(stream)), [bytes([byte]) for byte in stream]):
-        buffer = lines.FrameBuffer()
+        buffer = frames.FrameBuffer()
         found = []
         for piece in pieces:
             found += buffer.feed(piece)
@@ -166,9 +166,9 @@ def test_frames_of_any_cut(data: st.DataObject, datagrams: list[bytes]) -> None:
 
 @given(st.data(), st.lists(st.binary(max_size=20), min_size=1))
 def test_frames_that_stop_short_have_a_rest(data: st.DataObject, datagrams: list[bytes]) -> None:
-    stream = b"".join(lines.pack_frame(datagram) for datagram in datagrams)
+    stream = b"".join(frames.pack_frame(datagram) for datagram in datagrams)
     stop = data.draw(st.integers(0, len(stream) - 1))
-    buffer = lines.FrameBuffer()
+    buffer = frames.FrameBuffer()
     found = buffer.feed(stream[:stop])
     assert found == datagrams[: len(found)]
     used = sum(len(datagram) + 2 for datagram in found)
@@ -188,7 +188,7 @@ def test_garbage_is_the_peers_fault(line: bytes) -> None:
     for parse in (lines.parse_greeting, lines.parse_opening, lines.parse_answer, parse_native):
         assert fault_of(parse, line).isprintable(), "it goes into a log line"
     assert isinstance(lines.parse_signal(line, Dialect.SEED), Signal), "what is unknown is, too"
-    assert lines.identify(line).isprintable()
+    assert strangers.identify(line).isprintable()
 
 
 def parse_native(line: bytes) -> object:
@@ -226,9 +226,9 @@ def test_a_seed_signal_that_is_understood_can_be_said(line: bytes) -> None:
 @given(st.binary(max_size=400))
 def test_frames_of_garbage(data: bytes) -> None:
     """Any bytes are frames; none is invented and none is lost."""
-    buffer = lines.FrameBuffer()
+    buffer = frames.FrameBuffer()
     found = buffer.feed(data)
-    assert b"".join(lines.pack_frame(datagram) for datagram in found) == data[: framed(found)]
+    assert b"".join(frames.pack_frame(datagram) for datagram in found) == data[: framed(found)]
     assert buffer.has_rest is (framed(found) < len(data))
 
 

@@ -17,9 +17,10 @@ import pytest
 from nodepass.cli import keygen
 from nodepass.config import password
 from nodepass.config.environment import VARIABLES, parse_duration
-from nodepass.config.url import PARAMETERS, Config
+from nodepass.config.parameters import PARAMETERS
+from nodepass.config.url import Config
 from nodepass.observe import console, log, outlet
-from nodepass.protocol import lines, proof
+from nodepass.protocol import frames, lines, proof
 from nodepass.protocol.messages import (
     VERSION,
     Bye,
@@ -271,7 +272,7 @@ def signal_examples() -> Iterator[tuple[str, str]]:
 
 def other_examples() -> Iterator[tuple[str, str]]:
     for datagram in (b"hi", b"", b"0123456789"):
-        yield "frame", lines.pack_frame(datagram).hex()
+        yield "frame", frames.pack_frame(datagram).hex()
     yield "server", line(lines.pack_greeting(Greeting(40001, 0)))
     for kind in (Kind.TCP, Kind.UDP):
         yield "server", line(lines.pack_signal(SeedLaunch("5f3dd280", kind)))

@@ -225,8 +225,7 @@ def test_constructors_take_few_arguments(module: str) -> None:
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.FunctionDef) and node.name == "__init__":
             count = len(node.args.args) + len(node.args.kwonlyargs) - 1
-            most = 7 if module == "engine.twin.udp_dial" else MOST_ARGUMENTS
-            assert count <= most, f"{module}, line {node.lineno}: {count} arguments"
+            assert count <= MOST_ARGUMENTS, f"{module}, line {node.lineno}: {count} arguments"
 
 
 def test_only_the_twin_may_be_slow_in_secret() -> None:
@@ -240,6 +239,26 @@ def test_only_the_twin_may_be_slow_in_secret() -> None:
 def test_sans_io(module: str) -> None:
     touched = {name.split(".")[0] for name, _ in imports(module)} & OUTSIDE
     assert not touched, f"{module} is pure: time, chance and bytes are arguments, not {touched}"
+
+
+LONGEST_MODULE = 450
+"""Lines: as much as one reads in one go."""
+LONGEST_TEST = 600
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_are_short(module: str) -> None:
+    assert len(FILES[module].read_text(encoding="utf-8").splitlines()) <= LONGEST_MODULE
+
+
+def test_test_files_are_short() -> None:
+    long = {
+        str(path.relative_to(TESTS)): count
+        for path in TESTS.rglob("*.py")
+        if (count := len(path.read_text(encoding="utf-8").splitlines())) > LONGEST_TEST
+    }
+    assert not long, "cut them by their own banners"
 
 
 def test_only_choice_knows_the_engines() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nodepass.config.environment import VARIABLES
-from nodepass.config.url import PARAMETERS, Mode, Parameter
+from nodepass.config.parameters import PARAMETERS, Mode, Parameter
 
 __all__ = ["FIRST_STEPS", "text"]
 

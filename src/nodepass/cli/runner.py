@@ -22,8 +22,9 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from typing import Protocol
 
 from nodepass.config.environment import Settings
+from nodepass.config.parameters import Mode
 from nodepass.config.password import FILE_VARIABLE, is_exposed, keep_out_of_core_dumps
-from nodepass.config.url import Config, Mode
+from nodepass.config.url import Config
 from nodepass.errors import NodePassError
 from nodepass.observe.console import Console
 from nodepass.observe.log import COMPLAINT, LEVELS, Log, mask

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 
-from nodepass.config.url import Config, Mode
+from nodepass.config.parameters import Mode
+from nodepass.config.url import Config
 from nodepass.engine.relays import Relays
 from nodepass.net.readiness import Watch
 from nodepass.observe.stats import Gauges

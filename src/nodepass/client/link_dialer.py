@@ -17,11 +17,12 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
+from nodepass.config.address import join_address
 from nodepass.errors import DialError, NodePassError, PeerWireError, TunnelError
-from nodepass.net import tcp
+from nodepass.net import resolver, tcp, tcp_dial
 from nodepass.net.deadlines import Patience
 from nodepass.net.readiness import Watch
-from nodepass.protocol import lines
+from nodepass.protocol import strangers
 from nodepass.protocol.handshake import ClientHandshake
 from nodepass.protocol.proof import LinkKey
 from nodepass.tunnel.context import Context
@@ -60,7 +61,7 @@ class LinkDialer:
     def __init__(
         self, context: Context, dialer: ServerDialer, agreement: Agreement, watch: Watch
     ) -> None:
-        address = tcp.literal(agreement.host, agreement.port)
+        address = resolver.literal(agreement.host, agreement.port)
         assert address is not None, f"{agreement.host} is no address"
         self._settings = context.settings
         self._counters = context.counters
@@ -88,7 +89,7 @@ class LinkDialer:
         """
         family, address = self._address
         try:
-            sock = tcp.begin_dial(family, address)
+            sock = tcp_dial.begin_dial(family, address)
         except OSError as exc:
             on_end(self._error(exc))
             return
@@ -184,7 +185,7 @@ class LinkDialer:
         dial.on_end(Link(sock, number, tls=records.connection))
 
     def _on_unanswered(self, dial: _Dial) -> None:
-        if tcp.is_connected(dial.sock):
+        if tcp_dial.is_connected(dial.sock):
             self._waiting.add(dial)
         else:
             self._fail(dial, self._error(TimeoutError(errno.ETIMEDOUT, "")))
@@ -192,14 +193,14 @@ class LinkDialer:
     def _on_silence(self, dial: _Dial) -> None:
         settings = self._settings
         seconds = settings.dial_timeout + settings.handshake_timeout
-        looks = lines.identify(dial.said)
+        looks = strangers.identify(dial.said)
         self._fail(
             dial, TunnelError(f"no greeting within {seconds:g} s: the other side is {looks}")
         )
 
     def _error(self, exc: OSError) -> DialError:
         host, port = self._address[1][:2]
-        return DialError(tcp.join_address(host, port), exc.errno or errno.EIO, 1)
+        return DialError(join_address(host, port), exc.errno or errno.EIO, 1)
 
     def _fail(self, dial: _Dial, exc: Exception) -> None:
         self._release(dial)

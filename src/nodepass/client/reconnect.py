@@ -13,9 +13,9 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
-from nodepass.config.address import Address
+from nodepass.config.address import Address, join_address
 from nodepass.errors import AuthError, NodePassError, TlsError
-from nodepass.net import tcp
+from nodepass.net import hosts, tcp
 from nodepass.protocol.backoff import Backoff
 from nodepass.protocol.handshake import ClientHandshake
 from nodepass.protocol.messages import Dialect
@@ -144,7 +144,7 @@ class Reconnect:
             records = await self._dialer.secure(sock, tls, is_native=True)
         welcome, key = await self._dialer.introduce(sock, handshake, records, self.name)
         self._learn_arrival(
-            welcome.at, is_one_machine=tcp.plain_host(sock.getsockname()[0]) == host
+            welcome.at, is_one_machine=hosts.plain_host(sock.getsockname()[0]) == host
         )
         port = self._config.tunnel.port
         agreement = Agreement(Dialect.NATIVE, host, port, tls, welcome.session, key, welcome.idle)
@@ -169,7 +169,7 @@ class Reconnect:
 
             fields["fingerprint"] = fingerprint_of(records.connection)
         self._log.forget("dial", "tls", "auth")
-        server = tcp.join_address(agreement.host, self._config.tunnel.port)
+        server = join_address(agreement.host, self._config.tunnel.port)
         self._log.info("tunnel up", server=server, **fields)
         if dialect is Dialect.SEED and self._config.tls:
             self._log.warn(

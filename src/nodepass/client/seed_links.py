@@ -13,7 +13,7 @@ import socket
 from typing import Final
 
 from nodepass.errors import NodePassError, PeerWireError, PoolError
-from nodepass.net import tcp
+from nodepass.net import tcp, tcp_dial
 from nodepass.protocol import lines
 from nodepass.protocol.messages import SEED_ID_SIZE
 from nodepass.tls.codec import Records
@@ -63,7 +63,7 @@ class SeedLinkDialer:
 
     async def _dial(self) -> Link:
         server = self._agreement
-        sock = await tcp.dial(server.host, server.port, self._settings.dial_timeout)
+        sock = await tcp_dial.dial(server.host, server.port, self._settings.dial_timeout)
         said = b""
         records: Records | None = None
         try:

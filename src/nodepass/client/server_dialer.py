@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from nodepass.errors import AuthError, TlsError, TunnelError
-from nodepass.net import tcp
-from nodepass.protocol import lines
+from nodepass.net import tcp_dial
+from nodepass.protocol import lines, strangers
 from nodepass.protocol.handshake import ClientHandshake
 from nodepass.protocol.messages import NONCE_SIZE, Dialect, Greeting, Welcome
 from nodepass.runtime import threads
@@ -100,7 +100,7 @@ class ServerDialer:
             DialError: none of its addresses answers.
         """
         tunnel = self._config.tunnel
-        return await tcp.dial(tunnel.host, tunnel.port, self._settings.dial_timeout)
+        return await tcp_dial.dial(tunnel.host, tunnel.port, self._settings.dial_timeout)
 
     async def greet(self, sock: socket.socket) -> tuple[ClientHandshake, Greeting]:
         """Read the greeting of a fresh connection to the tunnel port.
@@ -119,7 +119,9 @@ class ServerDialer:
                     said += data
                     greeting = handshake.receive_greeting(data)
         except TimeoutError as exc:
-            text = f"no greeting within {timeout:g} s: the other side is {lines.identify(said)}"
+            text = (
+                f"no greeting within {timeout:g} s: the other side is {strangers.identify(said)}"
+            )
             raise TunnelError(text) from exc
         return handshake, greeting
 

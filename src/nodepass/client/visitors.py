@@ -15,9 +15,10 @@ import functools
 import socket
 from typing import Final, Protocol
 
+from nodepass.config.address import join_address
 from nodepass.engine.relays import Relay, RelayResult, UdpRelay
 from nodepass.errors import DialError, EngineError, PoolTimeout
-from nodepass.net import tcp, udp
+from nodepass.net import resolver, tcp, tcp_dial, udp
 from nodepass.net.local_ports import LOCAL_PORTS
 from nodepass.net.resolver import Candidate, SocketAddress
 from nodepass.protocol.messages import Failure, Kind
@@ -123,7 +124,7 @@ class Visitors:
         self._udp_target = udp_target
         self._circle = circle
         target = context.config.target
-        self._target = tcp.literal(target.host, target.port)
+        self._target = resolver.literal(target.host, target.port)
         """Where TCP visitors go, None if that is a name."""
         self._carries = frozenset(context.config.carries.split(","))
 
@@ -173,9 +174,9 @@ class Visitors:
         family, address = target
         try:
             if visitor.is_watched:  # only a connect of our own tells us its local address
-                sock, has_begun = tcp.begin_dial(family, address, is_armed=False), True
+                sock, has_begun = tcp_dial.begin_dial(family, address, is_armed=False), True
             else:
-                sock, has_begun = tcp.open_dial(family, address, False)
+                sock, has_begun = tcp_dial.open_dial(family, address, False)
         except OSError as exc:
             tcp.reset(link.sock)
             self._miss(visitor, self._dial_error(exc.errno))
@@ -233,7 +234,7 @@ class Visitors:
             if visitor.kind is Kind.UDP:
                 sock, address = await self._udp_target.dial()
                 return self._join(visitor, link, sock, address)
-            sock = await tcp.dial(target.host, target.port, self._settings.dial_timeout)
+            sock = await tcp_dial.dial(target.host, target.port, self._settings.dial_timeout)
             return self._join(visitor, link, sock, None)
         except PoolTimeout as exc:
             tcp.reset(link.sock)
@@ -313,7 +314,7 @@ class Visitors:
 
     def _dial_error(self, code: int | None) -> DialError:
         target = self._config.target
-        return DialError(tcp.join_address(target.host, target.port), code or errno.EIO, 1)
+        return DialError(join_address(target.host, target.port), code or errno.EIO, 1)
 
     def _give_up(self, visitor: Visitor, why: Failure, text: str) -> None:
         self._counters.launches_failed += 1
@@ -330,4 +331,4 @@ class Visitors:
 
 def _local_address(sock: socket.socket) -> str:
     host, port = sock.getsockname()[:2]
-    return tcp.join_address(host, port)
+    return join_address(host, port)

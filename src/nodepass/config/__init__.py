@@ -1,3 +1,3 @@
 """What the user asked for: URLs, variables, passwords, as frozen values."""
 
-__all__ = ["address", "environment", "hostname", "password", "spelling", "url"]
+__all__ = ["address", "environment", "hostname", "parameters", "password", "spelling", "url"]

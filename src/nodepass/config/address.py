@@ -38,11 +38,12 @@ class Address:
 
     def __str__(self) -> str:
         """As people read it; `host` is what machines read."""
-        return (
-            f"[{self.host}]:{self.port}"
-            if ":" in self.host
-            else f"{readable(self.host)}:{self.port}"
-        )
+        return join_address(self.host, self.port)
+
+
+def join_address(host: str, port: int) -> str:
+    """Write an address as people do: "host:port", IPv6 in brackets, names in their own letters."""
+    return f"[{host}]:{port}" if ":" in host else f"{readable(host)}:{port}"
 
 
 def parse_address(option: str, text: str) -> Address:

@@ -14,22 +14,19 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
 from nodepass.errors import ConfigError
 
 from .address import PORTS, Address, is_number, leads_to, overlap, parse_address
 from .environment import Settings
 from .hostname import readable
+from .parameters import PARAMETERS, Mode
 from .password import CommonPassword, Secret, checked, utf8
 from .spelling import distance, suggest
 
 __all__ = [
-    "PARAMETERS",
     "Address",
     "Config",
-    "Mode",
-    "Parameter",
     "Secret",
     "Settings",
     "check_together",
@@ -43,13 +40,6 @@ NAME_LIMIT = 64
 _NAME = re.compile(rf"[A-Za-z0-9._-]{{1,{NAME_LIMIT}}}")
 _ESCAPE = re.compile(r"%([0-9A-Fa-f]{2})?")
 _SCHEME = re.compile(r"[A-Za-z]{1,16}")
-
-
-class Mode(StrEnum):
-    """Which end of the tunnel this is."""
-
-    SERVER = "server"
-    CLIENT = "client"
 
 
 SLIPS = 2
@@ -68,42 +58,7 @@ LINE_ENDS = {
 
 NO_URL = "is an address, not a URL: write host:port, without the scheme before it"
 
-BOTH = (Mode.SERVER, Mode.CLIENT)
-LEVELS = ("debug", "info", "warn", "error", "fatal", "none")
-SWITCH = ("0", "1")
 FILES = ("crt", "key", "ca")
-
-
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """One query parameter: who takes it, what it may be, what the help says."""
-
-    name: str
-    modes: tuple[Mode, ...]
-    default: str
-    values: tuple[str, ...]
-    meaning: str
-
-
-PARAMETERS: tuple[Parameter, ...] = (
-    Parameter("log", BOTH, "info", LEVELS, "least level that is printed"),
-    Parameter(
-        "tls",
-        BOTH,
-        "0",
-        ("0", "1", "2"),
-        "server: 0 plain, 1 self-signed, 2 crt and key; client: the least accepted",
-    ),
-    Parameter("crt", (Mode.SERVER,), "", (), "PEM file: certificate and its chain, for tls=2"),
-    Parameter("key", (Mode.SERVER,), "", (), "PEM file: the key of crt"),
-    Parameter("ca", (Mode.CLIENT,), "", (), "PEM file to trust, not the system's; implies tls=2"),
-    Parameter("sni", (Mode.CLIENT,), "", (), "server name, not the tunnel host; implies tls=2"),
-    Parameter("compat", BOTH, "1", SWITCH, "0 = refuse peers of the seed dialect"),
-    Parameter("data", (Mode.SERVER,), "0", (), "port of the seed dialect's data listener"),
-    Parameter("tcp", BOTH, "1", SWITCH, "0 = carry no TCP"),
-    Parameter("udp", BOTH, "1", SWITCH, "0 = carry no UDP"),
-    Parameter("name", (Mode.CLIENT,), "", (), "how the server names this client"),
-)
 
 
 @dataclass(frozen=True, slots=True)

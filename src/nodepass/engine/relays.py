@@ -67,6 +67,7 @@ class Relays:
         """"native" or "python"."""
         self._running = self._start(self._module)
         self._tcp_options = FlowOptions(idle=settings.tcp_idle_timeout)
+        self._last_dial = self._tcp_options
         self._udp_options = FlowOptions(
             datagram=settings.udp_data_buf_size, gso=settings.udp_gso and may_use_gso()
         )
@@ -151,9 +152,14 @@ class Relays:
             address,
             tls=tls,
             head=head,
-            options=self._tcp_options._replace(timeout=min(timeout, MAX_TIMEOUT)),
+            options=self._dial_options(timeout),
         )
         return self._begin(running, token, link, sock)
+
+    def _dial_options(self, timeout: float) -> FlowOptions:
+        if timeout != self._last_dial.timeout:  # it is always the same, and so is the value then
+            self._last_dial = self._tcp_options._replace(timeout=min(timeout, MAX_TIMEOUT))
+        return self._last_dial
 
     def _begin(
         self, running: RunningEngine, token: int, a: socket.socket, b: socket.socket

@@ -1,3 +1,14 @@
 """Sockets: names, dialling, listening, readiness, deadlines."""
 
-__all__ = ["deadlines", "listener", "local_ports", "readiness", "resolver", "tcp", "udp"]
+__all__ = [
+    "deadlines",
+    "descriptors",
+    "hosts",
+    "listener",
+    "local_ports",
+    "readiness",
+    "resolver",
+    "tcp",
+    "tcp_dial",
+    "udp",
+]

@@ -13,11 +13,13 @@ import socket
 from collections.abc import Callable
 from typing import Any, Final
 
+from nodepass.config.address import join_address
 from nodepass.errors import ListenError
 from nodepass.runtime import fork
 
-from .resolver import Candidate, SocketAddress, resolve
-from .tcp import arm, join_address, literal, plain_host, tune
+from .hosts import plain_host
+from .resolver import Candidate, SocketAddress, literal, resolve
+from .tcp import arm, tune
 
 BACKLOG: Final = 4096
 """Connections the kernel may hold for us; it cuts this to net.core.somaxconn."""

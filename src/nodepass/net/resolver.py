@@ -98,3 +98,25 @@ def _tell(
         answer.set_exception(result)
     else:
         answer.set_result(result)
+
+
+def literal(host: str, port: int) -> Candidate | None:
+    """Return how to dial a host, None if it is a name and has to be resolved."""
+    host, _, zone = host.partition("%")
+    if zone:
+        return _scoped(host, port, zone)
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, host)
+        except OSError:
+            continue
+        return family, (host, port)
+    return None
+
+
+def _scoped(host: str, port: int, zone: str) -> Candidate | None:
+    try:
+        socket.inet_pton(socket.AF_INET6, host)
+        return socket.AF_INET6, (host, port, 0, socket.if_nametoindex(zone))
+    except OSError:
+        return None

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Collection
 from typing import Final
 
+from nodepass.config.address import join_address
 from nodepass.errors import DialError
 
 from . import tcp
@@ -56,7 +57,7 @@ async def listen(
     Raises:
         ListenError: the name does not resolve, or an address cannot be bound.
     """
-    shown = f"udp {tcp.join_address(host, port)}"
+    shown = f"udp {join_address(host, port)}"
     way_out = "udp=0 goes without UDP"
     return await bind_all(host, port, _bind, shown, on_absent, way_out)
 
@@ -130,7 +131,7 @@ async def dial(
 
 def shown_target(host: str, port: int) -> str:
     """Return a target as errors and log lines name it."""
-    return f"udp {tcp.join_address(host or 'localhost', port)}"
+    return f"udp {join_address(host or 'localhost', port)}"
 
 
 async def look_up(host: str, port: int, timeout: float) -> list[Candidate]:  # noqa: ASYNC109

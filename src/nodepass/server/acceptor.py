@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from nodepass.engine.relays import HandshakeResult
 from nodepass.errors import EngineError, PeerWireError, TlsError
-from nodepass.net import tcp
+from nodepass.net import descriptors, hosts, tcp
 from nodepass.net.deadlines import Patience
 from nodepass.net.readiness import Watch
-from nodepass.protocol import lines
+from nodepass.protocol import lines, strangers
 from nodepass.protocol.handshake import ServerHandshake
 from nodepass.protocol.messages import NONCE_SIZE, VERSION, Greeting, Hello, LinkClaim
 from nodepass.tls.codec import Records
@@ -69,7 +69,7 @@ class Host(Protocol):
         """Take a connection and its first line; the socket is the host's from here on."""
 
     def count_from(self, source: str) -> int:
-        """Count the clients that are connected from a source, as `tcp.source_of` names it."""
+        """Count the clients that are connected from a source, as `hosts.source_of` names it."""
 
 
 class Acceptor:
@@ -108,7 +108,7 @@ class Acceptor:
         self._per_source: dict[str, int] = {}
         self._has_swept = False
         # Strangers must not be able to take all the files that this process may open.
-        self._most = max(8, min(MAX_PENDING, tcp.descriptor_limit() // 8))
+        self._most = max(8, min(MAX_PENDING, descriptors.descriptor_limit() // 8))
         self.data_port = 0
         """What the greeting offers to seed clients; 0 = they are not admitted."""
 
@@ -117,7 +117,7 @@ class Acceptor:
 
     def admit(self, sock: socket.socket, host: str, port: int) -> None:
         """Greet a fresh connection; it is the acceptor's from here on."""
-        source = tcp.source_of(host)
+        source = hosts.source_of(host)
         if self._is_full(source):
             self._sweep()
             if self._is_crowded(source):
@@ -238,7 +238,7 @@ class Acceptor:
             elif data[0] == TLS_FIRST_BYTE:
                 self._secure(pending)
             else:
-                self._drop(pending, f"it does not speak TLS; {lines.identify(data)}")
+                self._drop(pending, f"it does not speak TLS; {strangers.identify(data)}")
 
     def _secure(self, pending: PendingConnection) -> None:
         assert self._tls is not None
@@ -341,7 +341,7 @@ class Acceptor:
             self._drop(pending, "it said nothing inside TLS")
         elif pending.said:
             self._drop(
-                pending, f"its first line stayed unfinished; {lines.identify(pending.said)}"
+                pending, f"its first line stayed unfinished; {strangers.identify(pending.said)}"
             )
         elif self.data_port:
             self._drop(
@@ -376,7 +376,7 @@ class Acceptor:
 
     def _tell(self, host: str, why: str) -> None:
         self._counters.strangers += 1
-        key = f"stranger {tcp.source_of(host)}"
+        key = f"stranger {hosts.source_of(host)}"
         self._log.repeated("warn", key, "turned away", host=host, why=why)
 
     def _release(self, pending: PendingConnection) -> None:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nodepass.engine.relays import Relay
-from nodepass.net import tcp
+from nodepass.net import hosts
 from nodepass.observe.log import Log
 
 SILENCE: Final = 30.0
@@ -194,4 +194,4 @@ def _patience(seconds: float, haste: int) -> float:
 
 
 def _source(visitor: str) -> str:
-    return tcp.source_of(visitor.rpartition(":")[0].strip("[]"))
+    return hosts.source_of(visitor.rpartition(":")[0].strip("[]"))

@@ -10,8 +10,8 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from nodepass.config.address import join_address
 from nodepass.engine.relays import Handshake
-from nodepass.net import tcp
 from nodepass.protocol.handshake import ServerHandshake
 from nodepass.tls.codec import Records
 
@@ -50,7 +50,7 @@ class PendingConnection:
         self.sock = sock
         self.host = host
         self.source = source
-        """Of its host, as `tcp.source_of` says."""
+        """Of its host, as `hosts.source_of` says."""
         self.port = port
         self.handshake = handshake
         self.on_ready: Callable[[], None] | None = None
@@ -72,7 +72,7 @@ class PendingConnection:
 
     @property
     def address(self) -> str:
-        return tcp.join_address(self.host, self.port)
+        return join_address(self.host, self.port)
 
     @property
     def is_silent(self) -> bool:

@@ -12,9 +12,11 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from nodepass.config.url import Config, Mode
+from nodepass.config.address import join_address
+from nodepass.config.parameters import Mode
+from nodepass.config.url import Config
 from nodepass.engine.relays import Relays
-from nodepass.net import tcp
+from nodepass.net import resolver
 from nodepass.net.listener import Listener, OnAccept, listen
 from nodepass.net.readiness import Watch
 from nodepass.observe.stats import Gauges, least_rtt
@@ -127,7 +129,7 @@ class Server(Tunnel):
         self._resources.callback(self._udp_visitors.close)
         if self.config.udp:
             await self._udp_visitors.open(host, port, self._tell_absent)
-        is_address = tcp.literal(host, port) is not None and "%" not in host
+        is_address = resolver.literal(host, port) is not None and "%" not in host
         self._sessions.arrival = (host if is_address else "", port)
 
     async def _open_data_port(self, context: Context) -> None:
@@ -177,11 +179,11 @@ class Server(Tunnel):
         self._resources.callback(self._stop_periods)
         data = {} if self._data is None else {"data": self._data.address[1]}
         # Among several tunnels it is the label of each line.
-        tunnel = {"tunnel": tcp.join_address(*self._tunnel.address)}
+        tunnel = {"tunnel": join_address(*self._tunnel.address)}
         self._log.info(
             "server listening",
             **({} if self.config.label else tunnel),
-            target=tcp.join_address(*self._target_address),
+            target=join_address(*self._target_address),
             carries=self.config.carries,
             **data,
             tls=self.config.tls,

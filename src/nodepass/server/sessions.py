@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from nodepass.errors import AuthError, PoolClosed, PoolTimeout, TlsError, TunnelError
-from nodepass.net import tcp
+from nodepass.net import descriptors, hosts, tcp
 from nodepass.net.readiness import Watch
 from nodepass.protocol import lines
 from nodepass.protocol.messages import (
@@ -70,7 +70,7 @@ class Sessions:
         context: Context,
         pool: Pool,
         watch: Watch,
-        shares: tcp.Shares,
+        shares: descriptors.Shares,
         throttle: Throttle,
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -99,7 +99,7 @@ class Sessions:
         return iter(list(self._clients.values()))
 
     def count_from(self, source: str) -> int:
-        """Count the clients that are connected from a source, as `tcp.source_of` names it."""
+        """Count the clients that are connected from a source, as `hosts.source_of` names it."""
         return self._sources.get(source, 0)
 
     def has_native(self, host: str) -> bool:
@@ -126,7 +126,7 @@ class Sessions:
         if held and any(
             client.name == name
             and client.session.dialect is Dialect.NATIVE
-            and tcp.source_of(client.host) == source
+            and hosts.source_of(client.host) == source
             for client in self._clients.values()
         ):
             return
@@ -202,7 +202,7 @@ class Sessions:
         Returns:
             Whether there is room; otherwise it has brought as many as we keep.
         """
-        if len(client.idle_links) + coming >= tcp.IDLE_ROOM * self._most_idle:
+        if len(client.idle_links) + coming >= descriptors.IDLE_ROOM * self._most_idle:
             return False
         # Pending connections are watched along with the links; only where that is too many we
         # count.
@@ -295,7 +295,7 @@ class Sessions:
         )
         client.control = Control(session, functools.partial(self._on_event, client))
         self._clients[session_id] = client
-        self._sources[tcp.source_of(client.host)] += 1
+        self._sources[hosts.source_of(client.host)] += 1
         self._counters.sessions += 1
         self._pool.add(client)
         self._welcome_back(client)
@@ -320,7 +320,7 @@ class Sessions:
         if self._clients.get(client.id) is client:
             del self._clients[client.id]
             self._doubt(client)
-            source = tcp.source_of(client.host)
+            source = hosts.source_of(client.host)
             self._sources[source] -= 1
             if not self._sources[source]:
                 del self._sources[source]
@@ -353,7 +353,7 @@ class Sessions:
         elif isinstance(event, Lost):
             self._unseat(client)
             if event.is_flood:  # it would be back at once
-                self._throttle.fail(tcp.source_of(client.host), self._loop.time())
+                self._throttle.fail(hosts.source_of(client.host), self._loop.time())
             self._log.bounded(
                 "info" if event.is_orderly else "warn",
                 f"lost {client.name}",

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
+from nodepass.config.address import join_address
 from nodepass.engine.relays import Gate
 from nodepass.engine.types import Newcomer
 from nodepass.errors import EngineError, PoolClosed, PoolTimeout
@@ -230,5 +231,5 @@ class UdpVisitors:
             tcp.reset(link.sock)
             slot.release()
             raise
-        visitor = tcp.join_address(newcomer.host, newcomer.port)
+        visitor = join_address(newcomer.host, newcomer.port)
         self._launches.begin(relay, member, link.name, visitor, slot)

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import socket
 
+from nodepass.config.address import join_address
 from nodepass.errors import EngineError, PoolClosed, PoolTimeout
 from nodepass.net import tcp
 from nodepass.net.listener import Listener
@@ -40,7 +41,7 @@ class Visitor:
     @property
     def address(self) -> str:
         """As "host:port"."""
-        return tcp.join_address(self.host, self.port)
+        return join_address(self.host, self.port)
 
     def reset(self) -> None:
         """Have no more to do with it."""

@@ -16,10 +16,11 @@ from types import TracebackType
 from typing import Final, Self
 
 from nodepass.config.environment import Settings
-from nodepass.config.url import Config, Mode
+from nodepass.config.parameters import Mode
+from nodepass.config.url import Config
 from nodepass.engine.relays import Relays
 from nodepass.errors import ConfigError, TunnelError
-from nodepass.net import tcp
+from nodepass.net import descriptors
 from nodepass.observe.log import Log
 from nodepass.observe.loss import DropReport
 from nodepass.observe.stats import Counters, Datagrams, Gauges, TunnelStatistics
@@ -247,14 +248,14 @@ class Tunnel(ABC):
         # It takes 0.1 s on purpose, and other tunnels of this loop may be at work.
         return await threads.run(lambda: stretch_password(password.reveal()))
 
-    def _share_descriptors(self) -> tcp.Shares:
+    def _share_descriptors(self) -> descriptors.Shares:
         """Return how many visitors and idle links fit the limit of open files; warn if few."""
         wanted = self._settings.semaphore_limit
-        shares = tcp.share_descriptors(wanted, self._settings.max_pool_capacity)
+        shares = descriptors.share_descriptors(wanted, self._settings.max_pool_capacity)
         if shares.visitors < wanted:
             self._log.warn(
                 "the limit of open files (ulimit -n) is too low for SEMAPHORE_LIMIT visitors",
-                files=tcp.descriptor_limit(),
+                files=descriptors.descriptor_limit(),
                 visitors=shares.visitors,
                 wanted=wanted,
             )

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 
-from nodepass.net import tcp
+from nodepass.net import tcp, tcp_dial
 
 CLONE_NEWNET = 0x40000000
 VISITS = 600
@@ -52,7 +52,7 @@ async def visit(address: tuple[str, int]) -> None:
     loop = asyncio.get_running_loop()
     for number in range(VISITS):
         try:
-            sock = await tcp.dial(*address, 5)
+            sock = await tcp_dial.dial(*address, 5)
         except OSError as exc:
             sys.exit(f"visit {number}: {exc}")
         with sock:

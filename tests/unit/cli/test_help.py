@@ -9,7 +9,8 @@ import pytest
 from nodepass.cli.help import FIRST_STEPS, text
 from nodepass.cli.keygen import text as keygen_text
 from nodepass.config.environment import VARIABLES
-from nodepass.config.url import PARAMETERS, Config
+from nodepass.config.parameters import PARAMETERS
+from nodepass.config.url import Config
 
 WIDTH = 100
 

@@ -13,6 +13,7 @@ from typing import cast
 
 import pytest
 from tests.kit.context import make_context
+from tests.kit.engines import both
 from tests.kit.timing import free_port, until
 
 from nodepass.client.link_dialer import LinkDialer
@@ -27,8 +28,6 @@ from nodepass.protocol.handshake import ServerHandshake
 from nodepass.protocol.messages import KEY_SIZE, NONCE_SIZE, VERSION, Dialect, Greeting, LinkClaim
 from nodepass.protocol.proof import LinkKey
 from nodepass.tunnel.idle_links import IdleLinks, Link
-
-both = pytest.mark.loops("asyncio", "uvloop")
 
 SESSION = "0123456789abcdef"
 KEY = bytes(KEY_SIZE)

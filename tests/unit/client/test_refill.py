@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 from tests.kit.engine_rig import tcp_pair
+from tests.kit.engines import both
 from tests.kit.timing import until, within
 
 from nodepass.client import refill
@@ -20,8 +21,6 @@ from nodepass.net import tcp
 from nodepass.net.readiness import Watch
 from nodepass.observe.log import Log
 from nodepass.tunnel.idle_links import IdleLinks, Link
-
-both = pytest.mark.loops("asyncio", "uvloop")
 
 
 class Yard:

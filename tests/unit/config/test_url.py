@@ -9,12 +9,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from nodepass.config import parameters
 from nodepass.config import url as module
 from nodepass.config.address import Address
+from nodepass.config.parameters import PARAMETERS, Mode
 from nodepass.config.url import (
-    PARAMETERS,
     Config,
-    Mode,
     Secret,
     Settings,
     check_together,
@@ -92,7 +92,7 @@ def test_hosts(url: str, tunnel: Address, target: Address) -> None:
 @pytest.mark.parametrize(
     ("url", "field", "value"),
     [
-        *((f"{SERVER}?log={level}", "log", level) for level in module.LEVELS),
+        *((f"{SERVER}?log={level}", "log", level) for level in parameters.LEVELS),
         (f"{SERVER}?log=DEBUG", "log", "debug"),
         (f"{SERVER}?l%6Fg=warn", "log", "warn"),
         (f"{SERVER}?tls=0", "tls", 0),
@@ -529,7 +529,7 @@ def test_the_table_names_every_parameter_of_a_config() -> None:
 def test_one_table_for_the_log_levels() -> None:
     from nodepass.observe.log import LEVELS
 
-    assert tuple(LEVELS) == module.LEVELS
+    assert tuple(LEVELS) == parameters.LEVELS
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-import pytest
+from tests.kit.engines import both
 from tests.kit.timing import until
 
 from nodepass.net.deadlines import Patience
-
-both = pytest.mark.loops("asyncio", "uvloop")
 
 
 @both

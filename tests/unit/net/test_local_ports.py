@@ -13,7 +13,7 @@ import pytest
 from tests.kit.engine_rig import tcp_pair
 from tests.kit.timing import free_port
 
-from nodepass.net import local_ports, tcp
+from nodepass.net import local_ports, tcp, tcp_dial
 from nodepass.net.local_ports import PERIOD, LocalPorts, Need
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="an option of Linux")
@@ -141,11 +141,11 @@ def free(count: int) -> list[int]:
 async def test_c15_a_dial_takes_a_port_of_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     taken, wanted, other = free(3)
     short = Short(taken, wanted, other)
-    monkeypatch.setattr(tcp, "LOCAL_PORTS", short)
+    monkeypatch.setattr(tcp_dial, "LOCAL_PORTS", short)
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as holder:
         holder.bind(("0.0.0.0", taken))
         holder.listen(1)
-        with await tcp.dial("127.0.0.1", server.getsockname()[1], 5) as sock:
+        with await tcp_dial.dial("127.0.0.1", server.getsockname()[1], 5) as sock:
             assert sock.getsockname()[1] == wanted
             far, _ = server.accept()
             with far:
@@ -157,10 +157,10 @@ async def test_c15_a_dial_takes_a_port_of_its_turn(monkeypatch: pytest.MonkeyPat
 async def test_c15_a_port_in_time_wait_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten times the same pair of addresses within a moment, this side ending first each time."""
     (port,) = free(1)
-    monkeypatch.setattr(tcp, "LOCAL_PORTS", Short(port))
+    monkeypatch.setattr(tcp_dial, "LOCAL_PORTS", Short(port))
     with socket.create_server(("127.0.0.2", 0)) as server:
         for _ in range(10):
-            sock = await tcp.dial("127.0.0.2", server.getsockname()[1], 5)
+            sock = await tcp_dial.dial("127.0.0.2", server.getsockname()[1], 5)
             with sock:
                 assert sock.getsockname()[1] == port
                 far, _ = server.accept()
@@ -178,11 +178,11 @@ async def test_c15_without_any_port_of_its_turn_the_kernel_chooses(
 ) -> None:
     (taken,) = free(1)
     short = Short(taken)
-    monkeypatch.setattr(tcp, "LOCAL_PORTS", short)
+    monkeypatch.setattr(tcp_dial, "LOCAL_PORTS", short)
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as holder:
         holder.bind(("0.0.0.0", taken))
         holder.listen(1)
-        with await tcp.dial("127.0.0.1", server.getsockname()[1], 5) as sock:
+        with await tcp_dial.dial("127.0.0.1", server.getsockname()[1], 5) as sock:
             assert sock.getsockname()[1] != taken
         server.accept()[0].close()
     assert short.missed == 1
@@ -191,8 +191,8 @@ async def test_c15_without_any_port_of_its_turn_the_kernel_chooses(
 def test_c15_a_dial_does_not_meet_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bound to the very port that it dials, where nobody listens, it would be connected."""
     (port,) = free(1)
-    monkeypatch.setattr(tcp, "LOCAL_PORTS", Short(port))
-    sock, has_begun = tcp.open_dial(socket.AF_INET, ("127.0.0.1", port))
+    monkeypatch.setattr(tcp_dial, "LOCAL_PORTS", Short(port))
+    sock, has_begun = tcp_dial.open_dial(socket.AF_INET, ("127.0.0.1", port))
     sock.close()
     assert not has_begun
 
@@ -205,7 +205,7 @@ def test_c15_when_none_is_left_it_is_tried_once_more_bound(
     far.close()
     (port,) = free(1)
     faults = [errno.EADDRNOTAVAIL]
-    real = tcp.begin_connect
+    real = tcp_dial.begin_connect
 
     def begin(sock: socket.socket, address: tuple[str, int]) -> None:
         if faults:
@@ -216,9 +216,9 @@ def test_c15_when_none_is_left_it_is_tried_once_more_bound(
         def note(self, *_: object) -> Need:
             return Need.BOUND if self.missed else Need.FRESH
 
-    monkeypatch.setattr(tcp, "begin_connect", begin)
-    monkeypatch.setattr(tcp, "LOCAL_PORTS", Learning(port))
+    monkeypatch.setattr(tcp_dial, "begin_connect", begin)
+    monkeypatch.setattr(tcp_dial, "LOCAL_PORTS", Learning(port))
     with socket.create_server(("127.0.0.1", 0)) as server:
-        with tcp.begin_dial(socket.AF_INET, server.getsockname()) as sock:
+        with tcp_dial.begin_dial(socket.AF_INET, server.getsockname()) as sock:
             assert sock.getsockname()[1] == port
         server.accept()[0].close()

@@ -13,12 +13,11 @@ from unittest import mock
 
 import pytest
 from tests.kit.engine_rig import tcp_pair
+from tests.kit.engines import both
 from tests.kit.timing import until
 
-from nodepass.net import tcp
+from nodepass.net import tcp, tcp_dial
 from nodepass.net.readiness import Watch
-
-both = pytest.mark.loops("asyncio", "uvloop")
 
 
 @contextlib.contextmanager
@@ -285,7 +284,7 @@ async def test_watch_tells_how_a_connect_ends(watch_kind: str, is_refused: bool)
             stack.enter_context(tcp.open_stream(socket.AF_INET)).connect_ex(name)
         sock = stack.enter_context(tcp.open_stream(socket.AF_INET))
         watch = stack.enter_context(watching())
-        tcp.begin_connect(sock, name)
+        tcp_dial.begin_connect(sock, name)
         heard: list[str] = []
         watch.readable(sock, lambda: heard.append("answer"))
         await asyncio.sleep(0.02)

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 from tests.kit.engine_rig import tcp_pair
+from tests.kit.engines import both
 from tests.kit.timing import free_port, has_ipv6
 
 from nodepass.errors import DialError, ListenError
 from nodepass.net import udp
 from nodepass.net.resolver import SocketAddress
 
-both = pytest.mark.loops("asyncio", "uvloop")
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
 
 FORCED = {33: socket.SO_RCVBUF, 32: socket.SO_SNDBUF}

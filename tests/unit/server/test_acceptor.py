@@ -10,14 +10,13 @@ import weakref
 
 import pytest
 from tests.kit.acceptor_desk import Street
+from tests.kit.engines import both
 from tests.kit.timing import until, within
 
-from nodepass.net import tcp
+from nodepass.net import descriptors, hosts, tcp
 from nodepass.protocol import lines
 from nodepass.protocol.messages import Hello, LinkClaim
 from nodepass.server.acceptor import MAX_PENDING, MAX_PENDING_PER_SOURCE
-
-both = pytest.mark.loops("asyncio", "uvloop")
 
 HELLO = lines.pack_hello(Hello("somebody", b"n" * 16))
 CLAIM = lines.pack_link_claim(LinkClaim("ab" * 8, 7, b"p" * 32))
@@ -25,7 +24,7 @@ CLAIM = lines.pack_link_claim(LinkClaim("ab" * 8, 7, b"p" * 32))
 
 def most() -> int:
     """Most callers at once on this machine."""
-    return min(MAX_PENDING, tcp.descriptor_limit() // 8)
+    return min(MAX_PENDING, descriptors.descriptor_limit() // 8)
 
 
 # --- greeting and openings ---------------------------------------------------------------------
@@ -232,7 +231,7 @@ async def test_room_is_made_where_there_is_anybody() -> None:
 
 
 async def test_few_descriptors_bound_the_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp, "descriptor_limit", lambda: 80)
+    monkeypatch.setattr(descriptors, "descriptor_limit", lambda: 80)
     async with Street() as street:
         for number in range(20):
             street.come(f"10.0.{number}.1")
@@ -352,7 +351,7 @@ async def test_links_do_not_wait(long_penalty: None) -> None:
 @both
 async def test_addresses_of_one_network_are_one_source(long_penalty: None) -> None:
     async with Street() as street:
-        fail(street, tcp.source_of("2001:db8::1"))
+        fail(street, hosts.source_of("2001:db8::1"))
         street.come("2001:db8::2").send(HELLO)
         street.come("2001:db8:0:1::2").send(HELLO)
         await until(lambda: street.openings, 5, "the opening")

@@ -6,14 +6,13 @@ import asyncio
 import logging
 
 import pytest
+from tests.kit.engines import both
 from tests.kit.server_desk import is_reset, launched, serving
 from tests.kit.timing import until
 
 from nodepass.observe.log import Log
 from nodepass.server import eviction
 from nodepass.server.eviction import Eviction
-
-both = pytest.mark.loops("asyncio", "uvloop")
 
 
 class Visitor:

@@ -9,14 +9,13 @@ import logging
 from collections.abc import Coroutine
 
 import pytest
+from tests.kit.engines import both
 from tests.kit.peer import SeedClient
 from tests.kit.server_desk import Desk, is_reset, serving
 from tests.kit.stream import Stream, connect
 from tests.kit.timing import until, within
 
 from nodepass.server import unanswered
-
-both = pytest.mark.loops("asyncio", "uvloop")
 
 BOOKKEEPING = 0.02
 """Seconds that a client takes from reading an id to storing it."""

@@ -11,11 +11,13 @@ from dataclasses import replace
 
 import pytest
 from tests.kit.engine_rig import tcp_pair
+from tests.kit.engines import both
 from tests.kit.timing import until, within
 
 from nodepass.client.client import Client
 from nodepass.config.environment import Settings
-from nodepass.config.url import Config, Mode
+from nodepass.config.parameters import Mode
+from nodepass.config.url import Config
 from nodepass.engine.relays import Relay, Relays
 from nodepass.errors import ConfigError, EngineError, TunnelError
 from nodepass.observe.stats import Gauges
@@ -23,8 +25,6 @@ from nodepass.server.server import Server
 from nodepass.tunnel import base as tunnel_module
 from nodepass.tunnel.base import Tunnel
 from nodepass.tunnel.context import Context
-
-both = pytest.mark.loops("asyncio", "uvloop")
 
 
 def config(*, log: str = "none", shutdown: float = 5.0, report: float = 5.0) -> Config:

@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 from tests.kit.engine_rig import tcp_pair
+from tests.kit.engines import both
 from tests.kit.timing import until, within
 
 from nodepass.errors import TunnelError
@@ -17,8 +18,6 @@ from nodepass.protocol.messages import Dialect, Fail, Failure, Heartbeat, Idle, 
 from nodepass.protocol.session import MAX_UNSENT, Event, Lost, Role, Session, State
 from nodepass.tunnel import control as controlling
 from nodepass.tunnel.control import LINES_A_TURN, Control
-
-both = pytest.mark.loops("asyncio", "uvloop")
 
 QUIET = 30.0
 """Report period, seconds, of a session that shall not beat again during its test."""

@@ -10,6 +10,7 @@ import pytest
 from OpenSSL import SSL
 from tests.kit.acceptor_desk import outside
 from tests.kit.engine_rig import tcp_pair
+from tests.kit.engines import both
 from tests.kit.hand_seal import ALERT, HandSealer
 from tests.kit.secure import LibrarySide, TlsFault, TlsStream, library_client
 from tests.kit.stream import Stream
@@ -22,8 +23,6 @@ from nodepass.tls.codec import Records
 from nodepass.tls.contexts import ServerTls
 from nodepass.tunnel import control as control_module
 from nodepass.tunnel.control import Control
-
-both = pytest.mark.loops("asyncio", "uvloop")
 
 QUIET = 30.0
 """Report period, seconds, of a session that shall not beat again during its test."""

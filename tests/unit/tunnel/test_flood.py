@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 from tests.kit.client_desk import paired, seeded
 from tests.kit.engine_rig import tcp_pair
+from tests.kit.engines import both
 from tests.kit.server_desk import serving
 from tests.kit.timing import until, within
 from tests.unit.tunnel.test_control_tls import Wire as TlsWire
@@ -22,8 +23,6 @@ from nodepass.protocol.messages import Dialect, Drain, Fail, Idle, Kind, Launch,
 from nodepass.protocol.session import TALK_BURST, TALK_RATE, Event, Lost, Role, Session, State
 from nodepass.tunnel.control import LINES_A_TURN, Control
 from nodepass.tunnel.idle_links import Link
-
-both = pytest.mark.loops("asyncio", "uvloop")
 
 QUIET = 30.0
 """Report period, seconds, of a session that shall not beat again during its test."""

@@ -15,6 +15,7 @@ import pytest
 from tests.kit.acceptor_desk import outside
 from tests.kit.authority import Issued, self_signed
 from tests.kit.engine_rig import tcp_pair
+from tests.kit.engines import both
 from tests.kit.hand_seal import HandSealer
 from tests.kit.secure import LibrarySide, TlsStream, library_server, secure
 from tests.kit.stream import Stream
@@ -27,8 +28,6 @@ from nodepass.observe.log import Log
 from nodepass.tls.codec import Records
 from nodepass.tls.contexts import ClientTls, ServerTls
 from nodepass.tunnel.idle_links import LOOKS, READ_SIZE, IdleLinks, Link
-
-both = pytest.mark.loops("asyncio", "uvloop")
 
 
 @pytest.fixture(params=["epoll", "readers"])

@@ -18,11 +18,12 @@ from collections import Counter, deque
 from typing import Any, Final, Protocol
 
 from nodepass.engine.types import Newcomer
+from nodepass.net.hosts import plain_host, source_of
 
 from .flow import REASON_ABORTED, REASON_FINISHED, REASON_IDLE, Ending
 from .legs import Leg
 from .udp_flow import HEADER_BYTES, TURN_DATAGRAMS, UdpFlow, UdpHost
-from .udp_port import MAX_PAYLOAD, Parcel, Remark, Tally, UdpPort, crowd_of, plain_host
+from .udp_port import MAX_PAYLOAD, Parcel, Remark, Tally, UdpPort
 
 CROWD_SHARE: Final = 4  # an address may have so many times the waiting places that are left
 PARKED_BYTES: Final = 65536  # of one source that waits, 2 more for each datagram
@@ -77,7 +78,7 @@ class Source:
 
     def newcomer(self) -> Newcomer:
         """Return what the caller hears of this source."""
-        return Newcomer(self.token, self.gate.token, plain_host(self.address), self.address[1])
+        return Newcomer(self.token, self.gate.token, plain_host(self.address[0]), self.address[1])
 
     def park(self, data: bytes) -> None:
         """Keep a datagram; drop the oldest for it."""
@@ -174,7 +175,7 @@ class GateFlow:
         if self.is_shut or left <= 0:
             return None
         # The scarcer the places, the fewer for one address.
-        if self._crowds[crowd_of(parcel.address)] >= CROWD_SHARE * left:
+        if self._crowds[source_of(plain_host(parcel.address[0]))] >= CROWD_SHARE * left:
             return None
         source = Source(self, key, parcel)
         if not self.host.admit(source):
@@ -189,7 +190,7 @@ class GateFlow:
         del self._sources[source.key]
 
     def _count(self, source: Source, step: int) -> None:
-        crowd = crowd_of(source.address)
+        crowd = source_of(plain_host(source.address[0]))
         self._crowds[crowd] += step
         if not self._crowds[crowd]:
             del self._crowds[crowd]

@@ -34,7 +34,6 @@ DROPS_MASK: Final = 0xFFFFFFFF
 REMARKS_BYTES: Final = 128  # room for all three: headers of 16 bytes, bodies of at most 20
 
 WILDCARDS: Final = ("0.0.0.0", "::")  # noqa: S104 -- looked for, not bound
-MAPPED: Final = "::ffff:"  # IPv4 on a dual-stack socket (RFC 4291, section 2.5.5.2)
 MAX_PAYLOAD: Final = 65507  # bytes in the largest datagram of IPv4
 
 Remark = tuple[int, int, bytes]
@@ -193,18 +192,3 @@ def answering(level: int, kind: int, body: bytes) -> Remark | None:
         is_link_local = ours[0] == 0xFE and ours[1] & 0xC0 == 0x80  # RFC 4291, section 2.5.6
         return level, kind, PKTINFO6.pack(ours, interface if is_link_local else 0)
     return None
-
-
-def crowd_of(address: Any) -> str | bytes:
-    """Return what a source shares with the others of its machine: its address, or a /64."""
-    host = plain_host(address)
-    if ":" not in host:
-        return host
-    return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8]
-
-
-def plain_host(address: Any) -> str:
-    """Return a source's numeric address, IPv4 as IPv4."""
-    host = str(address[0])
-    plain = host.removeprefix(MAPPED)
-    return host if ":" in plain else plain

@@ -1,0 +1,15 @@
+"""Fixtures of several tests of this folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.kit.authority import Authority
+
+PASSWORD = "correct-horse"
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path / "authority")
