@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+from tests.kit.timing import free_port
 
 from nodepass import Client, Server
 
@@ -31,3 +37,28 @@ def test_public_names_of_a_tunnel(
         name for name in expected - {"config", "mode"} if not getattr(kind, name).__doc__
     ]
     assert not undocumented
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "embedding.md"
+
+
+@pytest.mark.parametrize("kind", ["Server", "Client"])
+def test_the_example_runs(kind: str) -> None:
+    """As it stands, but for its ports and its patience."""
+    blocks = re.findall(r"(?ms)^```python\n(.*?)^```", DOCUMENT.read_text(encoding="utf-8"))
+    (example,) = (block for block in blocks if f"import {kind}" in block or f", {kind}" in block)
+    for port in re.findall(r"127\.0\.0\.1:(\d+)", example):
+        example = example.replace(f":{port}", f":{free_port()}")
+    example = re.sub(r"sleep\(\d+\)", "sleep(0.05)", example).replace("range(360)", "range(2)")
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", example],
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = {"Server": "visitors welcome at 127.0.0.1:", "Client": "no server at the moment; 0"}
+    assert said[kind] in done.stdout
+
+
+def test_the_document_names_everything() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert all(f"`{name}" in text for name in TUNNEL | ADDRESSES)
