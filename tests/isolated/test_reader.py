@@ -222,7 +222,7 @@ def test_c3_a_crash_is_told_in_full(fmt: str) -> None:
         line = json.loads(text)
         assert line["level"] == "fatal"
         text = line["message"] + "  " + line["traceback"]
-    assert "a fault of ours ends the program; please report it" in text
+    assert "an internal error ends the program; please report it" in text
     assert "Traceback (most recent call last)" in text
     assert "ZeroDivisionError: server://***@h:1" in text
 

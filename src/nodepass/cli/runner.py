@@ -250,7 +250,7 @@ def _reload(tunnels: Sequence[Runnable], log: Log) -> None:
             has_anything |= tunnel.reload()
         except Exception as exc:  # noqa: BLE001 - the others' certificates still count
             has_anything = True
-            log.error("a fault of ours in a reload; please report it", error=exc)
+            log.error("an internal error in a reload; please report it", error=exc)
     if not has_anything:
         log.info("nothing to reload")
 

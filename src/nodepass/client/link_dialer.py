@@ -20,7 +20,7 @@ from typing import Final
 from nodepass.config.address import join_address
 from nodepass.errors import DialError, NodePassError, PeerWireError, TunnelError
 from nodepass.net import resolver, tcp, tcp_dial
-from nodepass.net.deadlines import Patience
+from nodepass.net.deadlines import Deadlines
 from nodepass.net.readiness import Watch
 from nodepass.protocol import strangers
 from nodepass.protocol.handshake import ClientHandshake
@@ -73,8 +73,8 @@ class LinkDialer:
         self._tls = agreement.tls
         self._number = 0
         settings = context.settings
-        self._dialling = Patience[_Dial](settings.dial_timeout, self._on_unanswered)
-        self._waiting = Patience[_Dial](settings.handshake_timeout, self._on_silence)
+        self._dialling = Deadlines[_Dial](settings.dial_timeout, self._on_unanswered)
+        self._waiting = Deadlines[_Dial](settings.handshake_timeout, self._on_silence)
         """Those that got no greeting in the time that a connect may take, and are connected."""
         self._open: set[_Dial] = set()
         """Those that wait for a greeting."""

@@ -88,7 +88,7 @@ class Reconnect:
                     why=str(exc),
                 )
             except Exception as exc:  # noqa: BLE001 - a task's outer edge: the tunnel goes on
-                self._log.error("a fault of ours in the client; please report it", error=exc)
+                self._log.error("an internal error in the client; please report it", error=exc)
             await asyncio.sleep(backoff.next_pause(random.random()))  # noqa: S311 - only jitter
 
     def drain(self) -> None:

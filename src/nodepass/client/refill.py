@@ -87,7 +87,9 @@ class Refill:
             try:
                 self._begin(self._end)
             except Exception as exc:  # noqa: BLE001 - whoever asks for links is not at fault
-                self._log.error("a fault of ours in dialling a link; please report it", error=exc)
+                self._log.error(
+                    "an internal error in dialling a link; please report it", error=exc
+                )
                 self._end(exc)
 
     async def claim(self, name: int | str, timeout: float) -> Link:  # noqa: ASYNC109
@@ -166,7 +168,7 @@ class Refill:
 
     def _give(self, link: Link) -> None:
         if self._is_closed:
-            tcp.reset(link.sock)  # a visitor may be on it already: no clean end for him
+            tcp.reset(link.sock)  # a visitor may be on it already: it must see no clean end
             return
         if link.name in self._too_late:
             self._too_late.remove(link.name)

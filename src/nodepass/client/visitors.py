@@ -164,8 +164,8 @@ class Visitors:
             is_joined = self._connect(visitor, link, target)
         except Exception as exc:  # noqa: BLE001 - it must not end the session
             tcp.reset(link.sock)
-            self._log.error("a fault of ours in serving a visitor; please report it", error=exc)
-            self._give_up(visitor, Failure.UNKNOWN, "a fault of ours")
+            self._log.error("an internal error in serving a visitor; please report it", error=exc)
+            self._give_up(visitor, Failure.UNKNOWN, "an internal error")
         if not is_joined:
             visitor.leave()
 

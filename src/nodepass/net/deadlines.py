@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T", bound=Hashable)
 
 
-class Patience(Generic[T]):
+class Deadlines(Generic[T]):
     """Call back for each thing that is still there when its time is over.
 
     Args:
@@ -60,7 +60,7 @@ class Patience(Generic[T]):
                 try:
                     self._on_late(thing)
                 except Exception as exc:  # noqa: BLE001 - the others' time is over, too
-                    told = {"message": f"a fault of ours behind {self._on_late}"}
+                    told = {"message": f"an internal error behind {self._on_late}"}
                     self._loop.call_exception_handler({**told, "exception": exc})
         if self._timer is not None:  # or somebody has closed us
             self._timer = None

@@ -83,7 +83,7 @@ class Watch:
         """Forget a connection, unless somebody has it watched for himself by now.
 
         What is passed on to another owner may be watched all the while; this is for the old
-        owner to say when the new one has had his say. It may have been closed meanwhile.
+        owner to say when the new one has been heard. It may have been closed meanwhile.
 
         Args:
             fd: its number when it was passed on.
@@ -129,7 +129,7 @@ class Watch:
                 try:
                     on_ready()
                 except Exception as exc:  # noqa: BLE001 - the others are not told twice
-                    told = {"message": f"a fault of ours behind {on_ready}", "exception": exc}
+                    told = {"message": f"an internal error behind {on_ready}", "exception": exc}
                     self._loop.call_exception_handler(told)
 
     # ------------------------------------------------------------------ without epoll

@@ -72,8 +72,8 @@ class Console:
             sys.stderr = self._before
 
     def crash(self, exc: Exception) -> None:
-        """Say that the program ends by a fault of ours."""
-        Log("cli").fatal("a fault of ours ends the program; please report it", error=exc)
+        """Say that the program ends by an internal error."""
+        Log("cli").fatal("an internal error ends the program; please report it", error=exc)
 
     def leave(self, code: int) -> NoReturn:
         """End the process on the spot, with what has been said so far if that can be had."""
@@ -84,13 +84,13 @@ class Console:
 
 def _tell_thread(what: threading.ExceptHookArgs) -> None:
     if what.exc_value is not None:
-        Log("cli").error("a fault of ours in a thread; please report it", error=what.exc_value)
+        Log("cli").error("an internal error in a thread; please report it", error=what.exc_value)
 
 
 def _tell_unraisable(what: sys.UnraisableHookArgs) -> None:
     if what.exc_value is not None:
         Log("cli").error(
-            "a fault of ours that nobody could be told of; please report it",
+            "an internal error that nobody could be told of; please report it",
             where=f"{what.err_msg or 'Exception ignored in'}: {what.object!r}",
             error=what.exc_value,
         )

@@ -5,13 +5,13 @@ the limits on strangers (docs/protocol.md, "Limits before anyone is trusted"). R
 callbacks alone: no task, and a timer or two, so that a stranger costs next to nothing and
 one silent connection delays nobody. Called by `server`.
 
-    pending ── [TLS ──] one whole line [── penalty] ──> on_opening(pending, hello or link claim)
+    pending ── [TLS ──] one whole line [── penalty] ──> host.take_opening(pending, hello or claim)
        ├───── data port opened from its address ──> promote() ──> a seed client's control
        └───── deadline, EOF, garbage ──> dropped, counted, told once a minute
 
-Where the greeting asks for TLS, the handshake begins with the pending's first byte and runs in
+Where the greeting asks for TLS, the handshake begins with the far end's first byte and runs in
 the engine: whoever says nothing costs no key exchange, and nobody's key exchange delays the
-loop. While it runs the socket is the engine's; a pending dropped meanwhile is closed when it
+loop. While it runs the socket is the engine's; a connection dropped meanwhile is closed when it
 comes back.
 """
 
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from nodepass.engine.relays import HandshakeResult
 from nodepass.errors import EngineError, PeerWireError, TlsError
 from nodepass.net import descriptors, hosts, tcp
-from nodepass.net.deadlines import Patience
+from nodepass.net.deadlines import Deadlines
 from nodepass.net.readiness import Watch
 from nodepass.protocol import lines, strangers
 from nodepass.protocol.handshake import ServerHandshake
@@ -103,7 +103,7 @@ class Acceptor:
         self._tls = tls
         self._timeout = context.settings.handshake_timeout
         """Seconds from accept to a whole first line."""
-        self._patience = Patience[PendingConnection](self._timeout, self._expire)
+        self._deadlines = Deadlines[PendingConnection](self._timeout, self._expire)
         self._pending: dict[int, PendingConnection] = {}
         self._per_source: dict[str, int] = {}
         self._has_swept = False
@@ -137,7 +137,7 @@ class Acceptor:
         pending = PendingConnection(sock, host, port, source, handshake, self._loop.time())
         self._pending[sock.fileno()] = pending
         self._per_source[source] = self._per_source.get(source, 0) + 1
-        self._patience.add(pending)
+        self._deadlines.add(pending)
         pending.on_ready = functools.partial(self._read, pending)
         try:
             self._watch.readable(sock, pending.on_ready)
@@ -163,7 +163,7 @@ class Acceptor:
         for pending in list(self._pending.values()):
             self._release(pending)
             self._dismiss(pending)
-        self._patience.close()
+        self._deadlines.close()
 
     def _is_full(self, source: str) -> bool:
         return self._is_crowded(source) or len(self._pending) >= self._most
@@ -177,7 +177,7 @@ class Acceptor:
         return count >= (max(own, min(clients * own, CROWD_SHARE * self._most)) if clients else 0)
 
     def make_room(self) -> None:
-        """Drop a pending of the address that holds most, sparing those of clients."""
+        """Drop a connection of the address that holds most, sparing those of clients."""
         if self._per_source:
             strange = [source for source in self._per_source if not self._host.count_from(source)]
             self._evict(max(strange or self._per_source, key=self._per_source.__getitem__))
@@ -323,8 +323,8 @@ class Acceptor:
 
     def _open(self, pending: PendingConnection, opening: Hello | LinkClaim) -> None:
         self._forget(pending)
-        # It holds the pending as the pending holds it, and would outlive him until the next
-        # collection, with all that his TLS has allocated.
+        # The two hold each other, and would live until the next collection of garbage, with all
+        # that its TLS has allocated.
         on_ready, pending.on_ready = pending.on_ready, None
         fd = pending.sock.fileno()
         try:
@@ -360,7 +360,7 @@ class Acceptor:
     def _leave(self, pending: PendingConnection, why: str) -> None:
         self._release(pending)
         self._dismiss(pending)
-        self._log.debug("a pending left", host=pending.host, why=why)
+        self._log.debug("a connection left before it was understood", host=pending.host, why=why)
 
     def _dismiss(self, pending: PendingConnection) -> None:
         if pending.shake is not None:
@@ -386,7 +386,7 @@ class Acceptor:
 
     def _forget(self, pending: PendingConnection) -> None:
         pending.is_released = True
-        self._patience.remove(pending)
+        self._deadlines.remove(pending)
         del self._pending[pending.sock.fileno()]
         if pending.wait is not None:
             pending.wait.cancel()

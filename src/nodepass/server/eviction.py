@@ -1,7 +1,7 @@
 """Room for others while every place is taken: TCP visitors who say nothing give way.
 
 SEMAPHORE_LIMIT silent connections would otherwise shut everybody out for as long as their owner
-likes, and it costs him nothing. Nobody is looked at while there is room.
+likes, and cost nothing. Nobody is looked at while there is room.
 
     silent for HEAVY_SILENCE, of a heavy source                               -> goes first
     silent for SILENCE, of any source, that with most places first            -> goes then
@@ -9,9 +9,9 @@ likes, and it costs him nothing. Nobody is looked at while there is room.
 
 A source is heavy that has more than its share would be if one more came: half of the places if
 it is alone, a third beside another, and so on down to an eighth. Within one source chance decides,
-so that nobody can keep a place by coming early or late. Who has talked keeps his place, whatever
-his source and however long he is quiet: to cut a session that somebody only looks away from is
-what TCP_IDLE_TIMEOUT is for. UDP has a rule of its own (`udp_visitors`). Called by `server`.
+so that nobody can keep a place by coming early or late. A visitor that has talked keeps its place,
+whatever its source and however long it is quiet: to cut a session that somebody only looks away
+from is what TCP_IDLE_TIMEOUT is for. UDP has a rule of its own (`udp_visitors`). Called by `server`.
 
 Owns: who the TCP visitors are.
 """
@@ -32,16 +32,16 @@ from nodepass.observe.log import Log
 SILENCE: Final = 30.0
 """Seconds after which a visitor may have to go who has not sent a byte."""
 HEAVY_SILENCE: Final = 2.0
-"""The same where his source is heavy: who wants something says so within a round trip or two, and
+"""The same where its source is heavy: who wants something says so within a round trip or two, and
 most of those who wait are of the same source."""
 GREETED: Final = 1024
-"""Bytes that he may have got from his target all the same: some greet first. Who gets more is
+"""Bytes that it may have got from its target all the same: some greet first. Who gets more is
 listening to something."""
 MUMBLED: Final = 128
 """Bytes that are as good as none from a heavy source: a byte now and then keeps no place.
 Requests, hellos and logins are longer."""
 MUMBLING: Final = 15.0
-"""Seconds that he has to say more: a short request may have to wait for its answer."""
+"""Seconds that it has to say more: a short request may have to wait for its answer."""
 HALVINGS: Final = 3
 """How often patience with a source is halved."""
 LEAST: Final = 1.0
@@ -63,7 +63,7 @@ class _Visitor:
 
     source: str
     since: float
-    """When he came, seconds of the loop."""
+    """When it came, seconds of the loop."""
 
 
 class Eviction:
@@ -99,7 +99,7 @@ class Eviction:
         """Visitors who had to go."""
 
     def join(self, relay: Relay, visitor: str) -> None:
-        """Take note of a visitor, by his address as "host:port"."""
+        """Take note of a visitor, by its address as "host:port"."""
         now = self._loop.time()
         self._visitors[relay] = _Visitor(_source(visitor), now)
 
@@ -176,8 +176,8 @@ def _rank(relay: Relay, age: float, haste: int) -> int | None:
     """Return how soon a visitor may have to go, 0 = first; None = not now.
 
     Args:
-        age: seconds since he came.
-        haste: what patience with his source is divided by; 0 = it is not heavy.
+        age: seconds since it came.
+        haste: what patience with its source is divided by; 0 = it is not heavy.
     """
     up, down = relay.live()
     if down > GREETED or up >= MUMBLED:

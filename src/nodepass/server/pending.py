@@ -86,7 +86,7 @@ class PendingConnection:
         """Send a line; what a fresh connection's buffer does not take, it will never take.
 
         Raises:
-            OSError: the pending has gone.
+            OSError: the far end has gone.
             TlsError: it has broken its TLS, or keeps us from writing by half a message.
         """
         self.sock.send(data if self.records is None else self.records.seal(data))

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 from nodepass.engine.relays import Handshake, HandshakeResult
 from nodepass.errors import EngineError, TlsError
 from nodepass.net import tcp
-from nodepass.net.deadlines import Patience
+from nodepass.net.deadlines import Deadlines
 from nodepass.protocol.messages import SEED_ID_SIZE
 from nodepass.tls.codec import Records
 from nodepass.tunnel.context import Context
@@ -86,7 +86,7 @@ class SeedPort:
         self._tls = tls
         self._shakes: set[Handshake] = set()
         self._green: dict[str, _Green] = {}
-        self._ripening = Patience[_Green](RIPENING, self._look)
+        self._ripening = Deadlines[_Green](RIPENING, self._look)
 
     def take(self, sock: socket.socket, host: str, pending: PendingConnection | None) -> None:
         """Take a connection: only from where the seed client is.

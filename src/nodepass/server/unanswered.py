@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import Final
 
 from nodepass.engine.relays import Relay, UdpRelay
-from nodepass.net.deadlines import Patience
+from nodepass.net.deadlines import Deadlines
 from nodepass.observe.log import Log
 from nodepass.observe.stats import Counters
 from nodepass.protocol.messages import Kind
@@ -58,8 +58,8 @@ class UnansweredLaunches:
         self._log = log
         self._counters = counters
         self._launches: dict[Relay | UdpRelay, _Launch] = {}
-        self._fresh = Patience[_Launch](REPEAT_AFTER, self._repeat)
-        self._repeated = Patience[_Launch](GIVE_UP_AFTER, self._give_up)
+        self._fresh = Deadlines[_Launch](REPEAT_AFTER, self._repeat)
+        self._repeated = Deadlines[_Launch](GIVE_UP_AFTER, self._give_up)
 
     def __len__(self) -> int:
         return len(self._launches)

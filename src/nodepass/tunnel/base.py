@@ -297,7 +297,7 @@ class Tunnel(ABC):
         try:
             await work
         except Exception as exc:  # noqa: BLE001 - a task's outer edge
-            self._log.error(f"a fault of ours in {what}; please report it", error=exc)
+            self._log.error(f"an internal error in {what}; please report it", error=exc)
 
     async def _end(self) -> None:
         """Give everything back, whatever has been taken so far."""

@@ -186,8 +186,8 @@ async def reload_then_stop() -> None:
         ((True, False), []),
         ((False, True), []),
         ((True, True), []),
-        ((ZeroDivisionError(), False), ["a fault of ours in a reload; please report it"]),
-        ((False, ZeroDivisionError()), ["a fault of ours in a reload; please report it"]),
+        ((ZeroDivisionError(), False), ["an internal error in a reload; please report it"]),
+        ((False, ZeroDivisionError()), ["an internal error in a reload; please report it"]),
     ],
 )
 async def test_a_hangup_reloads_every_tunnel_and_ends_none(

@@ -174,7 +174,7 @@ async def test_fault_of_ours_is_told_and_tried_again(
                 while not desk.figures.sessions_open:
                     await server.welcome()
                     await asyncio.sleep(0.01)
-    assert "a fault of ours in the client" in caplog.text
+    assert "an internal error in the client" in caplog.text
 
 
 @both

@@ -206,7 +206,7 @@ async def test_fault_in_one_launch_ends_that_one_only(
         await links[2].write(b"others")
         assert await target.read_exactly(6) == b"others"
         assert desk.client._places._slots._free == desk.client._places._limit - 1
-    assert "a fault of ours in serving a visitor" in caplog.text
+    assert "an internal error in serving a visitor" in caplog.text
 
 
 @both

@@ -148,4 +148,4 @@ async def test_fault_in_joining_a_target_that_has_a_name_ends_that_one_only(
             assert await stream.read_exactly(6) == b"others"
             assert desk.client._places._slots._free == desk.client._places._limit - 1
     target.close()
-    assert "a fault of ours in serving a visitor" in caplog.text
+    assert "an internal error in serving a visitor" in caplog.text

@@ -185,7 +185,7 @@ async def test_a_fault_of_ours_backs_off_like_any_failure(
             assert yard.refill.dialling == 0
             monkeypatch.setattr(yard.refill, "_begin", begin)
             await until(lambda: len(yard.idle_links) == 4, 5, "links once it works again")
-    assert "a fault of ours in dialling a link" in caplog.text
+    assert "an internal error in dialling a link" in caplog.text
 
 
 @both

@@ -7,13 +7,13 @@ import asyncio
 from tests.kit.engines import both
 from tests.kit.timing import until
 
-from nodepass.net.deadlines import Patience
+from nodepass.net.deadlines import Deadlines
 
 
 @both
 async def test_tells_of_those_that_are_late_in_their_order() -> None:
     late: list[str] = []
-    patience = Patience[str](0.05, late.append)
+    patience = Deadlines[str](0.05, late.append)
     patience.add("first")
     await asyncio.sleep(0.02)
     patience.add("second")
@@ -30,7 +30,7 @@ async def test_tells_of_those_that_are_late_in_their_order() -> None:
 @both
 async def test_forgets_what_is_removed() -> None:
     late: list[str] = []
-    patience = Patience[str](0.02, late.append)
+    patience = Deadlines[str](0.02, late.append)
     patience.add("gone")
     patience.add("here")
     patience.remove("gone")
@@ -52,7 +52,7 @@ async def test_may_be_changed_by_whom_it_calls() -> None:
         if len(late) < 3:
             patience.add("d")
 
-    patience = Patience[str](0.02, on_late)
+    patience = Deadlines[str](0.02, on_late)
     for thing in ("a", "b", "c"):
         patience.add(thing)
     patience.remove("c")
@@ -73,7 +73,7 @@ async def test_goes_on_although_one_raises() -> None:
         if thing == "a":
             raise RuntimeError("on purpose")
 
-    patience = Patience[str](0.02, on_late)
+    patience = Deadlines[str](0.02, on_late)
     patience.add("a")
     patience.add("b")
     await until(lambda: len(late) == 2, 5, "both")
@@ -86,7 +86,7 @@ async def test_goes_on_although_one_raises() -> None:
 @both
 async def test_close_forgets_all() -> None:
     late: list[str] = []
-    patience = Patience[str](0.01, late.append)
+    patience = Deadlines[str](0.01, late.append)
     patience.add("a")
     patience.close()
     patience.close()
@@ -97,7 +97,7 @@ async def test_close_forgets_all() -> None:
 async def test_tells_nobody_before_his_time() -> None:
     loop = asyncio.get_running_loop()
     ends: list[float] = []
-    patience = Patience[int](0.03, lambda _: ends.append(loop.time()))
+    patience = Deadlines[int](0.03, lambda _: ends.append(loop.time()))
     begins = []
     for number in range(5):
         begins.append(loop.time())

@@ -77,7 +77,7 @@ def test_c18_json_from_the_first_line_to_the_last() -> None:
             ("warn", "a task died"),
             ("error", "another library"),
             ("error", "bug"),
-            ("fatal", "a fault of ours ends the program; please report it"),
+            ("fatal", "an internal error ends the program; please report it"),
         ]
         assert "ZeroDivisionError" in said[-1]["traceback"]
 

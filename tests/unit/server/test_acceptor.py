@@ -470,7 +470,7 @@ async def test_who_waits_is_dropped_at_its_deadline(long_penalty: None) -> None:
         far.send(HELLO)
         (caller,) = street.acceptor._pending.values()
         await until(lambda: caller.wait, 5, "its wait")
-        assert len(street.acceptor._patience) == 1, "its time goes on"
+        assert len(street.acceptor._deadlines) == 1, "its time goes on"
         street.acceptor._expire(caller)
         await asyncio.sleep(0.01)
         assert street.is_out(far)

@@ -87,7 +87,7 @@ async def test_fault_in_joining_leaves_no_socket_and_no_slot_behind(
         visitor = await desk.visit()
         await visitor.write(b"others")
         assert await link.read_exactly(6) == b"others"
-    assert "a fault of ours in waiting for a link" in caplog.text
+    assert "an internal error in waiting for a link" in caplog.text
 
 
 @both

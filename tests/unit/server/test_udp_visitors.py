@@ -207,7 +207,7 @@ async def test_fault_of_ours_while_a_newcomer_waits_costs_no_slot(
                 await until(lambda: desk.figures.visitors == 1, 5, "the newcomer")
                 await gone(desk)
             await served(desk, client, 1)
-    assert "a fault of ours in waiting for a link" in caplog.text
+    assert "an internal error in waiting for a link" in caplog.text
 
 
 # --- slots ---------------------------------------------------------------------------------------

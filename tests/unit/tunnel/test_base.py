@@ -450,7 +450,7 @@ async def test_a_fault_in_a_task_is_told_and_survived(caplog: pytest.LogCaptureF
             toy._spawn(run(), "running")
             async with within(1):
                 await ran.wait()
-    assert "a fault of ours in counting" in caplog.text
+    assert "an internal error in counting" in caplog.text
     assert "oops" in caplog.text
 
 
