@@ -9,9 +9,10 @@ likes, and cost nothing. Nobody is looked at while there is room.
 
 A source is heavy that has more than its share would be if one more came: half of the places if
 it is alone, a third beside another, and so on down to an eighth. Within one source chance decides,
-so that nobody can keep a place by coming early or late. A visitor that has talked keeps its place,
-whatever its source and however long it is quiet: to cut a session that somebody only looks away
-from is what TCP_IDLE_TIMEOUT is for. UDP has a rule of its own (`udp_visitors`). Called by `server`.
+so that nobody can keep a place by coming early or late.
+A visitor that has talked keeps its place, whatever its source and however long it is quiet: to
+cut a session that somebody only looks away from is what TCP_IDLE_TIMEOUT is for. UDP has a rule
+of its own (`udp_visitors`). Called by `server`.
 
 Owns: who the TCP visitors are.
 """
