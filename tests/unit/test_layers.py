@@ -241,6 +241,25 @@ def test_sans_io(module: str) -> None:
     assert not touched, f"{module} is pure: time, chance and bytes are arguments, not {touched}"
 
 
+QUESTIONS = ("is_", "has_", "can_", "may_", "needs_", "leads_", "fits_")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_question_changes_nothing(module: str) -> None:
+    """Whoever reads `if link.is_alive()` may take it that nothing has happened."""
+    for node in ast.walk(tree(module)):
+        if not isinstance(node, ast.FunctionDef) or not node.name.lstrip("_").startswith(
+            QUESTIONS
+        ):
+            continue
+        for part in ast.walk(node):
+            changed = part.targets if isinstance(part, ast.Assign | ast.Delete) else []
+            changed = [part.target] if isinstance(part, ast.AugAssign) else changed
+            assert not any(isinstance(one, ast.Attribute | ast.Subscript) for one in changed), (
+                f"{module}, line {node.lineno}: {node.name} changes something"
+            )
+
+
 LONGEST_MODULE = 450
 """Lines: as much as one reads in one go."""
 LONGEST_TEST = 600

@@ -81,8 +81,8 @@ class _Session:
         """Seconds until the next look."""
         return self.pause if self.down or self.is_lost else ONE_WAY_PAUSE
 
-    def is_due(self, now: float) -> bool:
-        """Take note of its counts and tell whether its target is to be looked for."""
+    def look(self, now: float) -> bool:
+        """Take note of its counts; return whether its target is to be looked for."""
         counts = self.relay.datagrams()
         if counts.down != self.down:
             self.asked_at, self.pause, self.misses = None, PERIOD, 0
@@ -183,7 +183,7 @@ class UdpTarget:
         count = min(SLICE, len(self._round))
         for _ in range(count):
             session = self._round.popleft()
-            if not session.relay.result.done() and session.is_due(now):
+            if not session.relay.result.done() and session.look(now):
                 session.postpone(now)
                 due.append(session)
         if due:

@@ -224,7 +224,7 @@ def connect_now(sock: socket.socket, address: SocketAddress) -> bool:
         OSError: the kernel's answer.
     """
     # Asked twice, since by then this machine's own listeners have answered.
-    if not (_is_connected(sock, address) or _is_connected(sock, address)):
+    if not (_try_connect(sock, address) or _try_connect(sock, address)):
         return False
     _refuse_mirror(sock, address)
     return True
@@ -236,7 +236,7 @@ def begin_connect(sock: socket.socket, address: SocketAddress) -> None:
     Raises:
         OSError: the kernel has its answer already, and it is no.
     """
-    _is_connected(sock, address)
+    _try_connect(sock, address)
     _refuse_mirror(sock, address)
 
 
@@ -260,7 +260,8 @@ def is_connected(sock: socket.socket) -> bool:
     return True
 
 
-def _is_connected(sock: socket.socket, address: SocketAddress) -> bool:
+def _try_connect(sock: socket.socket, address: SocketAddress) -> bool:
+    """Begin a connect, or ask what has come of it; return whether it has been made."""
     code = sock.connect_ex(address)
     if code in _CONNECTED:
         return True

@@ -9,11 +9,12 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 from tests.kit.engine_rig import tcp_pair
 from tests.kit.engines import both
+from tests.kit.tcp_ends import teach
 from tests.kit.timing import free_port, has_ipv6
 
 from nodepass.errors import DialError, ListenError
@@ -30,23 +31,6 @@ NO_ROUTE = "255.255.255.255"
 
 
 # --- helpers -----------------------------------------------------------------------------------
-
-
-def teach(monkeypatch: pytest.MonkeyPatch, **names: Sequence[str]) -> None:
-    """Make the system resolve these names, and no others; addresses stay what they are."""
-
-    def getaddrinfo(host: str, port: int, *_: object, **__: object) -> list[object]:
-        if host not in names and not re.fullmatch(r"[0-9.]+|[0-9a-f:]*:[0-9a-f:]*", host):
-            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        found: list[object] = []
-        for address in names.get(host, [host]):
-            if ":" in address:
-                found.append((socket.AF_INET6, socket.SOCK_STREAM, 6, "", (address, port, 0, 0)))
-            else:
-                found.append((socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)))
-        return found
-
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
 
 
 class Recorded(socket.socket):

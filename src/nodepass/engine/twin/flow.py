@@ -264,7 +264,7 @@ class Flow:
             self.watch_dial()
             return
         for side, leg in enumerate(self.legs, 1):
-            if leg.pulse.is_lost(self.engine.patience):
+            if leg.pulse.look(self.engine.patience):
                 self.bury(REASON_RESET, side, errno.ETIMEDOUT)
                 return
         for leg, way in zip(self.legs, self.ways, strict=True):

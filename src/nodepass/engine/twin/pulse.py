@@ -59,8 +59,8 @@ class Pulse:
             self._is_probed = True
             self._keep_alive(*PROBING)
 
-    def is_lost(self, patience: float) -> bool:
-        """Look, if a look is due, and tell whether the end is gone.
+    def look(self, patience: float) -> bool:
+        """Look, if a look is due; return whether the end is gone.
 
         Args:
             patience: seconds of silence that are too long.

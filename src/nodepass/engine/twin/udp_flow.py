@@ -254,7 +254,7 @@ class UdpFlow:
         code = self.leg.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code and not self.ending:
             self.break_off(OSError(code, ""))
-        elif self.leg.pulse.is_lost(self.host.patience):
+        elif self.leg.pulse.look(self.host.patience):
             self.bury(REASON_RESET, self.side, errno.ETIMEDOUT)
         elif self.idle and time.monotonic() - self.active >= self.idle:
             self.tire()
