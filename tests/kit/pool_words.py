@@ -24,7 +24,7 @@ class House:
         self.far: dict[int | str, socket.socket] = {}
         self.lost = 0
         self._socks: list[socket.socket] = []
-        self._shelves: list[IdleLinks] = []
+        self._made: list[IdleLinks] = []
 
     def link(self, name: int | str) -> Link:
         near, far = tcp_pair()
@@ -34,7 +34,7 @@ class House:
 
     def idle_links(self, grace: float = 0.0) -> IdleLinks:
         idle_links = IdleLinks(self.watch, self._count, grace)
-        self._shelves.append(idle_links)
+        self._made.append(idle_links)
         return idle_links
 
     def member(self, dialect: Dialect = Dialect.NATIVE, least: int = 2, most: int = 8) -> Member:
@@ -61,7 +61,7 @@ class House:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for idle_links in self._shelves:
+        for idle_links in self._made:
             idle_links.clear()
         self.watch.close()
         for sock in self._socks:

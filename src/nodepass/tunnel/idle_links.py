@@ -44,7 +44,7 @@ class Link:
     tls: Connection | None = field(default=None, repr=False)
     """Its TLS, the handshake done; None = it carries plain bytes."""
     since: float = 0.0
-    """Seconds of the loop's clock at which it was shelved."""
+    """Seconds of the loop's clock at which it became idle."""
     ending: asyncio.TimerHandle | None = field(default=None, repr=False)
     """Runs while a link that the far side has ended waits for a launch."""
 

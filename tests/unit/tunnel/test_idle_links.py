@@ -17,7 +17,7 @@ from nodepass.tunnel.idle_links import IdleLinks, Link
 
 
 @both
-async def test_shelf_hands_over_the_newest() -> None:
+async def test_idle_links_hands_over_the_newest() -> None:
     with House() as house:
         idle_links = house.idle_links()
         links = [house.link(number) for number in range(3)]
@@ -31,7 +31,7 @@ async def test_shelf_hands_over_the_newest() -> None:
 
 
 @both
-async def test_shelf_claims_by_name_once() -> None:
+async def test_idle_links_claims_by_name_once() -> None:
     with House() as house:
         idle_links = house.idle_links()
         link = house.link(7)
@@ -44,7 +44,7 @@ async def test_shelf_claims_by_name_once() -> None:
 
 @both
 @pytest.mark.parametrize("how", ["end", "reset"])
-async def test_shelf_notices_a_dead_link_at_once(how: str) -> None:
+async def test_idle_links_notices_a_dead_link_at_once(how: str) -> None:
     with House() as house:
         idle_links = house.idle_links()
         idle_links.put(house.link(1))
@@ -60,7 +60,7 @@ async def test_shelf_notices_a_dead_link_at_once(how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["end", "reset"])
-async def test_shelf_takes_no_link_that_died_in_this_very_turn(how: str) -> None:
+async def test_idle_links_takes_no_link_that_died_in_this_very_turn(how: str) -> None:
     with House() as house:
         idle_links = house.idle_links()
         alive = house.link(1)
@@ -78,7 +78,7 @@ async def test_shelf_takes_no_link_that_died_in_this_very_turn(how: str) -> None
 
 
 @both
-async def test_shelf_keeps_a_link_with_early_bytes() -> None:
+async def test_idle_links_keeps_a_link_with_early_bytes() -> None:
     with House() as house:
         idle_links = house.idle_links()
         link = house.link(1)
@@ -93,7 +93,7 @@ async def test_shelf_keeps_a_link_with_early_bytes() -> None:
 
 
 @both
-async def test_shelf_keeps_an_ended_link_for_its_launch() -> None:
+async def test_idle_links_keeps_an_ended_link_for_its_launch() -> None:
     """The client's side: the visitor's end may overtake the launch on the other connection."""
     with House() as house:
         idle_links = house.idle_links(grace=5.0)
@@ -113,7 +113,7 @@ async def test_shelf_keeps_an_ended_link_for_its_launch() -> None:
 
 
 @both
-async def test_shelf_grace_has_an_end() -> None:
+async def test_idle_links_grace_has_an_end() -> None:
     with House() as house:
         idle_links = house.idle_links(grace=0.03)
         idle_links.put(house.link(1))
@@ -126,7 +126,7 @@ async def test_shelf_grace_has_an_end() -> None:
 
 
 @both
-async def test_shelf_has_no_grace_for_a_reset_link() -> None:
+async def test_idle_links_has_no_grace_for_a_reset_link() -> None:
     with House() as house:
         idle_links = house.idle_links(grace=5.0)
         idle_links.put(house.link(1))
@@ -136,7 +136,7 @@ async def test_shelf_has_no_grace_for_a_reset_link() -> None:
         assert idle_links.lost == 1
 
 
-async def test_shelf_retires_the_oldest() -> None:
+async def test_idle_links_retires_the_oldest() -> None:
     with House() as house:
         idle_links = house.idle_links()
         for number in range(4):
@@ -154,7 +154,7 @@ async def test_shelf_retires_the_oldest() -> None:
         assert house.lost == 0, "what is retired is not lost"
 
 
-async def test_shelf_retires_a_link_that_dies_meanwhile() -> None:
+async def test_idle_links_retires_a_link_that_dies_meanwhile() -> None:
     with House() as house:
         idle_links = house.idle_links()
         idle_links.put(house.link(1))
@@ -165,7 +165,7 @@ async def test_shelf_retires_a_link_that_dies_meanwhile() -> None:
 
 
 @both
-async def test_shelf_clear_resets_all_and_forgets_the_graced() -> None:
+async def test_idle_links_clear_resets_all_and_forgets_the_graced() -> None:
     with House() as house:
         idle_links = house.idle_links(grace=0.05)
         idle_links.put(house.link(1))
@@ -182,7 +182,7 @@ async def test_shelf_clear_resets_all_and_forgets_the_graced() -> None:
 
 
 @both
-async def test_shelf_told_again_of_a_link_that_has_gone() -> None:
+async def test_idle_links_told_again_of_a_link_that_has_gone() -> None:
     """One batch of the watch may hold a link that an earlier callback took away."""
     with House() as house:
         idle_links = house.idle_links()
@@ -202,7 +202,7 @@ async def test_shelf_told_again_of_a_link_that_has_gone() -> None:
         assert house.lost == 1
 
 
-async def test_shelf_survives_a_needless_wake_up() -> None:
+async def test_idle_links_survives_a_needless_wake_up() -> None:
     """A watch may call back although the link is alive (a number used again)."""
 
     class Nervous(Watch):
