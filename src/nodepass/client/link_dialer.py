@@ -15,7 +15,6 @@ import functools
 import os
 import socket
 from collections.abc import Callable
-from typing import Final
 
 from nodepass.config.address import join_address
 from nodepass.errors import DialError, NodePassError, PeerWireError, TunnelError
@@ -30,9 +29,6 @@ from nodepass.tunnel.idle_links import Link
 
 from .refill import OnEnd
 from .server_dialer import READ_SIZE, Agreement, ServerDialer
-
-_BROKEN_LATER: Final = frozenset({errno.ECONNRESET, errno.EPIPE})
-"""Errors that only a connection can have that has come about."""
 
 
 class _Dial:
@@ -129,7 +125,7 @@ class LinkDialer:
             self._fail(dial, exc)
             return
         except OSError as exc:
-            if exc.errno in _BROKEN_LATER:
+            if exc.errno in tcp_dial.BROKEN_LATER:
                 why = os.strerror(exc.errno or 0).lower()
                 text = f"the connection broke during the handshake: {why}"
                 self._fail(dial, TunnelError(text))

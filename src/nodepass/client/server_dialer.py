@@ -149,8 +149,7 @@ class ServerDialer:
             text = f"the server has not finished the TLS handshake in {timeout:g} s"
             raise TunnelError(text) from exc
         if not result.is_done:
-            why = result.describe_break()
-            raise TlsError(why or contexts.explain(connection, result.detail, is_server=False))
+            raise TlsError(result.describe_failure(connection, is_server=False))
         if is_native:
             contexts.check_alpn(connection)
         return Records(connection)

@@ -150,6 +150,17 @@ class HandshakeResult(NamedTuple):
         why = "it was closed" if self.code == errno.ENODATA else os.strerror(self.code).lower()
         return f"the connection broke during the TLS handshake: {why}"
 
+    def describe_failure(self, connection: Connection, *, is_server: bool) -> str:
+        """Say in one clause why it failed.
+
+        Args:
+            connection: whose handshake it was; one of `tls.contexts`.
+            is_server: whether this side is the server.
+        """
+        from nodepass.tls.contexts import explain
+
+        return self.describe_break() or explain(connection, self.detail, is_server=is_server)
+
 
 class Engine(Protocol):
     """What both twins offer; `_fastcopy.pyi` documents it."""

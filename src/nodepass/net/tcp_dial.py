@@ -25,6 +25,8 @@ HAPPY_DELAY: Final = 0.25
 _CONNECTING: Final = frozenset({errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK, errno.EINTR})
 """What connect(2) says while it cannot tell yet."""
 _CONNECTED: Final = frozenset({0, errno.EISCONN})
+BROKEN_LATER: Final = frozenset({errno.ECONNRESET, errno.EPIPE})
+"""Errors that only a connection can have that has come about."""
 _BEGUN: Final = _CONNECTED | _CONNECTING
 
 
@@ -243,11 +245,12 @@ def begin_connect(sock: socket.socket, address: SocketAddress) -> None:
 def _refuse_mirror(sock: socket.socket, address: SocketAddress) -> None:
     # Nobody listens on a port of this machine from the ephemeral range, and the kernel has picked
     # that very port for us: we would be talking to ourselves.
-    if sock.getsockname()[1] == address[1] and _is_mirror(sock):
+    if sock.getsockname()[1] == address[1] and is_mirror(sock):
         raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
 
 
-def _is_mirror(sock: socket.socket) -> bool:
+def is_mirror(sock: socket.socket) -> bool:
+    """Tell whether the kernel has connected a socket with itself."""
     return is_connected(sock) and bool(sock.getsockname() == sock.getpeername())
 
 

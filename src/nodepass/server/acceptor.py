@@ -271,9 +271,7 @@ class Acceptor:
             if broke and self._host.count_from(pending.source):
                 self._leave(pending, broke)  # a client that stops in the middle of its refill
             else:
-                self._drop(
-                    pending, broke or contexts.explain(connection, outcome.detail, is_server=True)
-                )
+                self._drop(pending, outcome.describe_failure(connection, is_server=True))
             return
         try:
             contexts.check_alpn(connection)

@@ -165,9 +165,7 @@ class SeedPort:
     def _tell_failed(
         self, client: ConnectedClient, connection: Connection, outcome: HandshakeResult
     ) -> None:
-        from nodepass.tls.contexts import explain
-
-        why = outcome.describe_break() or explain(connection, outcome.detail, is_server=True)
+        why = outcome.describe_failure(connection, is_server=True)
         self._counters.strangers += 1
         self._log.repeated(
             "warn",

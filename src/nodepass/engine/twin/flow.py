@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
+from nodepass.net.tcp_dial import BROKEN_LATER, is_mirror
+
 from .legs import Leg, TlsFault
 
 if TYPE_CHECKING:
@@ -30,8 +32,6 @@ REASON_UNMET: Final = 4
 
 UNDER_WAY: Final = frozenset({0, errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EINTR})
 """What connect(2) says while nothing is wrong."""
-BROKEN_LATER: Final = frozenset({errno.ECONNRESET, errno.EPIPE})
-"""Errors that only a socket that has been connected can have."""
 
 LINGER_SHAPE: Final = "hh" if sys.platform == "win32" else "ii"
 
@@ -170,14 +170,6 @@ def arm_reset(sock: socket.socket, is_armed: bool) -> None:
     linger = struct.pack(LINGER_SHAPE, is_armed, 0)
     with contextlib.suppress(OSError):  # macOS refuses options on a socket that was reset
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-
-
-def is_mirror(sock: socket.socket) -> bool:
-    """Tell whether the kernel has connected a socket with itself."""
-    try:
-        return bool(sock.getsockname() == sock.getpeername())
-    except OSError:
-        return False
 
 
 class Flow:
