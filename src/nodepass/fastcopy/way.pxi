@@ -6,8 +6,7 @@
 # left (MAX_BUFFERS slow receivers) the worker peeks, sends, and consumes only what dst
 # took, so nothing has to be kept and nobody has to wait for anybody.
 #
-# Bulk mode: splice src -> pipe -> dst. A pipe is filled only when empty, so EAGAIN while
-# filling always means "src is empty" and never "pipe is full".
+# Bulk mode is in splice.pxi.
 #
 # EOF is read only when nothing is parked, hence: EOF -> SHUT_WR(dst) at once, and no byte
 # can be behind it.
@@ -19,11 +18,6 @@ cdef enum:
     # 800 KiB by itself, so this bites only when a fast sender would hold the worker; 1 MiB is
     # about 0.25 ms of it.
     TURN_BYTES = 1048576
-    # The first of two relays in a row reads 130 KiB at a time while the load is bulk.
-    PROMOTE_BYTES = 131072      # a read of this size is a large one ...
-    PROMOTE_READS = 8           # ... and so many in a row make a direction bulk
-    DEMOTE_BYTES = 65536        # a fill below this is a small one ...
-    DEMOTE_FILLS = 16           # ... and so many in a row end bulk mode
 
 
 # -> 1 more to do but out of budget, 0 wait for an event, -1 the flow is buried.
@@ -41,14 +35,14 @@ cdef int way_pump(Worker* w, Flow* flow, uint32_t slot, int index) noexcept nogi
         if way.parked != NULL:
             rc = way_send_parked(w, flow, slot, index)
         elif way.pipe_bytes:
-            rc = way_drain_pipe(w, flow, slot, index)
+            rc = splice_drain(w, flow, slot, index)
         elif not src.bits & MAY_READ:
             break
         elif budget <= 0:
             more = 1
             break
-        elif way.bulk and not src.bits & SEEN_URGENT and way_has_pipe(w, way):
-            rc = way_fill_pipe(w, flow, slot, index)
+        elif way.bulk and not src.bits & SEEN_URGENT and splice_has_pipe(w, way):
+            rc = splice_fill(w, flow, slot, index)
         else:
             rc = way_copy(w, flow, slot, index)
         if rc < 0:
@@ -96,14 +90,7 @@ cdef ssize_t way_copy(Worker* w, Flow* flow, uint32_t slot, int index) noexcept 
     if got < BUFFER_BYTES and not src.bits & (SEEN_RDHUP | SEEN_URGENT):
         if not is_dry or sent == got:
             src.bits &= ~<uint32_t>MAY_READ
-    if got < PROMOTE_BYTES:
-        way.streak = 0
-    elif w.core.use_splice and not way.no_splice and not way.bulk:
-        way.streak += 1
-        if way.streak >= PROMOTE_READS:
-            way.bulk = 1
-            way.streak = 0
-            add_own64(&w.counters.splice_promotions, 1)
+    splice_judge(w, way, got)
     return sent if sent == got else 0
 
 
@@ -172,56 +159,6 @@ cdef void way_unpark(Worker* w, Way* way) noexcept nogil:
         take_own64(&w.counters.heads_open, 1)
     way.parked = NULL
     way.buffer = -1
-
-
-# -> 1 if the way holds a pipe or could get one.
-cdef inline bint way_has_pipe(Worker* w, Way* way) noexcept nogil:
-    return way.pipe_read >= 0 or pipe_take(w, way)
-
-
-# Bulk mode, first half: socket to empty pipe.
-cdef ssize_t way_fill_pipe(Worker* w, Flow* flow, uint32_t slot, int index) noexcept nogil:
-    cdef Way* way = &flow.ways[index]
-    cdef Leg* src = &flow.legs[index]
-    cdef ssize_t got = sys_splice(src.fd, way.pipe_write, way.pipe_size)
-    if got == 0:
-        return way_end(w, flow, slot, index)
-    if got == -EAGAIN:
-        src.bits &= ~<uint32_t>MAY_READ
-        return 0
-    if got == -EINVAL or got == -ENOSYS:
-        way.no_splice = 1           # these sockets cannot; recv and send will tell the rest
-        way.bulk = 0
-        return 1
-    if got < 0:
-        return flow_reset(w, flow, slot, index, <int>-got)
-    way.pipe_bytes = <uint32_t>got
-    add_own64(&w.counters.parked_bytes, got)
-    flow.active_ms = w.now_ms
-    if got >= DEMOTE_BYTES:
-        way.streak = 0
-    else:
-        way.streak += 1
-        if way.streak >= DEMOTE_FILLS:
-            way.bulk = 0
-            way.streak = 0
-    return got
-
-
-# Bulk mode, second half: pipe to socket. Bytes count as progress once, when read.
-cdef ssize_t way_drain_pipe(Worker* w, Flow* flow, uint32_t slot, int index) noexcept nogil:
-    cdef Way* way = &flow.ways[index]
-    cdef Leg* dst = &flow.legs[1 - index]
-    cdef ssize_t sent = sys_splice(way.pipe_read, dst.fd, way.pipe_bytes)
-    if sent == -EAGAIN or sent == 0:
-        dst.bits &= ~<uint32_t>MAY_WRITE
-        return 0
-    if sent < 0:
-        return flow_break(w, flow, slot, 1 - index, <int>-sent)
-    way.pipe_bytes -= <uint32_t>sent
-    take_own64(&w.counters.parked_bytes, sent)
-    way_account(w, flow, index, sent)
-    return 1
 
 
 # Bytes the kernel of dst has taken. (UDP relays count datagrams, see tally_carried().)
